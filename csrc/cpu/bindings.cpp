@@ -1,0 +1,150 @@
+// The CPU kernels as torch ops: checks, allocation of results, dispatch on the gradients' type, and torch's thread pool.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <torch/library.h>
+
+#include "../checks.h"
+#include "kernels.h"
+
+namespace mfac::cpu {
+
+int num_threads() { return at::get_num_threads(); }
+
+void run_parallel(int64_t count, Task task, const void* context) {
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(context, i);
+  });
+}
+
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+const bool* mask_pointer(const OptionalTensor& mask) { return mask ? mask->const_data_ptr<bool>() : nullptr; }
+
+OptionalTensor contiguous(const OptionalTensor& mask) {
+  return mask ? OptionalTensor(mask->contiguous()) : std::nullopt;
+}
+
+// Calls f with the gradients as the kernels see them. Rows may be apart (a slice of a larger matrix), elements may not.
+template <typename F>
+auto dispatch(const Tensor& given, double damping, int64_t block_size, const F& f) {
+  const Tensor grads = given.stride(1) == 1 || given.size(1) <= 1 ? given : given.contiguous();
+  const int64_t m = grads.size(0), d = grads.size(1);
+  block_size = std::min(block_size, std::max<int64_t>(d, 1));
+  if (grads.scalar_type() == at::kBFloat16)
+    return f(Gradients<BFloat16>{static_cast<const BFloat16*>(grads.const_data_ptr()), m, d, grads.stride(0), damping,
+                                 block_size});
+  return f(Gradients<float>{grads.const_data_ptr<float>(), m, d, grads.stride(0), damping, block_size});
+}
+
+Tensor block_factor_op(const Tensor& grads, double damping, int64_t block_size, const OptionalTensor& active) {
+  check_grads(grads, damping, block_size);
+  check_active(active, grads);
+  const OptionalTensor mask = contiguous(active);
+  return dispatch(grads, damping, block_size, [&](const auto& g) {
+    const int64_t s = std::min({g.m, g.block_size, g.d});
+    Tensor factor = at::empty({g.blocks(), s, s}, grads.options().dtype(at::kDouble));
+    block_factor(g, mask_pointer(mask), factor.mutable_data_ptr<double>());
+    return factor;
+  });
+}
+
+Tensor inverse_diagonal_op(const Tensor& grads, double damping, int64_t block_size, const OptionalTensor& active) {
+  check_grads(grads, damping, block_size);
+  check_active(active, grads);
+  const OptionalTensor mask = contiguous(active);
+  Tensor out = at::empty({grads.size(1)}, grads.options().dtype(at::kFloat));
+  dispatch(grads, damping, block_size,
+           [&](const auto& g) { inverse_diagonal(g, mask_pointer(mask), out.mutable_data_ptr<float>()); });
+  return out;
+}
+
+Tensor inverse_product_op(const Tensor& grads, const Tensor& factor, const Tensor& x, double damping,
+                          int64_t block_size, const OptionalTensor& active) {
+  check_grads(grads, damping, block_size);
+  check_active(active, grads);
+  TORCH_CHECK_VALUE((x.dim() == 1 || x.dim() == 2) && x.size(-1) == grads.size(1), "x: expected shape [",
+                    grads.size(1), "] or [k, ", grads.size(1), "], got ", x.sizes());
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x: expected float32, got ", x.scalar_type());
+  const OptionalTensor mask = contiguous(active);
+  const Tensor vectors = x.contiguous(), l = factor.contiguous();
+  Tensor out = at::empty_like(vectors);
+  dispatch(grads, damping, block_size, [&](const auto& g) {
+    const int64_t s = std::min({g.m, g.block_size, g.d});
+    TORCH_CHECK_VALUE(l.scalar_type() == at::kDouble && l.dim() == 3 && l.size(0) == g.blocks() && l.size(1) == s &&
+                          l.size(2) == s,
+                      "factor: expected float64 of shape [", g.blocks(), ", ", s, ", ", s, "], got ", l.scalar_type(),
+                      " of shape ", l.sizes());
+    inverse_product(g, mask_pointer(mask), l.const_data_ptr<double>(), vectors.const_data_ptr<float>(),
+                    x.dim() == 1 ? 1 : x.size(0), out.mutable_data_ptr<float>());
+  });
+  return out;
+}
+
+Tensor joint_update_op(const Tensor& grads, Tensor& weights, const Tensor& kept, double damping, int64_t block_size) {
+  check_grads(grads, damping, block_size);
+  check_vector(weights, "weights", at::kFloat, grads);
+  check_vector(kept, "kept", at::kBool, grads);
+  const Tensor mask = kept.contiguous();
+  Tensor w = weights.contiguous();
+  const double loss = dispatch(grads, damping, block_size, [&](const auto& g) {
+    return joint_update(g, mask.const_data_ptr<bool>(), w.mutable_data_ptr<float>());
+  });
+  if (!w.is_same(weights)) weights.copy_(w);
+  return at::scalar_tensor(loss, grads.options().dtype(at::kDouble));
+}
+
+void independent_update_op(const Tensor& grads, Tensor& weights, const Tensor& kept, const Tensor& diagonal,
+                           double damping, int64_t block_size, const OptionalTensor& active) {
+  check_grads(grads, damping, block_size);
+  check_active(active, grads);
+  check_vector(weights, "weights", at::kFloat, grads);
+  check_vector(kept, "kept", at::kBool, grads);
+  check_vector(diagonal, "inverse_diagonal", at::kFloat, grads);
+  const Tensor keep = kept.contiguous(), inverse = diagonal.contiguous();
+  const OptionalTensor mask = contiguous(active);
+  Tensor w = weights.contiguous();
+  dispatch(grads, damping, block_size, [&](const auto& g) {
+    independent_update(g, mask_pointer(mask), keep.const_data_ptr<bool>(), inverse.const_data_ptr<float>(),
+                       w.mutable_data_ptr<float>());
+  });
+  if (!w.is_same(weights)) weights.copy_(w);
+}
+
+Tensor quadratic_form_op(const Tensor& grads, const Tensor& x, double damping, int64_t block_size) {
+  check_grads(grads, damping, block_size);
+  check_vector(x, "x", at::kFloat, grads);
+  const Tensor step = x.contiguous();
+  const double value = dispatch(grads, damping, block_size,
+                                [&](const auto& g) { return quadratic_form(g, step.const_data_ptr<float>()); });
+  return at::scalar_tensor(value, grads.options().dtype(at::kDouble));
+}
+
+Tensor select_smallest_op(const Tensor& scores, int64_t k) {
+  TORCH_CHECK_VALUE(scores.dim() == 1, "scores: expected one dimension, got shape ", scores.sizes());
+  TORCH_CHECK_TYPE(scores.scalar_type() == at::kFloat, "scores: expected float32, got ", scores.scalar_type());
+  TORCH_CHECK_VALUE(0 <= k && k <= scores.size(0), "k: expected 0 to ", scores.size(0), ", got ", k);
+  const Tensor values = scores.contiguous();
+  Tensor kept = at::empty({scores.size(0)}, scores.options().dtype(at::kBool));
+  const int64_t nan =
+      select_smallest(values.const_data_ptr<float>(), scores.size(0), k, kept.mutable_data_ptr<bool>());
+  TORCH_CHECK_VALUE(nan < 0, "scores: expected no NaN, got one at index ", nan);
+  return kept;
+}
+
+TORCH_LIBRARY_IMPL(mfac, CPU, m) {
+  m.impl("block_factor", block_factor_op);
+  m.impl("inverse_diagonal", inverse_diagonal_op);
+  m.impl("inverse_product", inverse_product_op);
+  m.impl("joint_update", joint_update_op);
+  m.impl("independent_update", independent_update_op);
+  m.impl("quadratic_form", quadratic_form_op);
+  m.impl("select_smallest", select_smallest_op);
+}
+
+}  // namespace
+}  // namespace mfac::cpu

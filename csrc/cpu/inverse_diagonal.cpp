@@ -1,0 +1,92 @@
+// Diagonal of F⁻¹, one visit of G per block: the factor lives in scratch memory and is gone afterwards.
+//
+//   capacitance side   [F⁻¹]_ii = (1 - ‖L⁻¹ g_i‖²) / λ      g_i = column i of G
+//   Fisher side        [F⁻¹]_ii = m ‖L⁻¹ e_i‖²              e_i = column i of the identity
+//
+// m² flops per weight for the factor and as many for the solve (m <= B). Columns are solved kPanel at a time in a panel
+// that stays in L1 and is never stored. 1 - ‖.‖² loses digits where the data constrain a weight far more than λ does: a
+// panel in which it falls below kCancellation is done again in float64, from a float64 factor. 1/F_ii <= [F⁻¹]_ii <= 1/λ
+// bounds the result throughout.
+#include "kernels.h"
+
+namespace mfac::cpu {
+namespace {
+
+constexpr double kCancellation = 0.05;
+
+// out[c] = [F⁻¹]_cc for columns [c0, c0 + kPanel) of the block. Returns the smallest 1 - ‖L⁻¹ g_c‖² met, 1 on the Fisher
+// side, where nothing cancels.
+template <typename T, typename G>
+double solve_panel(const Block<G>& block, const Triangle<T>& l, int64_t c0, double* out) {
+  constexpr int64_t width = kPanel<T>;
+  const int64_t n = block.order(), padded = round_up(n, kRows), columns = std::min(width, block.size() - c0);
+  const double damping = block.grads.damping, m = static_cast<double>(block.grads.m);
+  Buffer<T> panel(padded * width);
+  T norms[width];
+  if (!block.capacitance()) {
+    std::fill_n(static_cast<T*>(panel), padded * width, T(0));
+    for (int64_t c = 0; c < columns; ++c) panel[(c0 + c) * width + c] = T(1);
+    solve(l, static_cast<T*>(panel), norms, c0 / kRows);
+    for (int64_t c = 0; c < columns; ++c) out[c] = std::min(m * norms[c], 1 / damping);
+    return 1;
+  }
+  pack_rows(block, 0, n, c0, static_cast<T*>(panel));
+  std::fill(panel + n * width, panel + padded * width, T(0));
+  double squares[width] = {};
+  for (int64_t r = 0; r < n; ++r)
+    for (int64_t c = 0; c < width; ++c) squares[c] += static_cast<double>(panel[r * width + c]) * panel[r * width + c];
+  solve(l, static_cast<T*>(panel), norms);
+  double smallest = 1;
+  for (int64_t c = 0; c < columns; ++c) {
+    const double rest = 1 - static_cast<double>(norms[c]);
+    smallest = std::min(smallest, rest);
+    out[c] = std::max(rest / damping, 1 / (damping + squares[c] / m));
+  }
+  return smallest;
+}
+
+}  // namespace
+
+template <typename G>
+void inverse_diagonal(const Gradients<G>& grads, const bool* active, float* out) {
+  for_each_block(grads, [&](int64_t index) {
+    const Block<G> block(grads, index, active);
+    const int64_t n = block.order(), size = block.size();
+    float* diagonal = out + block.begin;
+    std::fill_n(diagonal, block.width, static_cast<float>(1 / grads.damping));
+    if (n == 0) return;
+
+    // First all panels in float32; then, from float64 products, those that cancelled, or all if the factor failed.
+    constexpr int64_t width = kPanel<float>, half = kPanel<double>;
+    const int64_t panels = ceil_div(size, width);
+    Buffer<double> factor(n * n);
+    std::vector<char> done(panels, 0);
+    const auto store = [&](int64_t c0, int64_t columns, const double* values) {
+      for (int64_t c = 0; c < columns; ++c) diagonal[block.column(c0 + c)] = static_cast<float>(values[c]);
+    };
+    if (factor_single(block, factor)) {
+      Triangle<float> l(n);
+      l.pack(factor, n, n);
+      parallel_for(panels, [&](int64_t j) {
+        double values[width];
+        done[j] = solve_panel(block, l, j * width, values) >= kCancellation;
+        store(j * width, std::min(width, size - j * width), values);
+      });
+    }
+    if (std::count(done.begin(), done.end(), 1) == panels) return;
+    factor_double(block, factor);
+    Triangle<double> l(n);
+    l.pack(factor, n, n);
+    parallel_for(2 * panels, [&](int64_t j) {
+      double values[half];
+      if (done[j / 2] || j * half >= size) return;
+      solve_panel(block, l, j * half, values);
+      store(j * half, std::min(half, size - j * half), values);
+    });
+  });
+}
+
+template void inverse_diagonal<float>(const Gradients<float>&, const bool*, float*);
+template void inverse_diagonal<BFloat16>(const Gradients<BFloat16>&, const bool*, float*);
+
+}  // namespace mfac::cpu

@@ -1,0 +1,78 @@
+// Joint update: with S the kept and Q the pruned weights of a block, minimise ½ δᵀFδ subject to δ_Q = -w_Q:
+//
+//   r = G_Q w_Q
+//   |S| >= m    δ_S = G_Sᵀ y,              y = (mλ I + G_S G_Sᵀ)⁻¹ r      Gδ = -mλ y
+//   |S| <  m    δ_S = (mλ I + G_SᵀG_S)⁻¹ G_Sᵀ r                           Gδ = G_S δ_S - r
+//   loss        ½ (λ ‖δ‖² + ‖Gδ‖² / m)
+//
+// (block inverse of F and the push-through identity). The surviving columns are packed as they are read, so the cost falls
+// with the density; weights pruned earlier are zero and drop out. A block with nothing to prune is not read at all.
+#include "kernels.h"
+
+namespace mfac::cpu {
+namespace {
+
+double norm_squared(const double* x, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += x[i] * x[i];
+  return sum;
+}
+
+}  // namespace
+
+template <typename G>
+double joint_update(const Gradients<G>& grads, const bool* kept, float* weights) {
+  const int64_t m = grads.m;
+  const double damping = grads.damping;
+  std::vector<double> losses(grads.blocks(), 0.0);
+  for_each_block(grads, [&](int64_t index) {
+    const Block<G> survivors(grads, index, kept);
+    const int64_t width = survivors.width, n = survivors.order(), size = survivors.size();
+    float* w = weights + survivors.begin;
+    const bool* keep = kept + survivors.begin;
+    Buffer<double> x(width), r(m), step(width);
+    for (int64_t c = 0; c < width; ++c) {
+      x[c] = keep[c] ? 0.0 : w[c];
+      if (!keep[c]) w[c] = 0;
+    }
+    const double removed = norm_squared(x, width);
+    if (removed == 0) return;
+    multiply_rows(survivors, x, r);
+    double gradient_term = norm_squared(r, m), moved = 0;
+    if (n > 0) {
+      Buffer<double> l(n * n);
+      factor_block(survivors, l);
+      if (survivors.capacitance()) {
+        cholesky_solve(l, n, n, r);
+        multiply_columns(survivors, r, step);
+        const double ridge = survivors.ridge();
+        gradient_term = ridge * ridge * norm_squared(r, m);
+        for (int64_t c = 0; c < size; ++c) x[c] = step[survivors.column(c)];
+      } else {
+        multiply_columns(survivors, r, step);
+        for (int64_t c = 0; c < size; ++c) x[c] = step[survivors.column(c)];
+        cholesky_solve(l, n, n, x);
+        std::fill_n(static_cast<double*>(step), width, 0.0);
+        for (int64_t c = 0; c < size; ++c) step[survivors.column(c)] = x[c];
+        Buffer<double> moved_rows(m);
+        multiply_rows(survivors, step, moved_rows);
+        for (int64_t i = 0; i < m; ++i) moved_rows[i] -= r[i];
+        gradient_term = norm_squared(moved_rows, m);
+      }
+      moved = norm_squared(x, size);
+      for (int64_t c = 0; c < size; ++c) {
+        float& weight = w[survivors.column(c)];
+        weight = static_cast<float>(weight + x[c]);
+      }
+    }
+    losses[index] = 0.5 * (damping * (removed + moved) + gradient_term / static_cast<double>(m));
+  });
+  double loss = 0;
+  for (const double value : losses) loss += value;
+  return loss;
+}
+
+template double joint_update<float>(const Gradients<float>&, const bool*, float*);
+template double joint_update<BFloat16>(const Gradients<BFloat16>&, const bool*, float*);
+
+}  // namespace mfac::cpu

@@ -1,0 +1,38 @@
+// Entry points of the CPU kernels: raw pointers and sizes, no torch. Each is defined in the file of its name, for G = float
+// and BFloat16. `active` and `kept` are masks of d elements, `active` may be null (every column is in use).
+#pragma once
+
+#include "block.h"
+
+namespace mfac::cpu {
+
+// factor[blocks, s, s] float64, s = min(m, B): L of each block's A (block.h), in the leading rows and columns.
+template <typename G>
+void block_factor(const Gradients<G>& grads, const bool* active, double* factor);
+
+// out[d] = diagonal of F⁻¹.
+template <typename G>
+void inverse_diagonal(const Gradients<G>& grads, const bool* active, float* out);
+
+// out[k, d] = F⁻¹ x for each of the k rows of x[k, d].
+template <typename G>
+void inverse_product(const Gradients<G>& grads, const bool* active, const double* factor, const float* x, int64_t k,
+                     float* out);
+
+// weights[d]: pruned weights become zero, kept ones move to the minimum of ½ δᵀFδ. Returns that minimum.
+template <typename G>
+double joint_update(const Gradients<G>& grads, const bool* kept, float* weights);
+
+// weights[d] -= F⁻¹ u with u_i = w_i / [F⁻¹]_ii on the pruned weights, which then become zero.
+template <typename G>
+void independent_update(const Gradients<G>& grads, const bool* active, const bool* kept, const float* inverse_diagonal,
+                        float* weights);
+
+// ½ xᵀFx
+template <typename G>
+double quadratic_form(const Gradients<G>& grads, const float* x);
+
+// kept[n] = false for the k smallest of scores[n], ties to the lower index. Returns the position of a NaN, or -1.
+int64_t select_smallest(const float* scores, int64_t n, int64_t k, bool* kept);
+
+}  // namespace mfac::cpu

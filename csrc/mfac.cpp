@@ -1,0 +1,32 @@
+// Schemas of every op. Device files register the kernels (cpu/bindings.cpp); mfac/ops.py has the Python names, the fake
+// kernels and the docstrings.
+//
+//   m   gradients           grads       [m, d] float32 or bfloat16, rows contiguous, never written
+//   d   prunable weights    damping     λ > 0 of F = λ I + (1/m) Gᵀ G; never 1/λ
+//   B   block_size >= 1     active      [d] bool: columns that take part, the others as if their gradients were zero
+//   s   min(m, B, d)        kept        [d] bool: False = pruned
+//
+// F is block-diagonal with blocks of B columns, the last one shorter; B >= d is the full matrix.
+#include <torch/library.h>
+
+TORCH_LIBRARY(mfac, m) {
+  // [ceil(d/B), s, s] float64: lower Cholesky factors of mλ I + G Gᵀ (m <= columns in use) or mλ I + GᵀG, zero-padded.
+  m.def("block_factor(Tensor grads, float damping, int block_size, Tensor? active=None) -> Tensor");
+  // [d] float32: diagonal of F⁻¹.
+  m.def("inverse_diagonal(Tensor grads, float damping, int block_size, Tensor? active=None) -> Tensor");
+  // F⁻¹ x for x [d] or [k, d] float32, with `factor` from block_factor of the same arguments; shaped like x.
+  m.def(
+      "inverse_product(Tensor grads, Tensor factor, Tensor x, float damping, int block_size, Tensor? active=None) -> "
+      "Tensor");
+  // weights [d] float32, the only tensor written: zero where not kept, elsewhere the minimiser of ½ δᵀFδ. Returns that
+  // minimum, a float64 scalar.
+  m.def("joint_update(Tensor grads, Tensor(a!) weights, Tensor kept, float damping, int block_size) -> Tensor");
+  // weights [d] float32, the only tensor written: minus F⁻¹u, zero where not kept.
+  m.def(
+      "independent_update(Tensor grads, Tensor(a!) weights, Tensor kept, Tensor inverse_diagonal, float damping, int "
+      "block_size, Tensor? active=None) -> ()");
+  // ½ xᵀFx for x [d] float32; a float64 scalar.
+  m.def("quadratic_form(Tensor grads, Tensor x, float damping, int block_size) -> Tensor");
+  // [n] bool, False for the k smallest of scores [n] float32, ties to the lower index. NaN is an error.
+  m.def("select_smallest(Tensor scores, int k) -> Tensor");
+}
