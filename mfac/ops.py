@@ -1,0 +1,200 @@
+"""The compiled ops, one thin function each, and the choice between them and the reference.
+
+Shapes, here and in :mod:`mfac.reference`: ``grads`` [m, d] float32 or bfloat16, one gradient per row; ``damping`` λ > 0 of
+F = λ I + (1/m) Gᵀ G; ``block_size`` B >= 1, F being block-diagonal with blocks of B columns; ``active`` [d] bool, columns
+that take part, the others counting as zero gradients; ``kept`` [d] bool, False = pruned. Wrong arguments raise ValueError
+or TypeError from the op itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from mfac import _build, reference
+
+BACKENDS = ("auto", "compiled", "reference")
+
+_FAKES: dict[str, Callable] = {}
+
+
+def _fake(kernel: Callable) -> Callable:
+    """Register the fake kernel of the op that its name, `_fake_<op>`, says, once the extension is loaded."""
+    _FAKES[kernel.__name__.removeprefix("_fake_")] = kernel
+    return kernel
+
+
+def select_backend(backend: str = "auto", device: torch.device | str = "cpu") -> ModuleType:
+    """Return the module that serves: :mod:`mfac.ops` or :mod:`mfac.reference`, which hold the same functions.
+
+    Args:
+        backend: ``"compiled"`` (an error if it cannot be built or lacks the device), ``"reference"``, or ``"auto"``: what
+            the environment variable MFAC_BACKEND says, else compiled where possible, with one warning where not.
+        device: Where the tensors are.
+
+    Raises:
+        ValueError: If the name is not one of these.
+        RuntimeError: If ``"compiled"`` is asked for and cannot be had.
+
+    Returns:
+        The module.
+    """
+    source = "backend"
+    if backend == "auto":
+        backend, source = os.environ.get("MFAC_BACKEND", "auto"), "MFAC_BACKEND"
+    if backend not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "reference":
+        return reference
+    device = torch.device(device)
+    if device.type != "cpu":
+        reason = f"this version has no compiled kernels for {device.type}"
+        if backend == "compiled":
+            raise RuntimeError(f"backend: {reason}; use backend='reference' there, or move model and gradients to the CPU")
+        _warn_once(f"mfac: {reason}; the reference path (plain PyTorch on {device.type}) serves.")
+        return reference
+    try:
+        load()
+    except _build.BuildError as error:
+        if backend == "compiled":
+            raise
+        _warn_once(f"mfac: the compiled kernels are not available, the slower reference path serves.\n{error}")
+        return reference
+    return sys.modules[__name__]
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+@functools.cache
+def load() -> None:
+    """Build (at first use) and load the extension, and register the fake kernels.
+
+    Raises:
+        BuildError: If it cannot be built or loaded; says why and what to do.
+    """  # noqa: DOC502 - raised by _build.load
+    _build.load()
+    for name, fake in _FAKES.items():
+        torch.library.register_fake(f"mfac::{name}", fake)
+
+
+def block_factor(grads: Tensor, damping: float, block_size: int, active: Tensor | None = None) -> Tensor:
+    """Cholesky factor of every block: of mλ I + G Gᵀ where m <= columns in use, else of mλ I + GᵀG.
+
+    Returns:
+        [ceil(d/B), s, s] float64 with s = min(m, B, d), each lower triangular and padded with zeros.
+    """
+    return torch.ops.mfac.block_factor(grads, damping, block_size, active)
+
+
+@_fake
+def _fake_block_factor(grads, damping, block_size, active=None):
+    m, d = grads.shape
+    s = min(m, block_size, d)
+    return grads.new_empty((-(-d // block_size), s, s), dtype=torch.float64)
+
+
+def inverse_diagonal(grads: Tensor, damping: float, block_size: int, active: Tensor | None = None) -> Tensor:
+    """Diagonal of F⁻¹: (1 - ‖L⁻¹ g_i‖²) / λ with g_i column i of G, or m ‖L⁻¹ e_i‖²; 2 m min(m, B) flops per weight.
+
+    Returns:
+        [d] float32, within 1/F_ii and 1/λ, hence positive.
+    """
+    return torch.ops.mfac.inverse_diagonal(grads, damping, block_size, active)
+
+
+@_fake
+def _fake_inverse_diagonal(grads, damping, block_size, active=None):
+    return grads.new_empty(grads.shape[1], dtype=torch.float32)
+
+
+def inverse_product(
+    grads: Tensor, factor: Tensor, x: Tensor, damping: float, block_size: int, active: Tensor | None = None
+) -> Tensor:
+    """F⁻¹ x = (x - Gᵀ (mλ I + G Gᵀ)⁻¹ G x) / λ, for x [d] or [k, d] float32 and ``factor`` from :func:`block_factor`.
+
+    Returns:
+        float32, shaped like x.
+    """
+    return torch.ops.mfac.inverse_product(grads, factor, x, damping, block_size, active)
+
+
+@_fake
+def _fake_inverse_product(grads, factor, x, damping, block_size, active=None):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def joint_update(grads: Tensor, weights: Tensor, kept: Tensor, damping: float, block_size: int) -> Tensor:
+    """Prune in place all weights that are not kept, moving the kept ones to the minimum of ½ δᵀFδ.
+
+    w_S += G_Sᵀ (mλ I + G_S G_Sᵀ)⁻¹ G_Q w_Q and w_Q = 0, with S the kept and Q the pruned weights of a block. ``weights``
+    [d] float32 is the only tensor written.
+
+    Returns:
+        ½ δᵀFδ, the predicted loss increase, a float64 scalar.
+    """
+    return torch.ops.mfac.joint_update(grads, weights, kept, damping, block_size)
+
+
+@_fake
+def _fake_joint_update(grads, weights, kept, damping, block_size):
+    return grads.new_empty((), dtype=torch.float64)
+
+
+def independent_update(
+    grads: Tensor,
+    weights: Tensor,
+    kept: Tensor,
+    inverse_diagonal: Tensor,
+    damping: float,
+    block_size: int,
+    active: Tensor | None = None,
+) -> None:
+    """Prune in place by the sum of single-weight updates (M-FAC, equation 4).
+
+    w -= F⁻¹ u with u_i = w_i / [F⁻¹]_ii where not kept, then zero there. ``weights`` [d] float32 is the only tensor
+    written; ``inverse_diagonal`` [d] float32 comes from :func:`inverse_diagonal`.
+    """
+    torch.ops.mfac.independent_update(grads, weights, kept, inverse_diagonal, damping, block_size, active)
+
+
+@_fake
+def _fake_independent_update(grads, weights, kept, inverse_diagonal, damping, block_size, active=None):
+    return None
+
+
+def quadratic_form(grads: Tensor, x: Tensor, damping: float, block_size: int) -> Tensor:
+    """½ xᵀFx = ½ (λ ‖x‖² + Σ_blocks ‖G x‖² / m) for a step x [d] float32.
+
+    Returns:
+        A float64 scalar.
+    """
+    return torch.ops.mfac.quadratic_form(grads, x, damping, block_size)
+
+
+@_fake
+def _fake_quadratic_form(grads, x, damping, block_size):
+    return grads.new_empty((), dtype=torch.float64)
+
+
+def select_smallest(scores: Tensor, k: int) -> Tensor:
+    """Mask of the k smallest of n float32 scores, exact, ties to the lower index; NaN raises ValueError.
+
+    Returns:
+        [n] bool, False for the k smallest.
+    """
+    return torch.ops.mfac.select_smallest(scores, k)
+
+
+@_fake
+def _fake_select_smallest(scores, k):
+    return torch.empty_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)

@@ -1,0 +1,229 @@
+"""Gradual pruning, used like an optimizer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfac.gradients import GradientBuffer, collect_gradients, cycle
+from mfac.parameters import prunable_parameters
+from mfac.prune import PruneResult, prune_step, sparsity_groups
+from mfac.schedule import Schedule
+
+
+class Pruner:
+    """Raises the sparsity of a model along a schedule while it trains, and holds the masks.
+
+    Call :meth:`step` after every ``optimizer.step()``: it sets pruned weights back to zero and prunes when an update is
+    due. Nothing is hooked into the model, so copies, compiled and saved models are ordinary ones.
+
+    Each update may be split into R ``recomputations``: R steps at equal ratios of the remaining weights, with fresh
+    gradients at each. A big jump at once defeats every quadratic model; with R = 8 most of the accuracy survives.
+
+    Args:
+        model: Its weights are written.
+        batches: Iterable of (inputs, targets) or dicts, gone through again and again; ``num_grads`` of them make the
+            gradients of each recomputation (see :func:`collect_gradients`).
+        loss_fn: Loss of (outputs, targets); needed with ``batches``.
+        sparsity: Final sparsity: a float, or a dict of them by name or ``"re:<regex>"`` (others are left alone).
+        initial_sparsity: Sparsity at the first update.
+        start: Time of the first update.
+        end: Time of the last update, which gives ``sparsity`` exactly.
+        frequency: Time between updates.
+        schedule: ``"cubic"``, ``"linear"`` or ``"inverse_cubic"``.
+        recomputations: R >= 1.
+        num_grads: m gradients for each recomputation.
+        params: What to prune; see :func:`prunable_parameters`.
+        damping: λ > 0.
+        block_size: Columns per block of the Fisher; None for the full matrix.
+        scope: ``"global"`` or ``"layer"``.
+        update: ``"joint"``, ``"independent"`` or ``"none"``.
+        criterion: ``"fisher"``, or ``"magnitude"``, which needs neither batches nor buffer.
+        dtype: Type of collected gradients.
+        buffer: A :class:`GradientBuffer` that the training loop feeds, in place of ``batches``.
+        backend: ``"auto"``, ``"compiled"`` or ``"reference"``.
+        progress: Show progress bars while gradients are collected.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a value or name is wrong, or neither or both of ``batches`` and ``buffer`` are given.
+
+    Attributes:
+        masks: Name -> bool tensor, True = kept; empty before the first update.
+        results: (time, :class:`PruneResult`) of every update.
+
+    Example:
+        >>> model = torch.nn.Linear(20, 2)
+        >>> data = [(torch.randn(8, 20), torch.randint(2, (8,))) for _ in range(4)]
+        >>> loss_fn = torch.nn.functional.cross_entropy
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> pruner = Pruner(model, data, loss_fn, sparsity=0.9, end=6, frequency=3, num_grads=4)
+        >>> for inputs, targets in data * 2:
+        ...     optimizer.zero_grad()
+        ...     loss_fn(model(inputs), targets).backward()
+        ...     optimizer.step()
+        ...     result = pruner.step()
+        >>> pruner.sparsity
+        0.9
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any] | None = None,
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        *,
+        sparsity: float | Mapping[str, float],
+        initial_sparsity: float = 0.0,
+        start: float = 0,
+        end: float,
+        frequency: float = 1,
+        schedule: str = "cubic",
+        recomputations: int = 1,
+        num_grads: int = 256,
+        params: str | Iterable[str] | None = None,
+        damping: float = 1e-5,
+        block_size: int | None = 2000,
+        scope: str = "global",
+        update: str = "joint",
+        criterion: str = "fisher",
+        dtype: torch.dtype = torch.float32,
+        buffer: GradientBuffer | None = None,
+        backend: str = "auto",
+        progress: bool = False,
+    ) -> None:
+        """Check the arguments; the model is not touched."""
+        if criterion == "fisher" and (batches is None) == (buffer is None):
+            raise ValueError("batches, buffer: expected exactly one of them for criterion='fisher'")
+        if batches is not None and criterion == "fisher" and not callable(loss_fn):
+            raise TypeError(f"loss_fn: expected a function with batches, got {loss_fn!r}")
+        if not isinstance(recomputations, int) or recomputations < 1:
+            raise ValueError(f"recomputations: expected an int >= 1, got {recomputations!r}")
+        if buffer is not None and recomputations > 1:
+            raise ValueError(f"recomputations: expected 1 with a buffer (fresh gradients need batches), got {recomputations}")
+        if params is None and buffer is not None:
+            params = buffer.names
+        self._params = prunable_parameters(model, params)
+        names = list(self._params)
+        sparsity_groups(names, sparsity, scope)
+        # One schedule per key of a dict, else one under None.
+        final = dict(sparsity) if isinstance(sparsity, Mapping) else {None: sparsity}
+        self._schedules = {
+            key: Schedule(initial_sparsity, value, start, end, frequency, schedule) for key, value in final.items()
+        }
+        self._model, self._loss_fn, self._buffer, self._criterion = model, loss_fn, buffer, criterion
+        self._batches = None if batches is None else cycle(batches)
+        self._recomputations, self._num_grads, self._dtype, self._progress = recomputations, num_grads, dtype, progress
+        self._options = {
+            "damping": damping, "block_size": block_size, "scope": scope, "update": update, "criterion": criterion,
+            "backend": backend,
+        }  # fmt: skip
+        self._calls = 0
+        self._last: float | None = None
+        self._reached = dict.fromkeys(self._schedules, 0.0)
+        self.masks: dict[str, Tensor] = {}
+        self.results: list[tuple[float, PruneResult]] = []
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros that the masks hold now, over all chosen parameters."""
+        total = sum(p.numel() for p in self._params.values())
+        return 1 - sum(int(m.sum()) for m in self.masks.values()) / total if self.masks else 0.0
+
+    def step(self, time: float | None = None) -> PruneResult | None:
+        """Enforce the masks and prune if an update is due; call it after ``optimizer.step()``.
+
+        Args:
+            time: An increasing number in the unit of ``start``, ``end`` and ``frequency``, such as the epoch as a float.
+                Without it, the number of calls so far, this one included.
+
+        Returns:
+            What the update did, or None if none was due.
+        """
+        self._calls += 1
+        time = self._calls if time is None else time
+        self.apply_masks()
+        schedule = next(iter(self._schedules.values()))  # they differ in sparsity only
+        if not schedule.due(time, self._last):
+            return None
+        first = self._last is None and time < schedule.end
+        target = {key: s.initial if first else s.sparsity(time) for key, s in self._schedules.items()}
+        result = self._prune(target)
+        self._last = time
+        self.results.append((time, result))
+        return result
+
+    def apply_masks(self) -> None:
+        """Set the pruned weights to zero."""
+        with torch.no_grad():
+            for name, mask in self.masks.items():
+                self._params[name].masked_fill_(~mask, 0)
+
+    def _prune(self, target: dict[str | None, float]) -> PruneResult:
+        """Prune to the target by steps at equal ratios of the remaining weights."""
+        origin = dict(self._reached)
+        for r in range(1, self._recomputations + 1):
+            share = r / self._recomputations
+            now = {key: _between(origin[key], target[key], share) for key in target}
+            grads = self._gradients()
+            sparsity = now[None] if None in now else now
+            result = prune_step(
+                self._model, grads, sparsity, params=list(self._params), masks=self.masks or None, **self._options
+            )
+            self.masks, self._reached = result.masks, now
+        return result
+
+    def _gradients(self) -> GradientBuffer | None:
+        if self._criterion == "magnitude":
+            return None
+        if self._buffer is not None:
+            if len(self._buffer) < self._buffer.num_grads:
+                warnings.warn(f"buffer: only {len(self._buffer)} of {self._buffer.num_grads} gradients so far", stacklevel=4)
+            return self._buffer
+        return collect_gradients(
+            self._model, self._batches, self._loss_fn, self._num_grads,
+            params=list(self._params), dtype=self._dtype, progress=self._progress,
+        )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return masks and progress, for :meth:`load_state_dict` of a Pruner made with the same arguments."""
+        return {
+            "masks": {name: mask.clone() for name, mask in self.masks.items()},
+            "calls": self._calls,
+            "last": self._last,
+            "reached": dict(self._reached),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore masks and progress, and enforce the masks.
+
+        Args:
+            state: From :meth:`state_dict`.
+
+        Raises:
+            ValueError: If it belongs to other parameters or schedules.
+        """
+        missing = {"masks", "calls", "last", "reached"} - set(state)
+        if missing:
+            raise ValueError(f"state: expected the keys of Pruner.state_dict(), missing {', '.join(sorted(missing))}")
+        for name, mask in state["masks"].items():
+            if name not in self._params or mask.shape != self._params[name].shape:
+                raise ValueError(f"state: mask {name!r} of shape {list(mask.shape)} fits no parameter of this Pruner")
+        if set(state["reached"]) != set(self._schedules):
+            raise ValueError(f"state: expected sparsities for {sorted(self._schedules)}, got {sorted(state['reached'])}")
+        self.masks = {name: mask.to(self._params[name].device, copy=True) for name, mask in state["masks"].items()}
+        self._calls, self._last, self._reached = state["calls"], state["last"], dict(state["reached"])
+        self.apply_masks()
+
+
+def _between(start: float, end: float, share: float) -> float:
+    """Sparsity after `share` of the way, in equal ratios of the density; linear if nothing is to remain."""
+    if share == 1:
+        return end
+    if end == 1 or start == 1:
+        return start + (end - start) * share
+    return 1 - (1 - start) * ((1 - end) / (1 - start)) ** share

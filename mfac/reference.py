@@ -1,0 +1,187 @@
+"""The ops in plain PyTorch, as readable as the formulas.
+
+Every function here has the signature of its namesake in :mod:`mfac.ops` and computes in float64, block by block. It is what
+the compiled kernels are tested against, and what serves where they cannot be built. The ``recursion_*`` functions are the
+algorithm as published (M-FAC, Frantar, Kurtic, Alistarh, NeurIPS 2021, section 3.1), an independent check and the
+benchmarks' baseline.
+
+Symbols: G [m, d] gradients, λ ``damping``, B ``block_size``, F = λ I + (1/m) Gᵀ G block by block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def _blocks(d: int, block_size: int) -> Iterator[slice]:
+    return (slice(start, min(start + block_size, d)) for start in range(0, d, block_size))
+
+
+def _capacitance_side(g: Tensor) -> bool:
+    return g.shape[0] <= g.shape[1]
+
+
+def _factor(g: Tensor, damping: float) -> Tensor:
+    """Lower Cholesky factor of mλ I + G Gᵀ (m <= columns) or of mλ I + GᵀG, for one block."""
+    m = g.shape[0]
+    gram = g @ g.T if _capacitance_side(g) else g.T @ g
+    gram.diagonal().add_(m * damping)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    raised = torch.finfo(gram.dtype).eps * gram.trace()
+    while info:  # rounding made it indefinite: the ridge is raised to the rounding error
+        factor, info = torch.linalg.cholesky_ex(gram + raised * torch.eye(len(gram), dtype=g.dtype, device=g.device))
+        raised = raised * 10
+    return factor
+
+
+def _inverse_times(g: Tensor, factor: Tensor, x: Tensor, damping: float) -> Tensor:
+    """F⁻¹ x for the columns of x, one block."""
+    if _capacitance_side(g):
+        return (x - g.T @ torch.cholesky_solve(g @ x, factor)) / damping
+    return torch.cholesky_solve(x, factor) * g.shape[0]
+
+
+def _used(grads: Tensor, block: slice, active: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The block's columns in use, in float64, and their positions in [0, d)."""
+    columns = torch.arange(block.start, block.stop, device=grads.device)
+    if active is not None:
+        columns = columns[active[block]]
+    return grads[:, columns].double(), columns
+
+
+def block_factor(grads: Tensor, damping: float, block_size: int, active: Tensor | None = None) -> Tensor:
+    """Cholesky factors of all blocks; see :func:`mfac.ops.block_factor`."""
+    m, d = grads.shape
+    s = min(m, block_size, d)
+    blocks = list(_blocks(d, block_size))
+    out = torch.zeros(len(blocks), s, s, dtype=torch.float64, device=grads.device)
+    for factor, block in zip(out, blocks, strict=True):
+        g, columns = _used(grads, block, active)
+        n = min(m, len(columns))
+        factor[:n, :n] = _factor(g, damping)
+    return out
+
+
+def inverse_diagonal(grads: Tensor, damping: float, block_size: int, active: Tensor | None = None) -> Tensor:
+    """Diagonal of F⁻¹; see :func:`mfac.ops.inverse_diagonal`."""
+    m, d = grads.shape
+    out = torch.full((d,), 1 / damping, dtype=torch.float64, device=grads.device)
+    for block in _blocks(d, block_size):
+        g, columns = _used(grads, block, active)
+        factor = _factor(g, damping)
+        if _capacitance_side(g):
+            value = (1 - torch.linalg.solve_triangular(factor, g, upper=False).square().sum(0)) / damping
+            # Whatever the rounding, 1/F_ii <= [F⁻¹]_ii.
+            out[columns] = torch.maximum(value, 1 / (damping + g.square().sum(0) / m))
+        else:
+            eye = torch.eye(len(columns), dtype=g.dtype, device=g.device)
+            out[columns] = m * torch.linalg.solve_triangular(factor, eye, upper=False).square().sum(0)
+    return out.float()
+
+
+def inverse_product(
+    grads: Tensor, factor: Tensor, x: Tensor, damping: float, block_size: int, active: Tensor | None = None
+) -> Tensor:
+    """F⁻¹ x; see :func:`mfac.ops.inverse_product`."""
+    out = x.double() / damping
+    for l, block in zip(factor, _blocks(grads.shape[1], block_size), strict=True):
+        g, columns = _used(grads, block, active)
+        n = min(g.shape)
+        vectors = x[..., columns].double().reshape(-1, len(columns)).T
+        product = _inverse_times(g, l[:n, :n], vectors, damping)
+        out[..., columns] = product.T.reshape(*x.shape[:-1], len(columns))
+    return out.float()
+
+
+def joint_update(grads: Tensor, weights: Tensor, kept: Tensor, damping: float, block_size: int) -> Tensor:
+    """Exact update for pruning all weights that are not kept; see :func:`mfac.ops.joint_update`."""
+    m, d = grads.shape
+    loss = torch.zeros((), dtype=torch.float64, device=grads.device)
+    for block in _blocks(d, block_size):
+        g, _ = _used(grads, block, None)
+        keep = kept[block]
+        removed = weights[block].double()[~keep]
+        if not removed.any():
+            weights[block].masked_fill_(~keep, 0)
+            continue
+        survivors, r = g[:, keep], g[:, ~keep] @ removed
+        factor = _factor(survivors, damping)
+        if _capacitance_side(survivors):
+            step = survivors.T @ torch.cholesky_solve(r[:, None], factor)[:, 0]
+        else:
+            step = torch.cholesky_solve((survivors.T @ r)[:, None], factor)[:, 0]
+        moved = survivors @ step - r
+        loss += 0.5 * (damping * (removed.square().sum() + step.square().sum()) + moved.square().sum() / m)
+        new = torch.zeros(len(keep), dtype=torch.float64, device=grads.device)
+        new[keep] = weights[block].double()[keep] + step
+        weights[block] = new.to(weights.dtype)
+    return loss
+
+
+def independent_update(
+    grads: Tensor,
+    weights: Tensor,
+    kept: Tensor,
+    inverse_diagonal: Tensor,
+    damping: float,
+    block_size: int,
+    active: Tensor | None = None,
+) -> None:
+    """Sum of single-weight updates, as published; see :func:`mfac.ops.independent_update`."""
+    u = torch.where(kept, 0, weights.double() / inverse_diagonal.double())
+    factor = block_factor(grads, damping, block_size, active)
+    step = inverse_product(grads, factor, u, damping, block_size, active)
+    weights.copy_(torch.where(kept, weights - step, 0))
+
+
+def quadratic_form(grads: Tensor, x: Tensor, damping: float, block_size: int) -> Tensor:
+    """½ xᵀFx; see :func:`mfac.ops.quadratic_form`."""
+    m, d = grads.shape
+    total = damping * x.double().square().sum()
+    for block in _blocks(d, block_size):
+        total = total + (grads[:, block].double() @ x[block].double()).square().sum() / m
+    return 0.5 * total
+
+
+def select_smallest(scores: Tensor, k: int) -> Tensor:
+    """Mask of the k smallest scores; see :func:`mfac.ops.select_smallest`."""
+    if scores.isnan().any():
+        raise ValueError(f"scores: expected no NaN, got one at index {int(scores.isnan().nonzero()[0])}")
+    if not 0 <= k <= len(scores):
+        raise ValueError(f"k: expected 0 to {len(scores)}, got {k}")
+    kept = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+    kept[torch.sort(scores + 0.0, stable=True).indices[:k]] = False
+    return kept
+
+
+def recursion_vectors(g: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Run the published recursion on one block: v_k = F_{k-1}⁻¹ g_k and q_k = m + g_kᵀ v_k.
+
+    Sherman-Morrison gives F_k⁻¹ = F_{k-1}⁻¹ - v_k v_kᵀ / q_k with F_0⁻¹ = I/λ, so that
+    F_{k-1}⁻¹ g = g/λ - Σ_{j<k} v_j (v_jᵀ g) / q_j. Two passes over the k-1 vectors so far for each of the m gradients.
+
+    Args:
+        g: [m, B] gradients of one block.
+        damping: λ.
+
+    Returns:
+        v [m, B] and q [m], in the type of g.
+    """
+    m = g.shape[0]
+    v, q = torch.empty_like(g), g.new_empty(m)
+    for k in range(m):
+        torch.sub(g[k] / damping, v[:k].T @ ((v[:k] @ g[k]) / q[:k]), out=v[k])
+        q[k] = m + g[k] @ v[k]
+    return v, q
+
+
+def recursion_inverse_diagonal(grads: Tensor, damping: float, block_size: int) -> Tensor:
+    """Diagonal of F⁻¹ [d] by the published recursion, in the type of grads."""
+    out = []
+    for block in _blocks(grads.shape[1], block_size):
+        v, q = recursion_vectors(grads[:, block].contiguous(), damping)
+        out.append(1 / damping - (v.square() / q[:, None]).sum(0))
+    return torch.cat(out)
