@@ -212,7 +212,7 @@ def load() -> ModuleType:
     """Return the compiled module, after building it where needed. Importing it registers ``torch.ops.mfac``.
 
     The prebuilt ``mfac._C`` is taken if it was made from these sources for this torch. Otherwise the kernels are
-    compiled (once, about 20 s; from then on they are in the cache). The outcome, also a failure, holds for the
+    compiled (once, about 30 s; from then on they are in the cache). The outcome, also a failure, holds for the
     life of the process.
 
     Returns:
@@ -350,7 +350,7 @@ def _compile(folder: Path, log: Path, tried: str) -> None:
     env = {**os.environ, "CXX": compiler}
     env["PATH"] = os.pathsep.join([str(Path(ninja).parent), os.environ.get("PATH", os.defpath)])
     env.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0))))  # ninja would start two more
-    notice = "mfac: compiling kernels (once, about 20 s) ..."
+    notice = "mfac: compiling kernels (once, about 30 s) ..."
     if _LOGGER.isEnabledFor(logging.INFO):
         _LOGGER.info(notice)
     elif sys.stderr is not None and sys.stderr.isatty():

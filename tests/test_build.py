@@ -16,7 +16,7 @@ import pytest
 
 from mfac import _build, doctor
 
-REPO = _build.PACKAGE.parent
+REPO = Path(__file__).resolve().parents[1]
 STUB = """
 #include <Python.h>
 static PyObject* build_config(PyObject*, PyObject*) { return Py_BuildValue("{s:s}", "fingerprint", MFAC_FINGERPRINT); }
@@ -85,8 +85,8 @@ def files(folder):
 
 
 def python(*args, **env):
-    """Run this Python away from the repository's folder, with the repository's package."""
-    env = {**os.environ, "PYTHONPATH": str(REPO), "PYTHONDONTWRITEBYTECODE": "1", **env}
+    """Run this Python away from the repository's folder, with the package under test."""
+    env = {**os.environ, "PYTHONPATH": str(_build.PACKAGE.parent), "PYTHONDONTWRITEBYTECODE": "1", **env}
     return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=env, cwd="/")
 
 
