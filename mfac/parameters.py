@@ -23,7 +23,7 @@ def prunable_parameters(model: nn.Module, params: str | Iterable[str] | None = N
         Name to parameter. A parameter that has two names appears once, under the first.
 
     Raises:
-        TypeError: If ``model`` is not a module or an entry of ``params`` not a string.
+        TypeError: If ``model`` is not a module, ``params`` cannot be iterated or an entry is not a string.
         ValueError: If the model has no parameters, nothing prunable, or an entry of ``params`` matches nothing.
 
     Example:
@@ -43,13 +43,17 @@ def prunable_parameters(model: nn.Module, params: str | Iterable[str] | None = N
     prunable = {name: p for name, p in every.items() if id(p) in weights}
     if params is None:
         if not prunable:
-            raise ValueError("model: expected at least one Linear or ConvNd layer, got none; name the parameters in params")
+            raise ValueError(
+                "model: expected at least one Linear or ConvNd layer, got none; name the parameters in params"
+            )
         return prunable
 
     groups = {"__ALL__": list(every), "__ALL_PRUNABLE__": list(prunable)}
     chosen: set[str] = set()
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params: expected names of parameters or None, got {params!r}")
     for entry in [params] if isinstance(params, str) else params:
-        found = groups[entry] if entry in groups else matching_names(entry, every)
+        found = matching_names(entry, every) or groups.get(entry)
         if not found:
             raise ValueError(f"params: {entry!r} matches no parameter of the model, which has {_shorten(every)}")
         chosen.update(found)
