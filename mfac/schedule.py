@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 _CURVES = {
@@ -19,7 +20,7 @@ class Schedule:
     later ones every ``frequency``, the last one at the first time at or after ``end``, which gives ``final`` exactly.
 
     Args:
-        initial: Sparsity at ``start``, in [0, 1].
+        initial: Sparsity at ``start``, in [0, ``final``].
         final: Sparsity at ``end``, in [0, 1].
         start: Time of the first update.
         end: Time of the last update. With ``end == start`` there is one update, to ``final``.
@@ -28,7 +29,8 @@ class Schedule:
             ``"inverse_cubic"`` (1 - (1 - x)^⅓).
 
     Raises:
-        ValueError: If a value is out of its range.
+        TypeError: If a value is not a number.
+        ValueError: If a value is out of its range, or ``initial`` above ``final``.
 
     Example:
         >>> schedule = Schedule(initial=0.0, final=0.8, start=0, end=10, frequency=5)
@@ -45,11 +47,19 @@ class Schedule:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
+        for name in ("initial", "final", "start", "end", "frequency"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name}: expected a number, got {value!r}")
         for name in ("initial", "final"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} sparsity: expected in [0, 1], got {value!r}")
-        if not self.end >= self.start:
+        if self.initial > self.final:
+            raise ValueError(f"initial sparsity: expected <= the final one, {self.final}, got {self.initial!r}")
+        if not (math.isfinite(self.start) and math.isfinite(self.end)):
+            raise ValueError(f"start, end: expected finite numbers, got {self.start!r} and {self.end!r}")
+        if self.end < self.start:
             raise ValueError(f"end: expected >= start = {self.start}, got {self.end!r}")
         if not self.frequency > 0:
             raise ValueError(f"frequency: expected > 0, got {self.frequency!r}")
@@ -71,4 +81,5 @@ class Schedule:
             return True
         if last >= self.end:
             return False
-        return time >= self.end or time >= last + self.frequency
+        # Epochs as floats: 0.2 + 0.1 > 0.3, and without the allowance for rounding the update at 0.3 would be missed.
+        return time >= self.end or time - last >= self.frequency * (1 - 1e-9)
