@@ -30,7 +30,7 @@ class GradientBuffer:
         skipped: How many gradients were refused because they held NaN or infinity.
 
     Raises:
-        TypeError: If ``params`` is not a mapping or ``dtype`` another type.
+        TypeError: If ``params`` is not a mapping of tensors or ``dtype`` another type.
         ValueError: If ``num_grads`` < 1, ``params`` is empty, or the parameters are on several devices.
 
     Example:
@@ -45,12 +45,15 @@ class GradientBuffer:
 
     def __init__(self, num_grads: int, params: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
         """Allocate the rows."""
-        if not isinstance(num_grads, int) or num_grads < 1:
+        if isinstance(num_grads, bool) or not isinstance(num_grads, int) or num_grads < 1:
             raise ValueError(f"num_grads: expected an int >= 1, got {num_grads!r}")
         if not isinstance(params, Mapping):
             raise TypeError(f"params: expected name -> parameter, got {type(params).__name__}")
         if not params:
             raise ValueError("params: expected at least one parameter, got none")
+        for name, p in params.items():
+            if not isinstance(p, Tensor):
+                raise TypeError(f"params[{name!r}]: expected a tensor, got {type(p).__name__}")
         if dtype not in (torch.float32, torch.bfloat16):
             raise TypeError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
         devices = {p.device for p in params.values()}
@@ -141,14 +144,17 @@ class GradientBuffer:
             True if the row was stored, False if it was skipped because it is not finite.
 
         Raises:
+            TypeError: If one is not a tensor.
             ValueError: If the number of tensors or a shape is wrong.
         """
         if len(grads) != len(self.names):
             raise ValueError(f"grads: expected {len(self.names)} tensors, got {len(grads)}")
         for name, shape, grad in zip(self.names, self._shapes, grads, strict=True):
+            if not isinstance(grad, Tensor):
+                raise TypeError(f"grads: expected a tensor for {name!r}, got {type(grad).__name__}")
             if grad.shape != shape:
                 raise ValueError(f"grads: expected shape {list(shape)} for {name!r}, got {list(grad.shape)}")
-        if not all(torch.isfinite(grad).all() for grad in grads):
+        if not all(torch.isfinite(grad.to(self.dtype)).all() for grad in grads):  # as stored: float64 may overflow
             self.skipped += 1
             return False
         row = self._rows[self._next]
@@ -189,7 +195,8 @@ def collect_gradients(
         A full buffer. Gradients that are not finite are replaced by those of further batches and counted in ``skipped``.
 
     Raises:
-        TypeError: If a batch is neither a pair nor a dict, or the loss not a tensor.
+        TypeError: If ``batches`` cannot be iterated, ``loss_fn`` called, a batch is neither a pair nor a dict, or the loss is
+            not a tensor.
         ValueError: If ``num_grads`` < 1, ``batches`` is empty or an iterator that ends early, the loss is not a scalar, no
             gradient is finite, or the loss does not depend on one of the parameters.
 
@@ -199,6 +206,10 @@ def collect_gradients(
         >>> collect_gradients(model, batches, torch.nn.functional.cross_entropy, 16).shape
         (16, 8)
     """
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches: expected an iterable of batches, got {type(batches).__name__}")
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn: expected a function, got {loss_fn!r}")
     chosen = prunable_parameters(model, params)
     buffer = GradientBuffer(num_grads, chosen, dtype)
     source = cycle(batches, num_grads)
@@ -211,7 +222,9 @@ def collect_gradients(
             if buffer.append_gradients(full):
                 bar.update()
             elif buffer.skipped >= max(num_grads, 16) and len(buffer) == 0:
-                raise ValueError(f"batches: none of {buffer.skipped} gradients is finite; is the model or its input NaN?")
+                raise ValueError(
+                    f"batches: none of {buffer.skipped} gradients is finite; is the model or its input NaN?"
+                )
     for name in chosen:
         if name not in reached:
             raise ValueError(f"params: the loss does not depend on {name!r}; leave it out of params")
@@ -237,9 +250,11 @@ def cycle(batches: Iterable[Any], announce: int | None = None) -> Iterator[Any]:
         for batch in batches:
             count += 1
             yield batch
-        if count == 0 or iter(batches) is batches:
+        if count == 0 or isinstance(batches, Iterator):
             wanted = "more" if announce is None else f"{announce} gradients or more"
-            raise ValueError(f"batches: expected batches for {wanted}, got {count or 'none'} left; pass a list or DataLoader")
+            raise ValueError(
+                f"batches: expected batches for {wanted}, got {count or 'none'} left; pass a list or DataLoader"
+            )
         if not announced:
             warnings.warn(f"batches: {count} batches for {announce} gradients; they are used again", stacklevel=3)
             announced = True
@@ -259,6 +274,8 @@ def _loss(model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Tensor]) -
         raise TypeError(f"loss_fn: expected a tensor, got {type(loss).__name__}")
     if loss.numel() != 1:
         raise ValueError(f"loss_fn: expected a scalar, got shape {list(loss.shape)}")
+    if not loss.requires_grad:
+        raise ValueError("loss_fn: expected a loss that depends on the parameters, got a constant (detached?) one")
     return loss
 
 
