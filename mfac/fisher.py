@@ -26,7 +26,7 @@ class Fisher:
         backend: ``"auto"``, ``"compiled"`` or ``"reference"``.
 
     Raises:
-        TypeError: If ``grads`` is not such a tensor or buffer, or a number is not one.
+        TypeError: If ``grads`` is not such a tensor or buffer, ``active`` not a tensor, or a number is not one.
         ValueError: If ``grads`` has no rows or is not finite, ``damping`` or ``block_size`` is out of range, or ``active``
             does not match.
 
@@ -53,6 +53,8 @@ class Fisher:
         check_gradients(grads)
         m, d = grads.shape
         check_fisher_settings(damping, block_size)
+        if active is not None and not isinstance(active, Tensor):
+            raise TypeError(f"active: expected a bool tensor, got {type(active).__name__}")
         if active is not None and (active.shape != (d,) or active.dtype != torch.bool or active.device != grads.device):
             raise ValueError(
                 f"active: expected bool of shape [{d}] on {grads.device}, got {active.dtype} of shape "
@@ -96,8 +98,11 @@ class Fisher:
             float32, shaped like x.
 
         Raises:
+            TypeError: If x is not a tensor.
             ValueError: If the shape or the device of x does not match.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
         d = self.grads.shape[1]
         if x.dim() not in (1, 2) or x.shape[-1] != d or x.device != self.grads.device:
             raise ValueError(
@@ -197,7 +202,9 @@ def check_gradients(grads: Tensor) -> None:
     if not isinstance(grads, Tensor):
         raise TypeError(f"grads: expected a tensor or GradientBuffer, got {type(grads).__name__}")
     if grads.dim() != 2 or 0 in grads.shape:
-        raise ValueError(f"grads: expected [m, d] with m >= 1 gradients and d >= 1 weights, got shape {list(grads.shape)}")
+        raise ValueError(
+            f"grads: expected [m, d] with m >= 1 gradients and d >= 1 weights, got shape {list(grads.shape)}"
+        )
     if grads.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"grads: expected float32 or bfloat16, got {grads.dtype}")
     bad = [row for row in range(len(grads)) if not torch.isfinite(grads[row]).all()]
