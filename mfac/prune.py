@@ -83,7 +83,7 @@ def prune_step(
         grads: A :class:`GradientBuffer`, a tensor [m, d] in the order of :func:`prunable_parameters`, or m dicts name ->
             gradient. None is for ``criterion="magnitude"``, which then updates nothing.
         sparsity: Share of zeros in [0, 1]; or a dict of such shares by name or ``"re:<regex>"``, parameters that no key
-            matches staying as they are.
+            matches staying dense (the update may move them: leave them out of ``params`` if it must not).
         params: What to prune; see :func:`prunable_parameters`. Default: the weights of Linear and ConvNd layers, or the
             parameters of the GradientBuffer.
         damping: λ > 0.
@@ -111,9 +111,7 @@ def prune_step(
         >>> int((model.weight == 0).sum())
         576
     """
-    for name, value, known in (("scope", scope, SCOPES), ("update", update, UPDATES), ("criterion", criterion, CRITERIA)):
-        if value not in known:
-            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+    check_choices(scope, update, criterion)
     check_fisher_settings(damping, block_size)
     if grads is None and criterion == "fisher":
         raise ValueError("grads: expected gradients for criterion='fisher', got None")
@@ -156,13 +154,14 @@ def prune_step(
                 else:
                     weights.masked_fill_(~kept, 0)
                 loss = fisher.quadratic_form(weights - before)
-        if not torch.isfinite(weights).all():
+        # In the parameter's own type: a weight that did not move keeps all its digits, and float16 may overflow.
+        parts = zip(chosen.values(), *(x.split(sizes) for x in (weights, before, kept)), strict=True)
+        new = [torch.where((k & (a == b)).view_as(p), p, a.view_as(p)).to(p.dtype) for p, a, b, k in parts]
+        if not all(torch.isfinite(x).all() for x in new):
             raise RuntimeError(f"update: the result is not finite with damping={damping}; raise the damping")
-        for p, part in zip(chosen.values(), weights.split(sizes), strict=True):
-            p.copy_(part.view_as(p))
-    shaped = {
-        name: part.view_as(p).clone() for (name, p), part in zip(chosen.items(), kept.split(sizes), strict=True)
-    }
+        for p, x in zip(chosen.values(), new, strict=True):
+            p.copy_(x)
+    shaped = {name: part.view_as(p).clone() for (name, p), part in zip(chosen.items(), kept.split(sizes), strict=True)}
     return PruneResult(
         masks=shaped,
         sparsity=1 - int(kept.sum()) / len(kept),
@@ -171,6 +170,26 @@ def prune_step(
         seconds=seconds,
         backend="compiled" if kernels is ops else "reference",
     )
+
+
+def check_choices(scope: str, update: str, criterion: str) -> None:
+    """Check the arguments that are one of a few words.
+
+    Args:
+        scope: One of SCOPES.
+        update: One of UPDATES.
+        criterion: One of CRITERIA.
+
+    Raises:
+        ValueError: If one is another word.
+    """
+    for name, value, known in (
+        ("scope", scope, SCOPES),
+        ("update", update, UPDATES),
+        ("criterion", criterion, CRITERIA),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
 
 
 def sparsity_groups(
@@ -223,6 +242,8 @@ def _check_parameters(chosen: Mapping[str, Tensor]) -> torch.device:
     devices = {p.device for p in chosen.values()}
     if len(devices) > 1:
         raise ValueError(f"model: expected parameters on one device, got {', '.join(sorted(map(str, devices)))}")
+    if torch.device("meta") in devices:
+        raise ValueError("model: expected parameters with data, got them on the meta device")
     for name, p in chosen.items():
         if not p.is_floating_point():
             raise TypeError(f"model: expected floating point parameters, got {p.dtype} for {name!r}")
@@ -237,7 +258,9 @@ def _gradient_matrix(
     d = sum(p.numel() for p in chosen.values())
     if isinstance(grads, GradientBuffer):
         if grads.names != list(chosen):
-            raise ValueError(f"grads: the buffer holds {', '.join(grads.names[:8])}; params asks for {', '.join(chosen)}")
+            raise ValueError(
+                f"grads: the buffer holds {', '.join(grads.names[:8])}; params asks for {', '.join(chosen)}"
+            )
         if len(grads) == 0:
             raise ValueError("grads: expected at least one gradient, got an empty GradientBuffer")
         matrix = grads.tensor
@@ -256,11 +279,11 @@ def _gradient_matrix(
         matrix = buffer.tensor
     else:
         raise TypeError(f"grads: expected a GradientBuffer, a tensor or a list of dicts, got {type(grads).__name__}")
+    if matrix.device != device:
+        raise ValueError(f"grads: expected on {device} like the model, got {matrix.device}")
     check_gradients(matrix)
     if matrix.shape[1] != d:
         raise ValueError(f"grads: expected [m, {d}] for these parameters, got shape {list(matrix.shape)}")
-    if matrix.device != device:
-        raise ValueError(f"grads: expected on {device} like the model, got {matrix.device}")
     return matrix
 
 
@@ -273,6 +296,8 @@ def _flat_masks(masks: Mapping[str, Tensor], chosen: Mapping[str, Tensor], devic
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != chosen[name].shape:
             got = f"{mask.dtype} of shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"masks[{name!r}]: expected bool of shape {list(chosen[name].shape)}, got {got}")
+        if mask.is_meta:
+            raise ValueError(f"masks[{name!r}]: expected on {device}, got meta")
     full = [masks[n] if n in masks else torch.ones_like(p, dtype=torch.bool) for n, p in chosen.items()]
     return torch.cat([mask.to(device).reshape(-1) for mask in full])
 
