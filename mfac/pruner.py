@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mfac.fisher import check_fisher_settings
 from mfac.gradients import GradientBuffer, collect_gradients, cycle
+from mfac.ops import BACKENDS
 from mfac.parameters import prunable_parameters
-from mfac.prune import PruneResult, prune_step, sparsity_groups
+from mfac.prune import PruneResult, check_choices, prune_step, sparsity_groups
 from mfac.schedule import Schedule
 
 
@@ -29,7 +31,8 @@ class Pruner:
         batches: Iterable of (inputs, targets) or dicts, gone through again and again; ``num_grads`` of them make the
             gradients of each recomputation (see :func:`collect_gradients`).
         loss_fn: Loss of (outputs, targets); needed with ``batches``.
-        sparsity: Final sparsity: a float, or a dict of them by name or ``"re:<regex>"`` (others are left alone).
+        sparsity: Final sparsity: a float, or a dict of them by name or ``"re:<regex>"`` (others are left alone, unless
+            ``params`` or the buffer has them: then they stay dense, but take part in the updates).
         initial_sparsity: Sparsity at the first update.
         start: Time of the first update.
         end: Time of the last update, which gives ``sparsity`` exactly.
@@ -97,19 +100,34 @@ class Pruner:
         progress: bool = False,
     ) -> None:
         """Check the arguments; the model is not touched."""
+        check_choices(scope, update, criterion)
+        check_fisher_settings(damping, block_size)
         if criterion == "fisher" and (batches is None) == (buffer is None):
             raise ValueError("batches, buffer: expected exactly one of them for criterion='fisher'")
         if batches is not None and criterion == "fisher" and not callable(loss_fn):
             raise TypeError(f"loss_fn: expected a function with batches, got {loss_fn!r}")
-        if not isinstance(recomputations, int) or recomputations < 1:
-            raise ValueError(f"recomputations: expected an int >= 1, got {recomputations!r}")
+        for name, value in (("recomputations", recomputations), ("num_grads", num_grads)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise TypeError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
+        if buffer is not None and not isinstance(buffer, GradientBuffer):
+            raise TypeError(f"buffer: expected a GradientBuffer, got {type(buffer).__name__}")
+        if batches is not None and not isinstance(batches, Iterable):
+            raise TypeError(f"batches: expected an iterable of batches, got {type(batches).__name__}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
         if buffer is not None and recomputations > 1:
-            raise ValueError(f"recomputations: expected 1 with a buffer (fresh gradients need batches), got {recomputations}")
+            raise ValueError(
+                f"recomputations: expected 1 with a buffer (fresh gradients need batches), got {recomputations}"
+            )
         if params is None and buffer is not None:
             params = buffer.names
         self._params = prunable_parameters(model, params)
-        names = list(self._params)
-        sparsity_groups(names, sparsity, scope)
+        groups = sparsity_groups(list(self._params), sparsity, scope)
+        if params is None and isinstance(sparsity, Mapping):
+            named = {name for names, _ in groups for name in names}
+            self._params = {name: p for name, p in self._params.items() if name in named}
         # One schedule per key of a dict, else one under None.
         final = dict(sparsity) if isinstance(sparsity, Mapping) else {None: sparsity}
         self._schedules = {
@@ -182,7 +200,9 @@ class Pruner:
             return None
         if self._buffer is not None:
             if len(self._buffer) < self._buffer.num_grads:
-                warnings.warn(f"buffer: only {len(self._buffer)} of {self._buffer.num_grads} gradients so far", stacklevel=4)
+                warnings.warn(
+                    f"buffer: only {len(self._buffer)} of {self._buffer.num_grads} gradients so far", stacklevel=4
+                )
             return self._buffer
         return collect_gradients(
             self._model, self._batches, self._loss_fn, self._num_grads,
@@ -211,10 +231,16 @@ class Pruner:
         if missing:
             raise ValueError(f"state: expected the keys of Pruner.state_dict(), missing {', '.join(sorted(missing))}")
         for name, mask in state["masks"].items():
-            if name not in self._params or mask.shape != self._params[name].shape:
-                raise ValueError(f"state: mask {name!r} of shape {list(mask.shape)} fits no parameter of this Pruner")
+            if name not in self._params or mask.shape != self._params[name].shape or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"state: mask {name!r} of {mask.dtype} and shape {list(mask.shape)} fits no parameter of this Pruner"
+                )
+        if state["masks"] and set(state["masks"]) != set(self._params):
+            raise ValueError(f"state: no masks for {', '.join(set(self._params) - set(state['masks']))}")
         if set(state["reached"]) != set(self._schedules):
-            raise ValueError(f"state: expected sparsities for {sorted(self._schedules)}, got {sorted(state['reached'])}")
+            raise ValueError(
+                f"state: expected sparsities for {sorted(self._schedules)}, got {sorted(state['reached'])}"
+            )
         self.masks = {name: mask.to(self._params[name].device, copy=True) for name, mask in state["masks"].items()}
         self._calls, self._last, self._reached = state["calls"], state["last"], dict(state["reached"])
         self.apply_masks()
@@ -222,8 +248,9 @@ class Pruner:
 
 def _between(start: float, end: float, share: float) -> float:
     """Sparsity after `share` of the way, in equal ratios of the density; linear if nothing is to remain."""
-    if share == 1:
+    if share == 1 or start == end:
         return end
-    if end == 1 or start == 1:
+    if end == 1:
         return start + (end - start) * share
-    return 1 - (1 - start) * ((1 - end) / (1 - start)) ** share
+    between = 1 - (1 - start) * ((1 - end) / (1 - start)) ** share
+    return min(max(start, between), end)  # whatever the rounding
