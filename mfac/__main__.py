@@ -1,0 +1,7 @@
+"""Run the `mfac` command as `python -m mfac`."""
+
+import sys
+
+from mfac.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""The tutorial's training program: MobileNetV1, image data, the training loop and the demo."""

@@ -1,0 +1,211 @@
+"""Images for the tutorial: the embedded digits, or folders of image files such as Imagenette."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+_SUFFIXES = {".jpg", ".jpeg", ".png"}
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels
+_DIGITS_VALIDATION = 360  # of 1797
+_DIGITS_SHIFT = 2  # largest shift of a training image, in pixels of 32
+
+
+class Batches:
+    """Batches of a DataLoader on a device, images in channels-last layout (faster for depthwise convolutions).
+
+    Args:
+        loader: Gives (images, targets).
+        device: Where the batches go.
+    """
+
+    def __init__(self, loader: DataLoader, device: torch.device | str = "cpu") -> None:
+        self.loader = loader
+        self.device = torch.device(device)
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield images, shape [n, 3, height, width], and targets, shape [n]."""
+        for images, targets in self.loader:
+            images = images.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+            yield images, targets.to(self.device, non_blocking=True)
+
+
+@dataclass
+class Data:
+    """A dataset in batches; M-FAC takes its gradients from the training images in an order of their own."""
+
+    train: Batches
+    gradients: Batches
+    validation: Batches
+    num_classes: int
+    stem_stride: int  # what suits the image size: see MobileNetV1
+
+
+class Digits(Dataset):
+    """scikit-learn's 8 x 8 digits, enlarged to 32 x 32 with three equal channels; a fixed split of 1437 and 360.
+
+    Args:
+        train: The training part, randomly shifted by up to 2 pixels, or the validation part.
+        seed: Seed of the shifts.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+    """
+
+    def __init__(self, train: bool, seed: int = 0) -> None:
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise ImportError("the digits come from scikit-learn; install it with: pip install 'mfac[demo]'") from error
+        digits = load_digits()
+        order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
+        order = order[_DIGITS_VALIDATION:] if train else order[:_DIGITS_VALIDATION]
+        images = torch.from_numpy(digits.images).float()[:, None] / 8 - 1
+        images = F.interpolate(images, size=(32, 32), mode="bilinear", align_corners=False)
+        self._shift = _DIGITS_SHIFT if train else 0
+        self._images = F.pad(images[order], (self._shift,) * 4, value=-1.0)
+        self._targets = torch.from_numpy(digits.target).long()[order]
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self._targets)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return an image, shape [3, 32, 32], and its target."""
+        y, x = torch.randint(0, 2 * self._shift + 1, (2,), generator=self._generator).tolist()
+        return self._images[index, :, y : y + 32, x : x + 32].expand(3, 32, 32), self._targets[index]
+
+
+class ImageFolder(Dataset):
+    """Image files in one folder per class; the classes are the folders in alphabetical order.
+
+    Args:
+        root: The folder that holds the class folders.
+        size: Height and width of the images given out.
+        train: Crop at random and flip, or resize and crop the centre.
+
+    Raises:
+        ValueError: If the folder does not exist or holds no images.
+    """
+
+    def __init__(self, root: Path, size: int, train: bool) -> None:
+        if not root.is_dir():
+            raise ValueError(f"no folder {root}; expected <dataset-path>/train/<class>/*.jpg and .../val/<class>/*.jpg")
+        self.classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        self._items = [
+            (path, target)
+            for target, name in enumerate(self.classes)
+            for path in sorted((root / name).rglob("*"))
+            if path.suffix.lower() in _SUFFIXES
+        ]
+        if not self._items:
+            raise ValueError(f"no images in {root}; expected {root}/<class>/*.jpg, *.jpeg or *.png")
+        self._size, self._train = size, train
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        """Return an image, shape [3, size, size], normalised as for ImageNet, and its class index."""
+        path, target = self._items[index]
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+        image = _random_crop(image, self._size) if self._train else _centre_crop(image, self._size)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        return (pixels - torch.tensor(_MEAN)[:, None, None]) / torch.tensor(_STD)[:, None, None], target
+
+
+def _random_crop(image: Image.Image, size: int) -> Image.Image:
+    """Return a random crop (30 to 100 % of the area, sides 3:4 to 4:3) in the new size, mirrored half of the time."""
+    area, log_ratio, left, top, mirror = torch.rand(5).tolist()
+    area = image.width * image.height * (0.3 + 0.7 * area)
+    ratio = (4 / 3) ** (2 * log_ratio - 1)
+    width = min(image.width, max(1, round((area * ratio) ** 0.5)))
+    height = min(image.height, max(1, round((area / ratio) ** 0.5)))
+    x, y = round(left * (image.width - width)), round(top * (image.height - height))
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box=(x, y, x + width, y + height))
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror < 0.5 else image
+
+
+def _centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """Return the central square, 7/8 of the shorter side (224 of 256), in the new size."""
+    side = min(image.size) * 7 / 8
+    x, y = (image.width - side) / 2, (image.height - side) / 2
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=(x, y, x + side, y + side))
+
+
+def load_data(
+    dataset: str = "digits",
+    path: str | Path | None = None,
+    *,
+    image_size: int = 224,
+    train_batch_size: int = 32,
+    test_batch_size: int = 64,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Data:
+    """Load a dataset.
+
+    Args:
+        dataset: `digits` (embedded), `imagenette` or `imagefolder` (image files under `path`).
+        path: Folder with `train/<class>/` and `val/<class>/`; unused for the digits.
+        image_size: Height and width of the images of a folder; digits are 32 x 32.
+        train_batch_size: Images per training step, and per gradient for M-FAC.
+        test_batch_size: Images per validation batch.
+        workers: Processes that read images; the digits are in memory and need none.
+        device: Where the batches go.
+        seed: Seed of the order of the training images and of their shifts.
+
+    Returns:
+        The dataset. The last, incomplete batch of an epoch is dropped in training.
+
+    Raises:
+        ValueError: If the dataset is not known, the folder is not laid out as expected, or it has too few images.
+        ImportError: If the digits are asked for and scikit-learn is not installed.
+    """
+    if dataset == "digits":
+        train, gradients, validation = Digits(True, seed), Digits(True, seed + 1), Digits(False)
+        num_classes, workers, image_size = 10, 0, 32
+    elif dataset in ("imagenette", "imagefolder"):
+        if path is None:
+            raise ValueError(
+                f"the dataset {dataset} needs a dataset path: a folder with train/<class>/ and val/<class>/"
+            )
+        train = gradients = ImageFolder(Path(path) / "train", image_size, train=True)
+        validation = ImageFolder(Path(path) / "val", image_size, train=False)
+        if train.classes != validation.classes:
+            raise ValueError(f"{path}: train has the classes {train.classes}, but val has {validation.classes}")
+        num_classes = len(train.classes)
+    else:
+        raise ValueError(f"dataset must be digits, imagenette or imagefolder, got {dataset!r}")
+    if len(train) < train_batch_size:
+        raise ValueError(f"train batch size {train_batch_size} is more than the {len(train)} training images")
+
+    def batches(images: Dataset, offset: int, size: int, training: bool) -> Batches:
+        generator = torch.Generator().manual_seed(seed + offset)
+        loader = DataLoader(
+            images, size, shuffle=training, drop_last=training, num_workers=workers, generator=generator
+        )
+        return Batches(loader, device)
+
+    return Data(
+        batches(train, 0, train_batch_size, True),
+        batches(gradients, 1, train_batch_size, True),
+        batches(validation, 2, test_batch_size, False),
+        num_classes,
+        stem_stride=1 if image_size <= 64 else 2,
+    )

@@ -1,0 +1,137 @@
+"""Dense models to start from: trained once on the digits and cached, or loaded from a file."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from mfac.prune import PruneResult
+from mfac.vision.data import load_data
+from mfac.vision.loop import evaluate, fit
+from mfac.vision.models import MobileNetV1
+
+# Reaches about 99 % on the validation digits, in about 40 s on one CPU core at width 0.35.
+_EPOCHS, _BATCH, _RATE, _MOMENTUM, _DECAY, _SEED = 10, 32, 0.05, 0.9, 5e-4, 0
+
+
+class _OneCycle:
+    """Raise the learning rate linearly over the first fifth of training, then lower it along a cosine to 0."""
+
+    sparsity = 0.0
+
+    def __init__(self, optimizer: torch.optim.Optimizer, peak: float, epochs: float) -> None:
+        self._optimizer, self._peak, self._epochs = optimizer, peak, epochs
+        self.step(0.0)
+
+    def step(self, epoch: float) -> list[PruneResult]:
+        x = epoch / self._epochs
+        factor = 0.04 + 0.96 * x / 0.2 if x < 0.2 else (1 + math.cos(math.pi * (x - 0.2) / 0.8)) / 2
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._peak * factor
+        return []
+
+
+def cache_dir() -> Path:
+    """Return the folder for trained models: $MFAC_CACHE_DIR, $XDG_CACHE_HOME/mfac or ~/.cache/mfac."""
+    if own := os.environ.get("MFAC_CACHE_DIR"):
+        return Path(own)
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "mfac"
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Save atomically: the file is the old one or the new one, never half of it.
+
+    Args:
+        state: What to save.
+        path: The file; its folder is made if need be.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def dense_digits(
+    width: float,
+    device: torch.device | str = "cpu",
+    epochs: float = _EPOCHS,
+    report: Callable[[str], None] = tqdm.write,
+    progress: bool = True,
+) -> MobileNetV1:
+    """Return a dense MobileNetV1 trained on the digits: the cached one if there is one, else train it once.
+
+    Args:
+        width: Multiplier of the channel counts.
+        device: Where the model goes.
+        epochs: The length of training.
+        report: Takes lines of text about what is done.
+        progress: Show progress bars (on a terminal).
+
+    Returns:
+        The model, in training mode.
+    """
+    settings = f"{width} {epochs} {_BATCH} {_RATE} {_MOMENTUM} {_DECAY} {_SEED}"
+    key = hashlib.sha256(settings.encode()).hexdigest()[:12]
+    path = cache_dir() / "models" / f"digits-mobilenet-{width:g}-{key}.pt"
+    with torch.random.fork_rng():
+        torch.manual_seed(_SEED)
+        data = load_data(train_batch_size=_BATCH, device=device, seed=_SEED)
+        model = MobileNetV1(data.num_classes, width, data.stem_stride)
+        model = model.to(device, memory_format=torch.channels_last)
+        if path.is_file():
+            model.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+            report(f"dense model from {path}")
+            return model
+        report(f"training the dense model once ({epochs:g} epochs on the digits); it is kept in {path}")
+        optimizer = torch.optim.SGD(model.parameters(), _RATE, momentum=_MOMENTUM, nesterov=True, weight_decay=_DECAY)
+        schedule = _OneCycle(optimizer, _RATE, epochs)
+        fit(model, optimizer, schedule, data, epochs, report=lambda line: None, progress=progress)
+    report(f"dense model trained: top-1 {evaluate(model, data.validation)[1]:.1f} %")
+    save(model.state_dict(), path)
+    return model
+
+
+def load_weights(model: nn.Module, path: str | Path, report: Callable[[str], None] = tqdm.write) -> None:
+    """Load weights into a model; a classifier for another number of classes is left as it is, and that is reported.
+
+    Args:
+        model: The model.
+        path: A file with a state_dict, or with one under `model` or `state_dict`.
+        report: Takes a line of text about what was left out.
+
+    Raises:
+        ValueError: If there is no such file, or it does not fit the model.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"no file of weights at {path}")
+    device = next(model.parameters()).device
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file it cannot read
+        raise ValueError(f"{path} is not a file of weights: {str(error).splitlines()[0]}") from error
+    for key in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    own = model.state_dict()
+    unmatched = sorted(set(own) ^ set(state if isinstance(state, dict) else ()))
+    if unmatched:
+        raise ValueError(f"{path} does not fit the model: {len(unmatched)} names differ, for example {unmatched[0]}")
+    differing = [name for name in own if own[name].shape != state[name].shape]
+    if any(not name.startswith("classifier.") for name in differing):
+        name = differing[0]
+        raise ValueError(
+            f"{path} does not fit the model: {name} has shape {list(state[name].shape)}, "
+            f"expected {list(own[name].shape)} (another width?)"
+        )
+    if differing:
+        report(f"{path} was trained for another number of classes: the classifier starts anew")
+    model.load_state_dict({**state, **{name: own[name] for name in differing}})

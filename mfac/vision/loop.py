@@ -1,0 +1,171 @@
+"""Train and measure: one loop for dense training and for training under a recipe."""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from mfac.prune import PruneResult
+from mfac.vision.data import Batches, Data
+
+
+class Stepper(Protocol):
+    """What goes along with training: a recipe's Session, or a learning rate schedule."""
+
+    sparsity: float
+
+    def step(self, epoch: float) -> list[PruneResult]:
+        """Act after an optimizer step; `epoch` is the training done so far."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Loss and accuracy at one point of training."""
+
+    step: int  # optimizer steps done
+    epoch: float  # the same in epochs
+    pruned: bool  # a pruning step was taken right before
+    train_loss: float  # mean since the last measurement; NaN if there was no step in between
+    loss: float  # on the validation images, as the next two
+    top1: float  # per cent
+    top5: float  # per cent
+    sparsity: float  # share of zeros in the weights that the recipe prunes
+    learning_rate: float
+
+
+def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float, float]:
+    """Measure a model in eval mode; its training mode is as before afterwards.
+
+    Args:
+        model: Gives logits, shape [n, classes].
+        batches: The validation images and targets.
+
+    Returns:
+        Mean cross entropy, top-1 and top-5 accuracy in per cent.
+    """
+    was_training = model.training
+    model.eval()
+    loss, top1, top5, count = 0.0, 0, 0, 0
+    with torch.inference_mode():
+        for images, targets in batches:
+            logits = model(images)
+            loss += F.cross_entropy(logits, targets, reduction="sum").item()
+            hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+            top1 += hits[:, 0].sum().item()
+            top5 += hits.sum().item()
+            count += len(targets)
+    model.train(was_training)
+    return loss / count, 100 * top1 / count, 100 * top5 / count
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    stepper: Stepper,
+    data: Data,
+    epochs: float,
+    *,
+    first_epoch: int = 0,
+    max_train_steps: int = -1,
+    measure_every: int | None = None,
+    on_epoch: Callable[[int, Measurement], None] | None = None,
+    report: Callable[[str], None] = tqdm.write,
+    progress: bool = True,
+) -> list[Measurement]:
+    """Train, and measure at the end of every epoch and after every pruning step.
+
+    Args:
+        model: The model.
+        optimizer: Its optimizer.
+        stepper: A recipe's Session, or a learning rate schedule; called after every optimizer step.
+        data: The dataset.
+        epochs: The length of training; may end within an epoch.
+        first_epoch: The epoch to start with (0 unless training goes on from a checkpoint).
+        max_train_steps: Optimizer steps per epoch at most; -1: all.
+        measure_every: Measure also after every so many steps, and before the last step of an epoch.
+        on_epoch: Called with the number of the epoch and its last measurement.
+        report: Takes a line of text for each pruning step and each epoch.
+        progress: Show a progress bar (on a terminal).
+
+    Returns:
+        The measurements in order.
+
+    Raises:
+        RuntimeError: If the loss is not finite.
+    """
+    steps = len(data.train) if max_train_steps < 0 else min(len(data.train), max_train_steps)
+    measurements: list[Measurement] = []
+    sparsity = stepper.sparsity
+    losses: list[float] = []
+
+    def measure(done: int, now: float, pruned: bool) -> Measurement:
+        train_loss = sum(losses) / len(losses) if losses else math.nan
+        losses.clear()
+        rate = optimizer.param_groups[0]["lr"]
+        measurements.append(
+            Measurement(done, now, pruned, train_loss, *evaluate(model, data.validation), sparsity, rate)
+        )
+        return measurements[-1]
+
+    for epoch in range(first_epoch, math.ceil(epochs)):
+        model.train()
+        bar = tqdm(total=steps, desc=f"epoch {epoch}", leave=False, disable=None if progress else True)
+        for index, (images, targets) in zip(range(steps), data.train, strict=False):
+            loss = F.cross_entropy(model(images), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise RuntimeError(f"the training loss is {losses[-1]} in epoch {epoch}: try a smaller learning rate")
+            done, now = epoch * steps + index + 1, epoch + (index + 1) / steps
+            began = time.perf_counter()
+            results = stepper.step(now)
+            if results:
+                sparsity = stepper.sparsity
+                seconds = time.perf_counter() - began
+                after = measure(done, now, True)
+                increase = sum(result.predicted_loss_increase or 0.0 for result in results)
+                predicted = f", predicted loss increase {increase:.3g}" if increase else ""
+                report(
+                    f"epoch {now:.2f}: pruned to {100 * sparsity:.2f} % in {seconds:.1f} s{predicted}; "
+                    f"top-1 {after.top1:.1f} %"
+                )
+            elif measure_every and (done % measure_every == 0 or index == steps - 2):
+                measure(done, now, False)
+            bar.set_postfix(loss=f"{loss.item():.3f}", sparsity=f"{100 * sparsity:.1f} %", refresh=False)
+            bar.update()
+            if now >= epochs:
+                break
+        bar.close()
+        last = measurements[-1] if measurements and measurements[-1].step == done else measure(done, now, False)
+        report(f"epoch {epoch} done: loss {last.loss:.4f}, top-1 {last.top1:.1f} %, sparsity {100 * sparsity:.2f} %")
+        if on_epoch is not None:
+            on_epoch(epoch, last)
+    return measurements
+
+
+def write_csv(path: Path, measurements: list[Measurement], append: bool = False) -> None:
+    """Write measurements as a CSV file, one row each.
+
+    Args:
+        path: The file; its folder must exist.
+        measurements: What `fit` returned.
+        append: Add to the rows that the file has.
+    """
+    append = append and path.exists()
+    with path.open("a" if append else "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Measurement)])
+        if not append:
+            writer.writeheader()
+        writer.writerows(asdict(measurement) for measurement in measurements)

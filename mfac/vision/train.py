@@ -1,0 +1,199 @@
+"""`mfac train`: prune and train a model under a recipe, with checkpoints and the tutorial's `model.txt`."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from mfac.recipe.manager import Manager
+from mfac.vision.data import Data, load_data
+from mfac.vision.dense import dense_digits, load_weights, save
+from mfac.vision.loop import Measurement, evaluate, fit, write_csv
+from mfac.vision.models import MobileNetV1
+
+ARCHITECTURES = ("mobilenet",)
+
+
+@dataclass(kw_only=True)
+class TrainSettings:
+    """The options of `mfac train`, which explains them."""
+
+    recipe_path: str
+    recipe_args: str | None = None
+    one_shot: bool = False
+    arch_key: str = "mobilenet"
+    width: float | None = None  # None: 0.35 for the digits, else 1.0
+    pretrained: str | None = None  # True, False or a path; None: True for the digits, else False
+    checkpoint_path: str | None = None
+    dataset: str = "digits"
+    dataset_path: str | None = None
+    image_size: int = 224
+    train_batch_size: int = 32
+    test_batch_size: int = 64
+    loader_num_workers: int = 0
+    init_lr: float = 4e-4
+    max_train_steps: int = -1
+    device: str | None = None  # None: cuda if there is one
+    seed: int = 0
+    save_dir: str = "runs"
+    model_tag: str | None = None  # None: the recipe's stem
+    save_best_after: int | None = None  # None: the first epoch at the final sparsity
+    logs_dir: str | None = None
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be cpu, cuda or cuda:<index>, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name} was asked for, but CUDA is not available; use --device cpu")
+    return device
+
+
+def _model(settings: TrainSettings, data: Data, device: torch.device) -> nn.Module:
+    # The model to start from: dense and trained, loaded from a file, or untrained.
+    digits = settings.dataset == "digits"
+    width = (0.35 if digits else 1.0) if settings.width is None else settings.width
+    pretrained = settings.pretrained or str(digits)
+    if pretrained == "True" and not settings.checkpoint_path:
+        if not digits:
+            raise ValueError(
+                f"pretrained True is for the dataset digits only; give the path of a state_dict for {settings.dataset}"
+            )
+        return dense_digits(width, device)
+    torch.manual_seed(settings.seed)
+    model = MobileNetV1(data.num_classes, width, data.stem_stride)
+    model = model.to(device, memory_format=torch.channels_last)
+    if pretrained not in ("True", "False"):
+        load_weights(model, pretrained)
+    return model
+
+
+def _write_model_text(path: Path, epoch: int, measured: Measurement) -> None:
+    path.write_text(
+        f"epoch: {epoch}\n__loss__: {measured.loss}\ntop1acc: {measured.top1}\ntop5acc: {measured.top5}\n",
+        encoding="utf-8",
+    )
+
+
+def _load_checkpoint(path: str, device: torch.device) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise ValueError(f"no checkpoint at {path}")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file it cannot read
+        raise ValueError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or not {"model", "optimizer", "recipe", "epoch"} <= set(state):
+        raise ValueError(f"{path} is not a checkpoint of `mfac train`; to start from weights use --pretrained {path}")
+    return state
+
+
+def train(settings: TrainSettings) -> list[Measurement]:
+    """Prune and train a model under a recipe.
+
+    Writes into `<save_dir>/<model_tag>/`: `model.pt` and `model.txt` (the best epoch from `save_best_after` on, or the
+    last one if training ends before), and `checkpoint.pt` (the last epoch, for `checkpoint_path`). The optimizer is
+    Adam: within the one epoch that a recipe of this kind leaves for recovery at a learning rate near 4e-4, SGD would
+    hardly move the weights.
+
+    Args:
+        settings: The options.
+
+    Returns:
+        The measurements, one per epoch and one after every pruning step.
+
+    Raises:
+        ValueError: If an option, the recipe or the data are not as expected.
+        ImportError: If the digits are asked for and scikit-learn is not installed.
+    """
+    if settings.arch_key not in ARCHITECTURES:
+        raise ValueError(f"arch_key must be one of {', '.join(ARCHITECTURES)}, got {settings.arch_key!r}")
+    if settings.max_train_steps == 0:
+        raise ValueError("max_train_steps must be above 0, or -1 for all steps, got 0")
+    manager = Manager.from_recipe(settings.recipe_path, settings.recipe_args)
+    device = _device(settings.device)
+    data = load_data(
+        settings.dataset,
+        settings.dataset_path,
+        image_size=settings.image_size,
+        train_batch_size=settings.train_batch_size,
+        test_batch_size=settings.test_batch_size,
+        workers=settings.loader_num_workers,
+        device=device,
+        seed=settings.seed,
+    )
+    model = _model(settings, data, device)
+    folder = Path(settings.save_dir) / (settings.model_tag or Path(settings.recipe_path).stem)
+    folder.mkdir(parents=True, exist_ok=True)
+    if settings.one_shot:
+        return [_one_shot(manager, model, data, folder)]
+
+    torch.manual_seed(settings.seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.init_lr)
+    session = manager.apply(model, optimizer, data.gradients, F.cross_entropy, progress=sys.stderr.isatty())
+    first_epoch, best = 0, None
+    if settings.checkpoint_path:
+        state = _load_checkpoint(settings.checkpoint_path, device)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        session.load_state_dict(state["recipe"])
+        first_epoch, best = state["epoch"] + 1, state["best"]
+        tqdm.write(f"going on after epoch {state['epoch']}, sparsity {100 * session.sparsity:.2f} %")
+        if first_epoch >= manager.epochs:
+            raise ValueError(f"{settings.checkpoint_path} has done all {manager.epochs:g} epochs of the recipe")
+    after = math.ceil(manager.pruned_from) if settings.save_best_after is None else settings.save_best_after
+    final_epoch = math.ceil(manager.epochs) - 1
+
+    def keep(epoch: int, measured: Measurement) -> None:
+        nonlocal best
+        is_best = epoch >= after and (best is None or measured.top1 > best)
+        best = measured.top1 if is_best else best
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "recipe": session.state_dict(),
+            "epoch": epoch,
+            "best": best,
+        }
+        save(state, folder / "checkpoint.pt")
+        if is_best or (epoch == final_epoch and best is None):
+            save(state, folder / "model.pt")
+            _write_model_text(folder / "model.txt", epoch, measured)
+
+    measurements = fit(
+        model,
+        optimizer,
+        session,
+        data,
+        manager.epochs,
+        first_epoch=first_epoch,
+        max_train_steps=settings.max_train_steps,
+        on_epoch=keep,
+    )
+    if settings.logs_dir:
+        logs = Path(settings.logs_dir)
+        logs.mkdir(parents=True, exist_ok=True)
+        write_csv(logs / f"{folder.name}.csv", measurements, append=bool(settings.checkpoint_path))
+    tqdm.write(f"saved in {folder}")
+    return measurements
+
+
+def _one_shot(manager: Manager, model: nn.Module, data: Data, folder: Path) -> Measurement:
+    # Prunes without training, measures and saves.
+    session = manager.one_shot(model, data.gradients, F.cross_entropy, progress=sys.stderr.isatty())
+    measured = Measurement(0, 0.0, True, math.nan, *evaluate(model, data.validation), session.sparsity, 0.0)
+    save({"model": model.state_dict(), "recipe": session.state_dict()}, folder / "model.pt")
+    _write_model_text(folder / "model.txt", 0, measured)
+    tqdm.write(f"pruned to {100 * session.sparsity:.2f} %: top-1 {measured.top1:.1f} %; saved in {folder}")
+    return measured
