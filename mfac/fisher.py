@@ -60,7 +60,7 @@ class Fisher:
                 f"active: expected bool of shape [{d}] on {grads.device}, got {active.dtype} of shape "
                 f"{list(active.shape)} on {active.device}"
             )
-        self.grads = grads
+        self.grads = grads.detach()
         self.damping = float(damping)
         self.block_size = min(block_size or d, d)
         self._active = active

@@ -50,7 +50,8 @@ class Schedule:
         for name in ("initial", "final", "start", "end", "frequency"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}: expected a number, got {value!r}")
+                what = f"{name} sparsity" if name in ("initial", "final") else name
+                raise TypeError(f"{what}: expected a number, got {value!r}")
         for name in ("initial", "final"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
@@ -64,7 +65,9 @@ class Schedule:
         if not self.frequency > 0:
             raise ValueError(f"frequency: expected > 0, got {self.frequency!r}")
         if self.interpolation not in _CURVES:
-            raise ValueError(f"interpolation: expected one of {', '.join(_CURVES)}, got {self.interpolation!r}")
+            raise ValueError(
+                f"schedule interpolation: expected one of {', '.join(_CURVES)}, got {self.interpolation!r}"
+            )
 
     def sparsity(self, time: float) -> float:
         """Return the sparsity that an update at ``time`` gives."""
