@@ -1,0 +1,46 @@
+"""Fixtures of the Python API's tests."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def unchanged():
+    """A context manager that fails if the body, even one that raises, leaves a trace on model, tensors or random state.
+
+    It watches weights, buffers, `.grad`, requires_grad, the mode of every module and torch's random state; with
+    `weights=False` all of these but the weights.
+    """
+    return _unchanged
+
+
+@contextmanager
+def _unchanged(model, *tensors, weights=True):
+    before = _state(model, tensors, weights)
+    yield
+    after = _state(model, tensors, weights)
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(after[key], value, rtol=0, atol=0, equal_nan=True, msg=f"{key} has changed")
+        else:
+            assert after[key] == value, f"{key} has changed"
+
+
+def _state(model, tensors, weights):
+    state = {f"buffer {name}": b.clone() for name, b in model.named_buffers()}
+    state |= {f"mode of {name!r}": module.training for name, module in model.named_modules()}
+    for name, p in model.named_parameters():
+        if weights:
+            state[f"weight {name}"] = p.detach().clone()
+        state[f"grad {name}"] = None if p.grad is None else p.grad.clone()
+        state[f"requires_grad {name}"] = p.requires_grad
+    state |= {f"tensor {i}": t.detach().clone() for i, t in enumerate(tensors)}
+    return state | {"random state": torch.get_rng_state()}
