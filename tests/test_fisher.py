@@ -1,0 +1,185 @@
+"""Fisher: the mathematical object, against dense float64 algebra.
+
+The tolerances are those of the oracle's table: relative errors in norm, of float32 kernels on inputs whose F has a
+condition number below 1e5. The shapes take the side of the gradients and that of the columns, and an odd last block.
+"""
+
+import math
+
+import oracle
+import pytest
+import torch
+from oracle import TOLERANCE
+
+from mfac import Fisher, GradientBuffer
+
+BACKENDS = ["compiled", "reference"]
+SHAPES = [(6, 23, 10), (30, 23, 10), (6, 23, None), (30, 23, None), (12, 23, 11)]
+DAMPING = 1e-2
+
+
+def pair(m, d, block_size, share=1.0, backend="reference"):
+    """A Fisher and the dense inverse of the same, with a share of the columns active."""
+    grads = oracle.gradients(m, d)
+    active = torch.rand(d) < share if share < 1 else None
+    fisher = Fisher(grads, DAMPING, block_size, active=active, backend=backend)
+    return fisher, oracle.inverse(oracle.fisher(grads, DAMPING, block_size or d, active))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_inverse_elements(shape, share, backend):
+    """All d² elements, those across blocks and of columns that are not active among them."""
+    fisher, inverse = pair(*shape, share, backend)
+    i, j = (index.flatten() for index in torch.meshgrid(*[torch.arange(23)] * 2, indexing="ij"))
+    elements = fisher.inverse_elements(i, j)
+    assert elements.dtype == torch.float64
+    assert oracle.error(elements.view(23, 23), inverse) < TOLERANCE["product"]
+    assert torch.equal(elements.view(23, 23) == 0, inverse == 0)
+
+
+def test_inverse_elements_few():
+    """Lists, ranges, repeats and nothing at all; the same numbers as among many."""
+    fisher, inverse = pair(6, 23, 10)
+    elements = fisher.inverse_elements([3, 3, 12, 3], range(1, 5))
+    assert oracle.error(elements, inverse[[3, 3, 12, 3], [1, 2, 3, 4]]) < 1e-10  # all in float64 on this path
+    assert fisher.inverse_elements([], []).shape == (0,)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_diagonal_and_product(shape, share, backend):
+    fisher, inverse = pair(*shape, share, backend)
+    diagonal = fisher.inverse_diagonal()
+    torch.testing.assert_close(diagonal.double(), inverse.diagonal(), rtol=TOLERANCE["diagonal"], atol=0)
+    x = torch.randn(3, 23)
+    product = fisher.inverse_product(x)
+    assert product.dtype == torch.float32 and product.shape == (3, 23)
+    assert oracle.error(product, x.double() @ inverse) < TOLERANCE["product"]
+    assert (
+        torch.equal(fisher.inverse_product(x[1]), product[1])
+        or oracle.error(fisher.inverse_product(x[1]), product[1]) < 1e-6
+    )  # one vector or several: float32 rounding of another order of summation
+
+
+def test_methods_agree_with_dense():
+    """joint_update, independent_update and quadratic_form are the formulas of F, on one block pair."""
+    fisher, inverse = pair(6, 23, 10, backend="compiled")
+    dense = oracle.fisher(fisher.grads, DAMPING, 10)
+    weights, kept = torch.randn(23), torch.arange(23) % 3 != 0
+    step = oracle.joint_step(dense, weights, kept)
+    out = weights.clone()
+    loss = fisher.joint_update(out, kept)
+    assert oracle.error(out, weights + step) < TOLERANCE["update"]
+    assert loss == pytest.approx(float(0.5 * step @ dense @ step), rel=TOLERANCE["loss"])
+    assert fisher.quadratic_form(weights) == pytest.approx(
+        float(0.5 * weights.double() @ dense @ weights.double()), rel=TOLERANCE["form"]
+    )
+    u = torch.where(kept, 0, weights.double() / inverse.diagonal())
+    out = weights.clone()
+    fisher.independent_update(out, kept, fisher.inverse_diagonal())
+    assert oracle.error(out, torch.where(kept, weights - inverse @ u, 0)) < TOLERANCE["update"]
+
+
+def test_defaults_and_attributes():
+    fisher = Fisher(torch.randn(4, 9), backend="reference")
+    assert (fisher.damping, fisher.block_size, fisher.shape, fisher.backend) == (1e-5, 9, (4, 9), "reference")
+    assert Fisher(torch.randn(4, 9), backend="compiled").backend == "compiled"
+    assert fisher.factor() is fisher.factor()
+
+
+@pytest.mark.filterwarnings("error")  # torch's, about a graph that nobody asked for
+def test_gradients_untouched():
+    """Any layout and requires_grad are taken, and a buffer stands for its rows."""
+    grads = torch.randn(23, 6, requires_grad=True).T
+    expected = Fisher(grads.detach().contiguous(), DAMPING, 10).inverse_diagonal()
+    before = grads.detach().clone()
+    fisher = Fisher(grads, DAMPING, 10)
+    assert torch.equal(fisher.inverse_diagonal(), expected) and not fisher.inverse_diagonal().requires_grad
+    fisher.inverse_product(torch.ones(23))
+    fisher.joint_update(torch.ones(23), torch.arange(23) > 4)
+    assert torch.equal(grads.detach(), before)
+    buffer = GradientBuffer(6, {"w": torch.zeros(23)})
+    for row in before:
+        buffer.append_gradients([row])
+    assert torch.equal(Fisher(buffer, DAMPING, 10).inverse_diagonal(), expected)
+
+
+G = torch.ones(4, 6)
+BAD_ROW = torch.tensor([[1.0, 2.0], [math.inf, 0.0], [0.0, 1.0], [math.nan, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        ((G[0],), ValueError, r"grads: expected \[m, d\].* got shape \[6\]"),
+        ((G[:0],), ValueError, r"grads: expected \[m, d\] with m >= 1 gradients.* got shape \[0, 6\]"),
+        ((G[:, :0],), ValueError, r"d >= 1 weights, got shape \[4, 0\]"),
+        ((GradientBuffer(3, {"w": torch.zeros(6)}),), ValueError, r"m >= 1 gradients.* got shape \[0, 6\]"),
+        ((G.double(),), TypeError, "grads: expected float32 or bfloat16, got torch.float64"),
+        ((G.half(),), TypeError, "grads: expected float32 or bfloat16, got torch.float16"),
+        ((G.tolist(),), TypeError, "grads: expected a tensor or GradientBuffer, got list"),
+        ((BAD_ROW,), ValueError, "grads: expected finite numbers, got NaN or infinity in 2 rows, the first 1"),
+        ((G, 0.0), ValueError, "damping: expected a finite number > 0, got 0.0"),
+        ((G, -1e-5), ValueError, "damping: expected a finite number > 0, got -1e-05"),
+        ((G, math.nan), ValueError, "damping: .* got nan"),
+        ((G, math.inf), ValueError, "damping: .* got inf"),
+        ((G, "1e-5"), TypeError, "damping: expected a number, got '1e-5'"),
+        ((G, True), TypeError, "damping: expected a number, got True"),
+        ((G, 1e-5, 0), ValueError, "block_size: expected >= 1 or None, got 0"),
+        ((G, 1e-5, 50.0), TypeError, "block_size: expected an int or None, got 50.0"),
+        ((G, 1e-5, True), TypeError, "block_size: expected an int or None, got True"),
+    ],
+)
+def test_bad_input(args, error, message):
+    with pytest.raises(error, match=message):
+        Fisher(*args)
+
+
+@pytest.mark.parametrize(
+    ("active", "error", "message"),
+    [
+        (torch.ones(5, dtype=torch.bool), ValueError, r"active: expected bool of shape \[6\] on cpu, got .* \[5\]"),
+        (torch.ones(6), ValueError, "active: expected bool .* got torch.float32"),
+        (torch.ones(6, dtype=torch.bool, device="meta"), ValueError, "active: expected bool .* on meta"),
+        ([True] * 6, TypeError, "active: expected a bool tensor, got list"),
+    ],
+)
+def test_bad_active(active, error, message):
+    with pytest.raises(error, match=message):
+        Fisher(G, active=active)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.ones(5), ValueError, r"x: expected shape \[6\] or \[k, 6\] on cpu, got \[5\] on cpu"),
+        (torch.ones(1, 1, 6), ValueError, r"x: expected .* got \[1, 1, 6\]"),
+        (torch.ones(6, device="meta"), ValueError, "x: expected .* on meta"),
+        ([1.0] * 6, TypeError, "x: expected a tensor, got list"),
+    ],
+)
+def test_bad_vector(x, error, message):
+    with pytest.raises(error, match=message):
+        Fisher(G).inverse_product(x)
+
+
+@pytest.mark.parametrize(
+    ("i", "j", "message"),
+    [
+        ([0, 1], [0], r"i, j: expected two lists of one length, got shapes \[2\] and \[1\]"),
+        ([0], [6], r"i, j: expected indices in \[0, 6\), got 0 to 6"),
+        ([-1], [0], r"i, j: expected indices in \[0, 6\), got -1 to 0"),
+        ([[0]], [[0]], "i, j: expected two lists"),
+    ],
+)
+def test_bad_indices(i, j, message):
+    with pytest.raises(ValueError, match=message):
+        Fisher(G).inverse_elements(i, j)
+
+
+def test_bad_backend():
+    with pytest.raises(ValueError, match="backend: expected one of auto, compiled, reference, got 'gpu'"):
+        Fisher(G, backend="gpu")
