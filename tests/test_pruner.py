@@ -1,0 +1,405 @@
+"""Pruner: gradual pruning along a training loop."""
+
+import copy
+import io
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import mfac.pruner
+from mfac import GradientBuffer, Pruner, prunable_parameters, prune_step
+
+mse = nn.functional.mse_loss
+SIZES = {"0.weight": 60, "2.weight": 20}
+D = 80
+
+
+def make_batches(count=6):
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(4, 6, generator=generator), torch.randn(4, 2, generator=generator)) for _ in range(count)]
+
+
+BATCHES = make_batches()
+DEFAULTS = {"batches": BATCHES, "loss_fn": mse, "sparsity": 0.8, "end": 8, "num_grads": 6, "damping": 1e-3}
+
+
+def make_model():
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 2))
+
+
+def make(model, **change):
+    return Pruner(model, **DEFAULTS | change)
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+
+
+def train(model, optimizer, pruner, steps, feed=None):
+    """The loop of the README; `steps` are the batches' numbers."""
+    for i in steps:
+        inputs, targets = BATCHES[i % len(BATCHES)]
+        optimizer.zero_grad()
+        mse(model(inputs), targets).backward()
+        if feed is not None:
+            feed.append(model)
+        optimizer.step()
+        pruner.step()
+
+
+def zeros(model, names=SIZES):
+    return sum(int((model.get_parameter(name) == 0).sum()) for name in names)
+
+
+# ---- schedule and counts
+
+
+def test_training():
+    """Masks hold through momentum and weight decay, never shrink, and the targets are exact at every update."""
+    model = make_model()
+    optimizer, pruner, old = sgd(model), make(model, initial_sparsity=0.3, frequency=2), {}
+    for i in range(12):
+        train(model, optimizer, pruner, [i])
+        for name, mask in pruner.masks.items():
+            assert torch.equal(model.get_parameter(name) != 0, mask)
+            assert not (mask & ~old.get(name, mask)).any()
+        old = pruner.masks
+    assert [time for time, _ in pruner.results] == [1, 3, 5, 7, 8]
+    targets = [0.3] + [0.3 + 0.5 * (1 - (1 - t / 8) ** 3) for t in (3, 5, 7)] + [0.8]
+    assert [result.sparsity for _, result in pruner.results] == [1 - (D - round(t * D)) / D for t in targets]
+    assert pruner.sparsity == 1 - 16 / 80 and zeros(model) == 64
+
+
+def test_time_in_epochs():
+    pruner = make(make_model(), start=1.0, end=2.0, frequency=0.25, initial_sparsity=0.35)
+    times = [i / 10 for i in range(31)]
+    done = [time for time in times if pruner.step(time) is not None]
+    assert done == [1.0, 1.3, 1.6, 1.9, 2.0] == [time for time, _ in pruner.results]
+    assert pruner.results[0][1].sparsity == 1 - 52 / 80
+    assert pruner.step(50.0) is None
+
+
+def test_one_shot_equals_prune_step():
+    """One update at `end` is one prune_step with the gradients of the batches."""
+    model, twin = make_model(), make_model()
+    result = make(model, start=3, end=3).step(3)
+    expected = prune_step(twin, mfac.collect_gradients(twin, BATCHES, mse, 6), 0.8, damping=1e-3)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    assert result.predicted_loss_increase == expected.predicted_loss_increase
+
+
+def test_nothing_before_start(unchanged):
+    model = make_model()
+    pruner = make(model, start=5)
+    with unchanged(model):
+        assert [pruner.step() for _ in range(4)] == [None] * 4
+    assert pruner.masks == {} and pruner.sparsity == 0 and pruner.results == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 40),
+    initial=st.floats(0, 1),
+    rise=st.floats(0, 1),
+    recomputations=st.integers(1, 5),
+    end=st.integers(1, 6),
+)
+def test_any_targets(n, initial, rise, recomputations, end):
+    """No rounding of sparsities or counts makes an update fall below the masks, and the end is exact."""
+    model = nn.Linear(n, 1)
+    final = min(1.0, initial + rise)
+    pruner = Pruner(
+        model, criterion="magnitude", sparsity=final, initial_sparsity=initial, end=end, recomputations=recomputations
+    )
+    for _ in range(end):
+        pruner.step()
+    assert int((model.weight == 0).sum()) == round(final * n)
+
+
+def test_constant_sparsity_in_several_steps():
+    """1 - (1 - 0.1) < 0.1: on 15 weights that was one weight less than the masks held, and an error."""
+    model = nn.Linear(15, 1)
+    pruner = Pruner(model, criterion="magnitude", sparsity=0.1, initial_sparsity=0.1, end=3, recomputations=2)
+    assert [pruner.step().sparsity for _ in range(3)] == [1 - 13 / 15] * 3
+
+
+@pytest.mark.parametrize("final", [0.9, 1.0])
+def test_recomputations(monkeypatch, final):
+    """Equal ratios of the remaining weights, with new gradients of the model as it is at each; the target is exact."""
+    calls, seen = [], []
+
+    def spy(model, grads, sparsity, **options):
+        calls.append(sparsity)
+        seen.append(grads.tensor.clone())
+        return prune_step(model, grads, sparsity, **options)
+
+    monkeypatch.setattr(mfac.pruner, "prune_step", spy)
+    model = make_model()
+    pruner = make(model, sparsity=final, initial_sparsity=0.2, end=2, recomputations=3)
+    pruner.step()
+    pruner.step()
+    assert calls[2] == 0.2 and calls[5] == final and zeros(model) == round(final * D)
+    ratios = [(1 - b) / (1 - a) for a, b in itertools.pairwise([0.0, *calls[:3]])]
+    assert ratios == pytest.approx([0.8 ** (1 / 3)] * 3)
+    if final < 1:
+        ratios = [(1 - b) / (1 - a) for a, b in itertools.pairwise(calls[2:])]
+        assert ratios == pytest.approx([(0.1 / 0.8) ** (1 / 3)] * 3)
+    else:  # no ratio leads to nothing: equal differences
+        assert [b - a for a, b in itertools.pairwise(calls[2:])] == pytest.approx([0.8 / 3] * 3)
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
+
+
+def test_batches_are_gone_through_in_turn():
+    """num_grads batches at each recomputation, where the last one stopped; no complaint about reuse."""
+    taken = []
+
+    class Loader:
+        def __iter__(self):
+            for i, batch in enumerate(BATCHES):
+                taken.append(i)
+                yield batch
+
+    pruner = make(make_model(), batches=Loader(), num_grads=4, end=2, recomputations=2)
+    pruner.step()
+    pruner.step()
+    assert taken == [i % 6 for i in range(16)]
+
+
+# ---- ways to use it
+
+
+def test_dict_sparsity(unchanged):
+    """What no key names is left alone: neither pruned nor moved, and no gradients are collected for it."""
+    model = make_model()
+    pruner = make(model, sparsity={"2.weight": 0.5}, start=1, end=1)
+    with unchanged(model, *model[0].parameters(), model[2].bias, weights=False):
+        result = pruner.step()
+    assert result.layers == [("2.weight", 20, 10)] and pruner.sparsity == 0.5
+
+
+def test_dict_of_several():
+    model = make_model()
+    pruner = make(model, sparsity={"0.weight": 0.5, "re:2": 0.9}, initial_sparsity=0.1, end=3, recomputations=2)
+    for _ in range(3):
+        pruner.step()
+    assert [zeros(model, [name]) for name in SIZES] == [30, 18]
+    assert pruner.results[0][1].layers == [("0.weight", 60, 54), ("2.weight", 20, 18)]
+
+
+def test_layer_scope():
+    model = make_model()
+    make(model, scope="layer", end=1, sparsity=0.75).step()
+    assert [zeros(model, [name]) for name in SIZES] == [45, 15]
+
+
+def test_magnitude():
+    """Needs neither batches nor buffer, and moves no weight that stays."""
+    model, twin = make_model(), make_model()
+    pruner = Pruner(model, sparsity=0.5, end=1, criterion="magnitude")
+    result = pruner.step()
+    prune_step(twin, None, 0.5, criterion="magnitude")
+    assert torch.equal(model[0].weight, twin[0].weight) and torch.equal(model[2].weight, twin[2].weight)
+    assert result.predicted_loss_increase is None
+
+
+def test_live_buffer():
+    """The gradients of the training loop itself, of the parameters that the buffer has."""
+    model = make_model()
+    buffer = GradientBuffer(3, prunable_parameters(model, "0.weight"), torch.bfloat16)
+    pruner = Pruner(model, buffer=buffer, sparsity=0.8, start=4, end=8, frequency=2, damping=1e-3)
+    train(model, sgd(model), pruner, range(8), feed=buffer)
+    assert len(pruner.results) == 3 and zeros(model, ["0.weight"]) == 48 and list(pruner.masks) == ["0.weight"]
+
+
+def test_live_buffer_not_full(unchanged):
+    model = make_model()
+    buffer = GradientBuffer(3, prunable_parameters(model))
+    pruner = Pruner(model, buffer=buffer, sparsity=0.5, end=1)
+    with unchanged(model), pytest.warns(UserWarning, match="buffer: only 0 of 3 gradients"):
+        with pytest.raises(ValueError, match="grads: expected at least one gradient, got an empty GradientBuffer"):
+            pruner.step()
+    mse(model(BATCHES[0][0]), BATCHES[0][1]).backward()
+    buffer.append(model)
+    with pytest.warns(UserWarning, match="buffer: only 1 of 3 gradients"):
+        assert pruner.step().sparsity == 0.5  # the update that failed is still due
+
+
+def test_leaves_no_trace(unchanged):
+    """An update during training leaves modes, `.grad` and random state alone."""
+    model = make_model().train()
+    model[0].eval()
+    mse(model(BATCHES[0][0]), BATCHES[0][1]).backward()
+    pruner = make(model, end=1)
+    with unchanged(model, weights=False):
+        assert pruner.step() is not None
+
+
+def test_failed_update(unchanged):
+    """Batches that end: the error says so and the weights are as they were."""
+    model = make_model()
+    pruner = make(model, batches=iter(BATCHES[:3]), end=1)
+    with unchanged(model), pytest.raises(ValueError, match="batches: expected batches for more, got 3 left"):
+        pruner.step()
+    assert pruner.masks == {} and pruner.results == []
+
+
+# ---- saving
+
+
+def test_state_dict_continues_identically():
+    """Saved in the middle of the schedule and resumed by new objects: the same bits as without a break."""
+    options = {"end": 10, "frequency": 3, "recomputations": 2, "initial_sparsity": 0.2}
+    model = make_model()
+    optimizer, pruner = sgd(model), make(model, **options)
+    train(model, optimizer, pruner, range(5))
+    file = io.BytesIO()
+    torch.save([x.state_dict() for x in (model, optimizer, pruner)], file)
+    train(model, optimizer, pruner, range(5, 13))
+
+    file.seek(0)
+    resumed = make_model()
+    again = (resumed, sgd(resumed), make(resumed, **options))
+    for x, state in zip(again, torch.load(file, weights_only=True), strict=True):
+        x.load_state_dict(state)
+    assert again[2].sparsity == pytest.approx(pruner.results[1][1].sparsity)
+    train(*again, range(5, 13))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed.parameters(), strict=True))
+    assert all(torch.equal(pruner.masks[name], again[2].masks[name]) for name in SIZES)
+    assert [time for time, _ in again[2].results] == [7, 10] and zeros(resumed) == 64
+
+
+def test_state_dict_is_a_copy_and_masks_are_enforced():
+    model = make_model()
+    pruner = make(model, end=1)
+    pruner.step()
+    state = pruner.state_dict()
+    with torch.no_grad():
+        model[0].weight.fill_(1)
+    fresh = make(model, end=1)
+    fresh.load_state_dict(state)
+    assert zeros(model) == 64 and fresh.sparsity == pruner.sparsity and fresh.step() is None
+    state["masks"]["0.weight"].fill_(True)
+    assert not fresh.masks["0.weight"].all() and not pruner.masks["0.weight"].all()
+
+
+def test_model_is_ordinary():
+    """No hooks, no wrappers: copies and files of the model know nothing of the Pruner."""
+    model = make_model()
+    keys = list(model.state_dict())
+    pruner = make(model, end=3)
+    pruner.step()
+    pruner.step()
+    twin = copy.deepcopy(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    before = zeros(twin)
+    pruner.step()
+    assert before == zeros(twin) == zeros(loaded) < zeros(model)
+    for x in (model, twin, loaded):
+        assert list(x.state_dict()) == keys
+        assert all(type(p) is nn.Parameter and p.is_leaf for p in x.parameters())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in x.modules())
+
+
+def test_masks_by_hand():
+    model = make_model()
+    pruner = make(model, end=1)
+    pruner.step()
+    with torch.no_grad():
+        model[2].weight.add_(1)
+    pruner.apply_masks()
+    assert zeros(model) == 64
+
+
+# ---- bad input
+
+
+def bad_state(**change):
+    state = {"masks": {}, "calls": 3, "last": 1, "reached": {None: 0.2}} | change
+    return {key: value for key, value in state.items() if value is not None}
+
+
+MASKS = {"0.weight": torch.ones(10, 6, dtype=torch.bool), "2.weight": torch.ones(2, 10, dtype=torch.bool)}
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (bad_state(last=None, calls=None), "state: expected the keys of Pruner.state_dict.., missing calls, last"),
+        (bad_state(masks=MASKS | {"1.weight": MASKS["0.weight"]}), "state: mask '1.weight' .* fits no parameter"),
+        (bad_state(masks=MASKS | {"0.weight": MASKS["2.weight"]}), r"state: mask '0.weight' .* \[2, 10\] fits no"),
+        (bad_state(masks=MASKS | {"0.weight": torch.ones(10, 6)}), "state: mask '0.weight' of torch.float32"),
+        (bad_state(masks={"0.weight": MASKS["0.weight"]}), "state: no masks for 2.weight"),
+        (bad_state(reached={"0.weight": 0.5}), r"state: expected sparsities for \[None\], got \['0.weight'\]"),
+    ],
+)
+def test_bad_state(unchanged, state, message):
+    model = make_model()
+    pruner = make(model, end=2, initial_sparsity=0.5)
+    pruner.step()
+    before = pruner.state_dict()
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        pruner.load_state_dict(state)
+    after = pruner.state_dict()
+    assert all(torch.equal(after["masks"][name], before["masks"][name]) for name in SIZES)
+    assert all(after[key] == before[key] for key in ("calls", "last", "reached"))
+
+
+BUFFER = GradientBuffer(2, {"0.weight": torch.zeros(10, 6)})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"batches": None}, ValueError, "batches, buffer: expected exactly one of them for criterion='fisher'"),
+        ({"buffer": BUFFER}, ValueError, "batches, buffer: expected exactly one of them"),
+        ({"batches": 3}, TypeError, "batches: expected an iterable of batches, got int"),
+        ({"loss_fn": None}, TypeError, "loss_fn: expected a function with batches, got None"),
+        ({"batches": None, "buffer": [1]}, TypeError, "buffer: expected a GradientBuffer, got list"),
+        ({"batches": None, "buffer": BUFFER, "recomputations": 2}, ValueError, "recomputations: expected 1 with"),
+        ({"recomputations": 0}, ValueError, "recomputations: expected an int >= 1, got 0"),
+        ({"recomputations": 1.5}, ValueError, "recomputations: expected an int >= 1, got 1.5"),
+        ({"num_grads": 0}, ValueError, "num_grads: expected an int >= 1, got 0"),
+        ({"dtype": torch.float64}, TypeError, "dtype: expected torch.float32 or torch.bfloat16, got torch.float64"),
+        ({"sparsity": 1.5}, ValueError, r"sparsity: expected in \[0, 1\], got 1.5"),
+        ({"sparsity": math.nan}, ValueError, r"sparsity: expected in \[0, 1\], got nan"),
+        ({"sparsity": True}, TypeError, "sparsity: expected a number .* got True"),
+        ({"sparsity": "0.8"}, TypeError, "sparsity: expected a number .* got '0.8'"),
+        ({"sparsity": {"0.wei": 0.5}}, ValueError, "sparsity: '0.wei' matches none of the parameters"),
+        ({"sparsity": {"re:.": 0.5, "0.weight": 0.9}}, ValueError, "sparsity: '0.weight' is matched by both"),
+        ({"sparsity": {"0.weight": 0.3}, "initial_sparsity": 0.4}, ValueError, "initial sparsity: .* <= .* got 0.4"),
+        ({"initial_sparsity": -1}, ValueError, r"initial sparsity: expected in \[0, 1\], got -1"),
+        ({"initial_sparsity": "0"}, TypeError, "initial sparsity: expected a number, got '0'"),
+        ({"start": 9}, ValueError, "end: expected >= start = 9, got 8"),
+        ({"end": math.nan}, ValueError, "start, end: expected finite numbers, got 0 and nan"),
+        ({"frequency": 0}, ValueError, "frequency: expected > 0, got 0"),
+        ({"schedule": "step"}, ValueError, "schedule interpolation: expected one of .* got 'step'"),
+        ({"damping": -1e-5}, ValueError, "damping: expected a finite number > 0, got -1e-05"),
+        ({"block_size": 0}, ValueError, "block_size: expected >= 1 or None, got 0"),
+        ({"block_size": 50.0}, TypeError, "block_size: expected an int or None, got 50.0"),
+        ({"scope": "model"}, ValueError, "scope: expected one of global, layer, got 'model'"),
+        ({"update": "exact"}, ValueError, "update: expected one of joint, independent, none, got 'exact'"),
+        ({"criterion": "taylor"}, ValueError, "criterion: expected one of fisher, magnitude, got 'taylor'"),
+        ({"backend": "gpu"}, ValueError, "backend: expected one of auto, compiled, reference, got 'gpu'"),
+        ({"params": ["nope"]}, ValueError, "params: 'nope' matches no parameter"),
+    ],
+)  # fmt: skip
+def test_bad_input(unchanged, change, error, message):
+    """Refused when the Pruner is made, not in the middle of the training."""
+    model = make_model()
+    with unchanged(model), pytest.raises(error, match=message):
+        make(model, **change)
+
+
+@pytest.mark.parametrize("model", [nn.ReLU(), nn.BatchNorm1d(2)])
+def test_bad_model(model):
+    with pytest.raises(ValueError, match="model: expected"):
+        make(model)
