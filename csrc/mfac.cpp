@@ -1,5 +1,5 @@
-// Schemas of every op. Device files register the kernels (cpu/bindings.cpp); mfac/ops.py has the Python names, the fake
-// kernels and the docstrings.
+// Schemas of every op. The bindings of each device register its kernels (cpu/bindings.h); mfac/ops.py has the Python
+// names, the fake kernels and the docstrings.
 //
 //   m   gradients           grads       [m, d] float32 or bfloat16, rows contiguous, never written
 //   d   prunable weights    damping     λ > 0 of F = λ I + (1/m) Gᵀ G; never 1/λ
@@ -8,6 +8,8 @@
 //
 // F is block-diagonal with blocks of B columns, the last one shorter; B >= d is the full matrix.
 #include <torch/library.h>
+
+#include "cpu/bindings.h"
 
 TORCH_LIBRARY(mfac, m) {
   // [ceil(d/B), s, s] float64: lower Cholesky factors of mλ I + G Gᵀ (m <= columns in use) or mλ I + GᵀG, zero-padded.

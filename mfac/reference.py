@@ -86,14 +86,14 @@ def inverse_product(
     grads: Tensor, factor: Tensor, x: Tensor, damping: float, block_size: int, active: Tensor | None = None
 ) -> Tensor:
     """F⁻¹ x; see :func:`mfac.ops.inverse_product`."""
-    out = x.double() / damping
-    for l, block in zip(factor, _blocks(grads.shape[1], block_size), strict=True):
+    d = grads.shape[1]
+    vectors = x.double().reshape(x.numel() // d, d).T
+    out = vectors / damping
+    for l, block in zip(factor, _blocks(d, block_size), strict=True):
         g, columns = _used(grads, block, active)
         n = min(g.shape)
-        vectors = x[..., columns].double().reshape(-1, len(columns)).T
-        product = _inverse_times(g, l[:n, :n], vectors, damping)
-        out[..., columns] = product.T.reshape(*x.shape[:-1], len(columns))
-    return out.float()
+        out[columns] = _inverse_times(g, l[:n, :n], vectors[columns], damping)
+    return out.T.reshape(x.shape).float()
 
 
 def joint_update(grads: Tensor, weights: Tensor, kept: Tensor, damping: float, block_size: int) -> Tensor:

@@ -104,7 +104,7 @@ double gram_block(const Block<G>& block, double ridge, double* a) {
   std::fill_n(a, n * n, 0.0);
   for (int64_t k = 0; k < long_side; k += kDepth) {
     const int64_t depth = std::min(kDepth, long_side - k);
-    parallel_for(panels, [&](int64_t j) {
+    parallel_for(panels, depth * kPanel<T>, [&](int64_t j) {
       T* out = packed + j * depth * kPanel<T>;
       if (capacitance)
         pack_columns(block, j * kPanel<T>, k, depth, out);
@@ -151,7 +151,7 @@ void factor_block(const Block<G>& block, double* l) {
 // t[r] = sum_c G[r, c] x[c] over all columns of the block, in float64.
 template <typename G>
 void multiply_rows(const Block<G>& block, const double* x, double* t) {
-  parallel_for(block.grads.m, [&](int64_t r) {
+  parallel_for(block.grads.m, block.width, [&](int64_t r) {
     constexpr int64_t lanes = 16;
     const G* row = block.row(r);
     double sums[lanes] = {};
@@ -169,7 +169,7 @@ void multiply_rows(const Block<G>& block, const double* x, double* t) {
 template <typename G>
 void multiply_columns(const Block<G>& block, const double* t, double* x) {
   constexpr int64_t strip = 1024;  // doubles that stay in L1 while every row passes
-  parallel_for(ceil_div(block.width, strip), [&](int64_t s) {
+  parallel_for(ceil_div(block.width, strip), strip * block.grads.m, [&](int64_t s) {
     const int64_t c0 = s * strip, columns = std::min(strip, block.width - c0);
     double* out = x + c0;
     std::fill_n(out, columns, 0.0);
@@ -211,7 +211,7 @@ template <typename G, typename F>
 void for_each_block(const Gradients<G>& grads, const F& f) {
   const int64_t count = grads.blocks();
   if (count >= 4 * num_threads())
-    parallel_for(count, f);
+    parallel_for(count, grads.m * grads.block_size * std::min(grads.m, grads.block_size), f);
   else
     for (int64_t b = 0; b < count; ++b) f(b);
 }

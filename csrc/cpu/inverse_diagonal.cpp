@@ -67,7 +67,7 @@ void inverse_diagonal(const Gradients<G>& grads, const bool* active, float* out)
     if (factor_single(block, factor)) {
       Triangle<float> l(n);
       l.pack(factor, n, n);
-      parallel_for(panels, [&](int64_t j) {
+      parallel_for(panels, n * n * width, [&](int64_t j) {
         double values[width];
         done[j] = solve_panel(block, l, j * width, values) >= kCancellation;
         store(j * width, std::min(width, size - j * width), values);
@@ -77,7 +77,7 @@ void inverse_diagonal(const Gradients<G>& grads, const bool* active, float* out)
     factor_double(block, factor);
     Triangle<double> l(n);
     l.pack(factor, n, n);
-    parallel_for(2 * panels, [&](int64_t j) {
+    parallel_for(2 * panels, n * n * half, [&](int64_t j) {
       double values[half];
       if (done[j / 2] || j * half >= size) return;
       solve_panel(block, l, j * half, values);

@@ -28,7 +28,7 @@ int64_t select_smallest(const float* scores, int64_t n, int64_t k, bool* kept) {
   const auto bounds = [&](int64_t chunk) { return std::min(n, (chunk + 1) * kChunk); };
 
   std::vector<int64_t> nan(chunks, -1);
-  parallel_for(chunks, [&](int64_t chunk) {
+  parallel_for(chunks, kChunk, [&](int64_t chunk) {
     bool any = false;
     for (int64_t i = chunk * kChunk; i < bounds(chunk); ++i) any |= scores[i] != scores[i];
     for (int64_t i = chunk * kChunk; any && nan[chunk] < 0; ++i)
@@ -49,7 +49,7 @@ int64_t select_smallest(const float* scores, int64_t n, int64_t k, bool* kept) {
     const uint32_t digit = shift == 0 ? 0x3ffu : 0x7ffu;
     std::vector<std::array<int64_t, kBuckets>> counts(num_threads() < chunks ? num_threads() : chunks);
     const int64_t tasks = static_cast<int64_t>(counts.size());
-    parallel_for(tasks, [&](int64_t task) {
+    parallel_for(tasks, kChunk, [&](int64_t task) {
       counts[task].fill(0);
       for (int64_t i = task * n / tasks; i < (task + 1) * n / tasks; ++i) {
         const uint32_t value = key(scores[i]);
@@ -68,13 +68,13 @@ int64_t select_smallest(const float* scores, int64_t n, int64_t k, bool* kept) {
   }
 
   std::vector<int64_t> ties(chunks + 1, 0);
-  parallel_for(chunks, [&](int64_t chunk) {
+  parallel_for(chunks, kChunk, [&](int64_t chunk) {
     int64_t equal = 0;
     for (int64_t i = chunk * kChunk; i < bounds(chunk); ++i) equal += key(scores[i]) == threshold;
     ties[chunk + 1] = equal;
   });
   for (int64_t chunk = 0; chunk < chunks; ++chunk) ties[chunk + 1] += ties[chunk];
-  parallel_for(chunks, [&](int64_t chunk) {
+  parallel_for(chunks, kChunk, [&](int64_t chunk) {
     int64_t left = rank - ties[chunk];  // equal keys still to be pruned in this chunk, not positive if none
     for (int64_t i = chunk * kChunk; i < bounds(chunk); ++i) {
       const uint32_t value = key(scores[i]);

@@ -96,7 +96,7 @@ void gram(const T* panels, int64_t n, int64_t depth, double sign, double* c, int
     }
   };
   // The first columns of tiles are the longest: each task takes one from either end, so tasks are alike.
-  parallel_for(ceil_div(count, 2), [&](int64_t task) {
+  parallel_for(ceil_div(count, 2), n * width * depth, [&](int64_t task) {
     column_of_tiles(task);
     if (count - 1 - task != task) column_of_tiles(count - 1 - task);
   });
@@ -185,7 +185,7 @@ inline double cholesky(double* a, int64_t n) {
     if (below == 0) break;
     diagonal.pack(a + k * n + k, depth, n);
     // Rows below the diagonal block, transposed into panels, are solved there and are then the operand of the update.
-    parallel_for(ceil_div(below, width), [&](int64_t j) {
+    parallel_for(ceil_div(below, width), width * depth * depth, [&](int64_t j) {
       double* panel = panels + j * padded * width;
       const int64_t columns = std::min(width, below - j * width);
       std::fill_n(panel, padded * width, 0.0);

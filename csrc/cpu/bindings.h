@@ -1,4 +1,7 @@
 // The CPU kernels as torch ops: checks, allocation of results, dispatch on the gradients' type, and torch's thread pool.
+// A header only so that mfac.cpp compiles it: torch's headers are most of the build time, and so are read once.
+#pragma once
+
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>

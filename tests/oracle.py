@@ -1,0 +1,75 @@
+"""What the tests compare with: dense float64 linear algebra, inputs that are hard, and one table of tolerances."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mfac import ops, reference
+
+ops.load()
+BACKENDS = {"compiled": ops, "reference": reference}
+
+# Largest relative error in norm (‖out - exact‖ / ‖exact‖), or elementwise for the diagonal. The dense float64 inverse is
+# itself uncertain by 2e-16 times the condition number of F, so inputs stay below 1e10.
+TOLERANCE = {
+    "diagonal": 1e-4,  # the design's promise
+    "product": 1e-4,
+    "update": 1e-4,
+    "loss": 1e-4,
+    "factor": 1e-5,  # L Lᵀ against A, products in float32
+    "form": 1e-6,  # one float64 pass over float32 data
+}
+
+# (m, d, B): both sides, B = d, one row, one column left in the last block, nothing a multiple of a tile of any width.
+SHAPES = [(1, 5, 3), (7, 100, 33), (64, 129, 64), (50, 301, 100), (65, 101, 50), (130, 97, 97), (33, 1, 1), (20, 340, 340)]
+KINDS = ["random", "collinear", "low rank", "sparse", "mixed scale"]
+DAMPINGS = [1e-8, 1e-5, 1e-2]
+
+
+def gradients(m: int, d: int, kind: str = "random", scale: float = 1.0, seed: int = 0) -> Tensor:
+    """Gradients [m, d] float32 of a kind that is hard in its own way."""
+    generator = torch.Generator().manual_seed(seed)
+    g = torch.randn(m, d, generator=generator)
+    if kind == "collinear":
+        g = torch.randn(1, d, generator=generator) * torch.linspace(0.5, 1.5, m)[:, None]
+    elif kind == "low rank":
+        g = torch.randn(m, 3, generator=generator) @ torch.randn(3, d, generator=generator)
+    elif kind == "sparse":
+        g = g * (torch.rand(m, d, generator=generator) < 0.03)
+    elif kind == "mixed scale":
+        g = g * torch.logspace(-3, 0, d)
+    return (g * scale).contiguous()
+
+
+def fisher(grads: Tensor, damping: float, block_size: int, active: Tensor | None = None) -> Tensor:
+    """F [d, d] in float64, formed."""
+    m, d = grads.shape
+    g = grads.double() if active is None else grads.double() * active
+    block = torch.arange(d) // block_size
+    dense = g.T @ g / m * (block[:, None] == block[None, :])
+    return dense + damping * torch.eye(d, dtype=torch.float64)
+
+
+def inverse(dense: Tensor) -> Tensor:
+    """F⁻¹ in float64, from LAPACK."""
+    return torch.from_numpy(np.linalg.inv(dense.numpy()))
+
+
+def joint_step(dense: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
+    """The exact step δ: δ_Q = -w_Q and δ_S = F_SS⁻¹ F_SQ w_Q."""
+    w = weights.double()
+    step = torch.where(kept, 0.0, -w)
+    step[kept] = torch.linalg.solve(dense[kept][:, kept], dense[kept][:, ~kept] @ w[~kept])
+    return step
+
+
+def error(out: Tensor, exact: Tensor) -> float:
+    """‖out - exact‖ / ‖exact‖; the absolute norm where exact is zero."""
+    size = float(exact.double().norm())
+    return float((out.double() - exact.double()).norm()) / (size or 1.0)
+
+
+def well_posed(dense: Tensor) -> bool:
+    """Whether the float64 inverse is good enough to compare with."""
+    values = torch.linalg.eigvalsh(dense)
+    return float(values[-1] / values[0]) < 1e10

@@ -1,0 +1,105 @@
+"""Diagonal of the inverse Fisher."""
+
+import pytest
+import torch
+
+import oracle
+from mfac import ops, reference
+from oracle import BACKENDS, DAMPINGS, KINDS, SHAPES, TOLERANCE
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_dense(shape, kind, backend):
+    m, d, block_size = shape
+    for damping in DAMPINGS:
+        for scale in (1e-6, 1e-3, 1.0):
+            grads = oracle.gradients(m, d, kind, scale)
+            dense = oracle.fisher(grads, damping, block_size)
+            if not oracle.well_posed(dense):
+                continue
+            exact = oracle.inverse(dense).diagonal()
+            out = BACKENDS[backend].inverse_diagonal(grads, damping, block_size)
+            assert out.dtype == torch.float32
+            assert float(((out - exact) / exact).abs().max()) < TOLERANCE["diagonal"], (damping, scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(7, 100, 33), (65, 101, 50)], ids=str)
+def test_active(shape, backend):
+    """Inactive columns are those of zero gradients."""
+    m, d, block_size = shape
+    grads, active = oracle.gradients(m, d), torch.arange(d) % 3 != 0
+    active[:block_size] = False  # a whole block
+    exact = oracle.inverse(oracle.fisher(grads, 1e-3, block_size, active)).diagonal()
+    out = BACKENDS[backend].inverse_diagonal(grads, 1e-3, block_size, active)
+    assert float(((out - exact) / exact).abs().max()) < TOLERANCE["diagonal"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(7, 100, 33), (65, 101, 50)], ids=str)
+def test_recursion(shape, backend):
+    """The published algorithm gives the same numbers."""
+    m, d, block_size = shape
+    grads = oracle.gradients(m, d)
+    exact = reference.recursion_inverse_diagonal(grads.double(), 1e-3, block_size)
+    out = BACKENDS[backend].inverse_diagonal(grads, 1e-3, block_size)
+    assert float(((out - exact) / exact).abs().max()) < TOLERANCE["diagonal"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e6, 1e18])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bounds_hold_where_float64_fails(kind, scale, backend):
+    """1/F_ii <= [F⁻¹]_ii <= 1/λ for any finite input, however ill-conditioned: never zero, negative or NaN."""
+    for m, d, block_size in [(20, 60, 60), (64, 40, 13)]:
+        grads = oracle.gradients(m, d, kind, scale)
+        for damping in (1e-8, 1e-2):
+            out = BACKENDS[backend].inverse_diagonal(grads, damping, block_size).double()
+            lower = 1 / (damping + grads.double().square().mean(0))
+            assert (out >= lower * (1 - 1e-6)).all() and (out <= 1 / damping * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("shape", [(64, 500, 130), (130, 260, 64)], ids=str)
+def test_bfloat16(shape):
+    """bfloat16 gradients are exact numbers: the same as those numbers in float32, bit for bit."""
+    m, d, block_size = shape
+    half = oracle.gradients(m, d).bfloat16()
+    out, same = (ops.inverse_diagonal(g, 1e-3, block_size) for g in (half, half.float()))
+    assert torch.equal(out, same)
+
+
+@pytest.mark.parametrize("shape", [(96, 5000, 500), (96, 5000, 5000), (300, 700, 100)], ids=str)
+def test_threads(shape):
+    """The same bits for any number of threads, blocks side by side or threads within a block."""
+    m, d, block_size = shape
+    grads, before = oracle.gradients(m, d), torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            results.append(ops.inverse_diagonal(grads, 1e-5, block_size))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts(backend):
+    """Rows apart, columns apart: the values count, not the strides; the gradients are not written."""
+    base = oracle.gradients(16, 200)
+    expected = BACKENDS[backend].inverse_diagonal(base[:, 50:150].contiguous(), 1e-3, 40)
+    copy = base.clone()
+    assert torch.equal(BACKENDS[backend].inverse_diagonal(base[:, 50:150], 1e-3, 40), expected)
+    assert torch.equal(BACKENDS[backend].inverse_diagonal(base[:, 50:150].T.contiguous().T, 1e-3, 40), expected)
+    assert torch.equal(base, copy)
+
+
+def test_one_gradient_in_closed_form():
+    """m = 1: [F⁻¹]_ii = (1 - g_i² / (λ + ‖g‖²)) / λ, also where one weight takes nearly all of the gradient."""
+    grads = torch.tensor([[1e-3, 1.0, 0.0]])
+    out = ops.inverse_diagonal(grads, 1e-6, 3).double()
+    square = grads[0].double().square()
+    rest = (1e-6 + square.sum() - square) / (1e-6 + square.sum())  # 1 - g_i²/(λ + ‖g‖²) without the cancellation
+    assert float((out * 1e-6 / rest - 1).abs().max()) < 1e-6

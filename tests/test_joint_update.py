@@ -1,0 +1,72 @@
+"""Joint update."""
+
+import pytest
+import torch
+
+import oracle
+from oracle import BACKENDS, DAMPINGS, KINDS, SHAPES, TOLERANCE
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_dense(shape, kind, backend):
+    """At every density the update is F_SS⁻¹ F_SQ w_Q and the returned loss ½ δᵀFδ."""
+    m, d, block_size = shape
+    generator = torch.Generator().manual_seed(1)
+    for damping in DAMPINGS:
+        for density in (0.0, 0.1, 0.7, 1.0):
+            grads = oracle.gradients(m, d, kind)
+            dense = oracle.fisher(grads, damping, block_size)
+            if not oracle.well_posed(dense):
+                continue
+            weights = torch.randn(d, generator=generator)
+            kept = torch.rand(d, generator=generator) < density
+            step = oracle.joint_step(dense, weights, kept)
+            out = weights.clone()
+            loss = BACKENDS[backend].joint_update(grads, out, kept, damping, block_size)
+            assert not out[~kept].any()
+            assert oracle.error(out, weights + step) < TOLERANCE["update"], (damping, density)
+            exact = 0.5 * step @ dense @ step
+            # Where δ_S almost undoes the removal, the minimum is a rest of rounding: measured against what was at stake.
+            stake = 0.5 * torch.where(kept, 0.0, weights.double()) @ dense @ torch.where(kept, 0.0, weights.double())
+            assert abs(float(loss) - float(exact)) <= TOLERANCE["loss"] * max(float(exact), 1e-6 * float(stake))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pruned_before(backend):
+    """Weights that are zero already add nothing; blocks with nothing to prune keep their bits."""
+    grads, weights = oracle.gradients(16, 120), torch.randn(120)
+    kept = torch.ones(120, dtype=torch.bool)
+    kept[:10] = False
+    weights[:5] = 0
+    out = weights.clone()
+    BACKENDS[backend].joint_update(grads, out, kept, 1e-3, 40)
+    assert torch.equal(out[40:], weights[40:])
+    dense = oracle.fisher(grads, 1e-3, 40)
+    assert oracle.error(out, weights + oracle.joint_step(dense, weights, kept)) < TOLERANCE["update"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_of_any_stride(backend):
+    grads, base = oracle.gradients(16, 60), torch.randn(120)
+    kept = torch.arange(60) % 4 == 0
+    expected, out = base[::2].clone(), base.clone()
+    BACKENDS[backend].joint_update(grads, expected, kept, 1e-3, 25)
+    BACKENDS[backend].joint_update(grads, out[::2], kept, 1e-3, 25)
+    assert torch.equal(out[::2], expected) and torch.equal(out[1::2], base[1::2])
+
+
+def test_threads():
+    grads, weights, before = oracle.gradients(64, 3000), torch.randn(3000), torch.get_num_threads()
+    kept = torch.arange(3000) % 3 == 0
+    try:
+        for block_size in (200, 3000):
+            results = []
+            for threads in (1, 2, 3, 8):
+                torch.set_num_threads(threads)
+                out = weights.clone()
+                results.append((out, BACKENDS["compiled"].joint_update(grads, out, kept, 1e-5, block_size)))
+            assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+    finally:
+        torch.set_num_threads(before)

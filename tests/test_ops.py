@@ -1,0 +1,123 @@
+"""All ops: schemas, fakes, argument checks, and the choice of backend."""
+
+import warnings
+
+import pytest
+import torch
+
+import mfac
+from mfac import _build, ops, reference
+
+GRADS = torch.randn(6, 20)
+KEPT = torch.arange(20) % 2 == 0
+ARGUMENTS = {
+    "block_factor": (GRADS, 1e-3, 8, KEPT),
+    "inverse_diagonal": (GRADS, 1e-3, 8, None),
+    "inverse_product": (GRADS, reference.block_factor(GRADS, 1e-3, 8), torch.randn(2, 20), 1e-3, 8, None),
+    "joint_update": (GRADS, torch.randn(20), KEPT, 1e-3, 8),
+    "independent_update": (GRADS, torch.randn(20), KEPT, torch.rand(20) + 1, 1e-3, 8, None),
+    "quadratic_form": (GRADS, torch.randn(20), 1e-3, 8),
+    "select_smallest": (torch.randn(30), 11),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_opcheck(name):
+    """Schema (what is written), fake kernel and autograd registration."""
+    ops.load()
+    arguments = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in ARGUMENTS[name])
+    torch.library.opcheck(getattr(torch.ops.mfac, name).default, arguments)
+
+
+def test_every_op_has_a_reference_of_the_same_signature():
+    import inspect
+
+    assert set(ops._FAKES) == set(ARGUMENTS)
+    for name in ARGUMENTS:
+        parameters = [list(inspect.signature(getattr(module, name)).parameters) for module in (ops, reference)]
+        assert parameters[0] == parameters[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({0: torch.randn(20)}, ValueError, r"grads: expected \[m, d\] with m >= 1 gradients, got shape \[20\]"),
+        ({0: torch.randn(0, 20)}, ValueError, r"grads: expected \[m, d\] with m >= 1 gradients, got shape \[0, 20\]"),
+        ({0: torch.randn(6, 20).double()}, TypeError, "grads: expected float32 or bfloat16, got Double"),
+        ({1: torch.randn(19)}, ValueError, r"weights: expected shape \[20\], got \[19\]"),
+        ({1: torch.randn(20).double()}, TypeError, "weights: expected Float, got Double"),
+        ({2: torch.ones(20)}, TypeError, "kept: expected Bool, got Float"),
+        ({3: 0.0}, ValueError, "damping: expected a finite number > 0, got 0"),
+        ({3: float("nan")}, ValueError, "damping: expected a finite number > 0, got nan"),
+        ({4: 0}, ValueError, "block_size: expected >= 1, got 0"),
+    ],
+)
+def test_wrong_arguments(change, error, message):
+    ops.load()
+    arguments = [change.get(i, a) for i, a in enumerate(ARGUMENTS["joint_update"])]
+    before = arguments[1].clone()
+    with pytest.raises(error, match=message):
+        ops.joint_update(*arguments)
+    assert torch.equal(arguments[1], before)
+
+
+def test_no_columns():
+    grads = torch.randn(3, 0)
+    ops.load()
+    assert ops.inverse_diagonal(grads, 1e-3, 5).shape == (0,)
+    assert ops.block_factor(grads, 1e-3, 5).shape[0] == 0
+    assert float(ops.joint_update(grads, torch.empty(0), torch.empty(0, dtype=torch.bool), 1e-3, 5)) == 0
+
+
+@pytest.fixture
+def broken_build(monkeypatch):
+    def fail():
+        raise _build.BuildError("no compiler here")
+
+    ops.load.cache_clear()
+    ops._warn_once.cache_clear()
+    monkeypatch.setattr(_build, "load", fail)
+    yield
+    ops.load.cache_clear()
+    ops._warn_once.cache_clear()
+
+
+def test_auto_falls_back_with_one_warning(broken_build):
+    with pytest.warns(RuntimeWarning, match=r"(?s)reference path serves.*no compiler here"):
+        assert ops.select_backend("auto") is reference
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ops.select_backend("auto") is reference
+
+
+def test_compiled_never_falls_back(broken_build, monkeypatch):
+    with pytest.raises(_build.BuildError, match="no compiler here"):
+        ops.select_backend("compiled")
+    monkeypatch.setenv("MFAC_BACKEND", "compiled")
+    with pytest.raises(_build.BuildError, match="no compiler here"):
+        mfac.prune_step(torch.nn.Linear(4, 4), torch.randn(3, 16))
+
+
+def test_environment_chooses(monkeypatch):
+    monkeypatch.setenv("MFAC_BACKEND", "reference")
+    assert ops.select_backend() is reference
+    assert ops.select_backend("compiled") is ops  # an argument wins
+    monkeypatch.setenv("MFAC_BACKEND", "fast")
+    with pytest.raises(ValueError, match="MFAC_BACKEND: expected one of auto, compiled, reference, got 'fast'"):
+        ops.select_backend()
+    with pytest.raises(ValueError, match="backend: expected one of auto, compiled, reference, got 'quick'"):
+        ops.select_backend("quick")
+
+
+def test_other_devices_take_the_reference():
+    with pytest.raises(RuntimeError, match="backend: this version has no compiled kernels for meta"):
+        ops.select_backend("compiled", "meta")
+    ops._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="no compiled kernels for meta"):
+        assert ops.select_backend("auto", "meta") is reference
+
+
+def test_the_compiled_path_is_there():
+    """The tests must not pass on the reference alone."""
+    ops.load()
+    assert ops.select_backend("auto") is ops
