@@ -1,0 +1,49 @@
+# Everything a newcomer or a developer does. `make help` lists it.
+PYTHON ?= python3
+# On a machine with an NVIDIA GPU: make TORCH=torch ...
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+READY   = $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint format gpu clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 16
+	@echo "  Set-up is done as needed, in $(VENV), with $(TORCH); override: make test TORCH=torch PYTHON=python3.12"
+
+# A virtual environment with torch, this package (editable) and its demo and development extras.
+$(READY): pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=23" "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[demo,dev]"
+	touch $@
+
+demo: $(READY)  ## train, prune and compare on real handwritten digits: a table and comparison.png, in a few minutes
+	$(BIN)/mfac demo
+
+test: $(READY)  ## all tests, and the examples in the docstrings
+	$(BIN)/mfac doctor
+	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q --doctest-modules mfac
+
+bench: $(READY)  ## speed of textbook recursion, reference and kernels, against this machine's roofline
+	$(BIN)/python -m pytest -q benchmarks -o python_files='bench_*.py' --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
+
+lint: $(READY)  ## ruff and clang-format, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+
+format: $(READY)  ## ruff and clang-format, in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+
+gpu:  ## on a machine with an NVIDIA GPU: build, test and time on CUDA with the installed torch
+	@$(PYTHON) benchmarks/gpu.py
+
+clean:  ## remove the virtual environment and what builds leave here
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .benchmarks
