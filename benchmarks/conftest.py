@@ -61,7 +61,7 @@ def _table(config, benchmarks):
     flags = torch.backends.cpu.get_cpu_capability()
     yield f"{_cpu()}, {torch.get_num_threads()} threads, {flags}, torch {torch.__version__}"
     yield ""
-    yield f"float32 matrix product {rates['flops'] / 1e9:.0f} GFLOP/s, reading {rates['bytes'] / 1e9:.1f} GB/s (same run)"
+    yield f"this run: float32 product {rates['flops'] / 1e9:.0f} GFLOP/s, reading {rates['bytes'] / 1e9:.1f} GB/s"
     yield ""
     yield "| work | by | median | GFLOP/s | GB/s | of floor | against slowest | error |"
     yield "|---|---|---:|---:|---:|---:|---:|---:|"
@@ -73,7 +73,8 @@ def _table(config, benchmarks):
         error = "" if info["error"] is None else f"{info['error']:.0e}"
         yield (
             f"| {b.group} | {b.param or b.name} | {median:.4f} s | {info['flops'] / median / 1e9:.1f} "
-            f"| {info['bytes'] / median / 1e9:.2f} | {info['floor'] / median:.0%} | {slowest[b.group] / median:.1f}x | {error} |"
+            f"| {info['bytes'] / median / 1e9:.2f} | {info['floor'] / median:.0%} | {slowest[b.group] / median:.1f}x "
+            f"| {error} |"
         )
 
 

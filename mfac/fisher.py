@@ -14,9 +14,9 @@ from mfac.gradients import GradientBuffer
 class Fisher:
     """F = λ I + (1/m) Gᵀ G, full or block-diagonal, never formed.
 
-    Inverse and products go through the smaller of two Cholesky factors, of mλ I + G Gᵀ (m gradients) or of mλ I + GᵀG (B
-    columns), so that the cost is 2 d m min(m, B) flops where the recursion of M-FAC (Frantar, Kurtic, Alistarh, NeurIPS
-    2021) needs as many memory-bound ones.
+    Inverse and products go through the smaller of two Cholesky factors, of mλ I + G Gᵀ (m gradients) or of mλ I + GᵀG
+    (B columns), so that the cost is 2 d m min(m, B) flops where the recursion of M-FAC (Frantar, Kurtic, Alistarh,
+    NeurIPS 2021) needs as many memory-bound ones.
 
     Args:
         grads: G [m, d], float32 or bfloat16, one gradient per row; or a :class:`GradientBuffer`. Never written.
@@ -27,15 +27,16 @@ class Fisher:
 
     Raises:
         TypeError: If ``grads`` is not such a tensor or buffer, ``active`` not a tensor, or a number is not one.
-        ValueError: If ``grads`` has no rows or is not finite, ``damping`` or ``block_size`` is out of range, or ``active``
-            does not match.
+        ValueError: If ``grads`` has no rows or is not finite, ``damping`` or ``block_size`` is out of range, or
+            ``active`` does not match.
 
     Example:
         >>> fisher = Fisher(torch.randn(32, 100), damping=1e-3, block_size=50)
         >>> fisher.inverse_diagonal().shape
         torch.Size([100])
         >>> x = torch.randn(100)
-        >>> bool(torch.isclose(fisher.inverse_product(x)[7], fisher.inverse_elements([7] * 50, range(50)) @ x[:50], rtol=1e-3))
+        >>> row = fisher.inverse_elements([7] * 50, range(50))
+        >>> bool(torch.isclose(fisher.inverse_product(x)[7], (row @ x[:50].double()).float(), rtol=1e-3))
         True
     """
 
@@ -51,7 +52,7 @@ class Fisher:
         """Check the arguments; nothing is computed yet."""
         grads = grads.tensor if isinstance(grads, GradientBuffer) else grads
         check_gradients(grads)
-        m, d = grads.shape
+        d = grads.shape[1]
         check_fisher_settings(damping, block_size)
         if active is not None and not isinstance(active, Tensor):
             raise TypeError(f"active: expected a bool tensor, got {type(active).__name__}")

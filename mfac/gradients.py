@@ -22,7 +22,8 @@ class GradientBuffer:
 
     Args:
         num_grads: m, the number of rows, >= 1.
-        params: Name to parameter (what :func:`mfac.prunable_parameters` returns) or to any tensor of its shape and device.
+        params: Name to parameter (what :func:`mfac.prunable_parameters` returns) or to any tensor of its shape and
+            device.
         dtype: torch.float32, or torch.bfloat16 for half the memory.
 
     Attributes:
@@ -177,14 +178,15 @@ def collect_gradients(
 ) -> GradientBuffer:
     """Collect one gradient per batch, with the model in eval mode.
 
-    Batches of some 32 samples give far better joint updates than single samples. The model's mode, requires_grad, ``.grad``
-    and torch's random state are as before when this returns or raises; pass an iterator to go on where you stopped.
+    Batches of some 32 samples give far better joint updates than single samples. The model's mode, requires_grad,
+    ``.grad`` and torch's random state are as before when this returns or raises; pass an iterator to go on where you
+    stopped.
 
     Args:
         model: Any module.
         batches: Iterable of ``(inputs, targets)``, for ``loss_fn(model(inputs), targets)``, or of dicts, for
-            ``loss_fn(model(**batch), batch)``; tensors are moved to the model's device. One that ends before ``num_grads``
-            batches is started again, with a warning.
+            ``loss_fn(model(**batch), batch)``; tensors are moved to the model's device. One that ends before
+            ``num_grads`` batches is started again, with a warning.
         loss_fn: Returns a scalar.
         num_grads: m, the number of gradients, >= 1.
         params: Parameters to collect for; see :func:`mfac.prunable_parameters`.
@@ -192,13 +194,14 @@ def collect_gradients(
         progress: Show a progress bar.
 
     Returns:
-        A full buffer. Gradients that are not finite are replaced by those of further batches and counted in ``skipped``.
+        A full buffer. Gradients that are not finite are replaced by those of further batches and counted in
+        ``skipped``.
 
     Raises:
-        TypeError: If ``batches`` cannot be iterated, ``loss_fn`` called, a batch is neither a pair nor a dict, or the loss is
-            not a tensor.
-        ValueError: If ``num_grads`` < 1, ``batches`` is empty or an iterator that ends early, the loss is not a scalar, no
-            gradient is finite, or the loss does not depend on one of the parameters.
+        TypeError: If ``batches`` cannot be iterated, ``loss_fn`` called, a batch is neither a pair nor a dict, or the
+            loss is not a tensor.
+        ValueError: If ``num_grads`` < 1, ``batches`` is empty or an iterator that ends early, the loss is not a
+            scalar, no gradient is finite, or the loss does not depend on one of the parameters.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)

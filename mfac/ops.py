@@ -1,9 +1,9 @@
 """The compiled ops, one thin function each, and the choice between them and the reference.
 
-Shapes, here and in :mod:`mfac.reference`: ``grads`` [m, d] float32 or bfloat16, one gradient per row; ``damping`` λ > 0 of
-F = λ I + (1/m) Gᵀ G; ``block_size`` B >= 1, F being block-diagonal with blocks of B columns; ``active`` [d] bool, columns
-that take part, the others counting as zero gradients; ``kept`` [d] bool, False = pruned. Wrong arguments raise ValueError
-or TypeError from the op itself.
+Shapes, here and in :mod:`mfac.reference`: ``grads`` [m, d] float32 or bfloat16, one gradient per row; ``damping`` λ > 0
+of F = λ I + (1/m) Gᵀ G; ``block_size`` B >= 1, F being block-diagonal with blocks of B columns; ``active`` [d]
+bool, columns that take part, the others counting as zero gradients; ``kept`` [d] bool, False = pruned. Wrong
+arguments raise ValueError or TypeError from the op itself.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ def select_backend(backend: str = "auto", device: torch.device | str = "cpu") ->
     """Return the module that serves: :mod:`mfac.ops` or :mod:`mfac.reference`, which hold the same functions.
 
     Args:
-        backend: ``"compiled"`` (an error if it cannot be built or lacks the device), ``"reference"``, or ``"auto"``: what
-            the environment variable MFAC_BACKEND says, else compiled where possible, with one warning where not.
+        backend: ``"compiled"`` (an error if it cannot be built or lacks the device), ``"reference"``, or ``"auto"``:
+            what the environment variable MFAC_BACKEND says, else compiled where possible, with one warning where not.
         device: Where the tensors are.
 
     Raises:
         ValueError: If the name is not one of these.
-        RuntimeError: If ``"compiled"`` is asked for and cannot be had.
+        RuntimeError: If ``"compiled"`` is asked for and there are no such kernels for the device.
+        BuildError: If ``"compiled"`` is asked for and cannot be built.
 
     Returns:
         The module.
@@ -57,7 +58,7 @@ def select_backend(backend: str = "auto", device: torch.device | str = "cpu") ->
     if device.type != "cpu":
         reason = f"this version has no compiled kernels for {device.type}"
         if backend == "compiled":
-            raise RuntimeError(f"backend: {reason}; use backend='reference' there, or move model and gradients to the CPU")
+            raise RuntimeError(f"backend: {reason}; use backend='reference', or move model and gradients to the CPU")
         _warn_once(f"mfac: {reason}; the reference path (plain PyTorch on {device.type}) serves.")
         return reference
     try:
@@ -81,7 +82,7 @@ def load() -> None:
 
     Raises:
         BuildError: If it cannot be built or loaded; says why and what to do.
-    """  # noqa: DOC502 - raised by _build.load
+    """
     _build.load()
     for name, fake in _FAKES.items():
         torch.library.register_fake(f"mfac::{name}", fake)
@@ -136,8 +137,8 @@ def _fake_inverse_product(grads, factor, x, damping, block_size, active=None):
 def joint_update(grads: Tensor, weights: Tensor, kept: Tensor, damping: float, block_size: int) -> Tensor:
     """Prune in place all weights that are not kept, moving the kept ones to the minimum of ½ δᵀFδ.
 
-    w_S += G_Sᵀ (mλ I + G_S G_Sᵀ)⁻¹ G_Q w_Q and w_Q = 0, with S the kept and Q the pruned weights of a block. ``weights``
-    [d] float32 is the only tensor written.
+    w_S += G_Sᵀ (mλ I + G_S G_Sᵀ)⁻¹ G_Q w_Q and w_Q = 0, with S the kept and Q the pruned weights of a block.
+    ``weights`` [d] float32 is the only tensor written.
 
     Returns:
         ½ δᵀFδ, the predicted loss increase, a float64 scalar.

@@ -73,22 +73,23 @@ def prune_step(
 ) -> PruneResult:
     """Prune the model's weights in place to the given sparsity, by Optimal Brain Surgeon with an empirical Fisher.
 
-    Weight i is scored by its saliency w_i² / (2 [F⁻¹]_ii), the lowest are removed, and the others are moved to make up for
-    it. F = λ I + (1/m) Gᵀ G, block-diagonal (M-FAC, Frantar, Kurtic, Alistarh, NeurIPS 2021). Exactly round(sparsity · n)
-    weights are zero afterwards, ties going to the lower index. Unstructured zeros make a model smaller to store, not
-    faster to run by themselves.
+    Weight i is scored by its saliency w_i² / (2 [F⁻¹]_ii), the lowest are removed, and the others are moved to make
+    up for it. F = λ I + (1/m) Gᵀ G, block-diagonal (M-FAC, Frantar, Kurtic, Alistarh, NeurIPS 2021). Exactly
+    round(sparsity · n) weights are zero afterwards, ties going to the lower index. Unstructured zeros make a model
+    smaller to store, not faster to run by themselves.
 
     Args:
         model: Its weights are written, nothing else.
-        grads: A :class:`GradientBuffer`, a tensor [m, d] in the order of :func:`prunable_parameters`, or m dicts name ->
-            gradient. None is for ``criterion="magnitude"``, which then updates nothing.
+        grads: A :class:`GradientBuffer`, a tensor [m, d] in the order of :func:`prunable_parameters`, or m dicts name
+            -> gradient. None is for ``criterion="magnitude"``, which then updates nothing.
         sparsity: Share of zeros in [0, 1]; or a dict of such shares by name or ``"re:<regex>"``, parameters that no key
             matches staying dense (the update may move them: leave them out of ``params`` if it must not).
         params: What to prune; see :func:`prunable_parameters`. Default: the weights of Linear and ConvNd layers, or the
             parameters of the GradientBuffer.
         damping: λ > 0.
         block_size: B, columns per block of F; None for the full matrix.
-        scope: ``"global"`` ranks all weights together (under one key, for a dict), ``"layer"`` each parameter by itself.
+        scope: ``"global"`` ranks all weights together (under one key, for a dict), ``"layer"`` each parameter by
+            itself.
         update: ``"joint"``: the exact minimum of the quadratic model given the mask. ``"independent"``: the sum of
             single-weight updates, as published. ``"none"``: only zeros.
         criterion: ``"fisher"`` or ``"magnitude"`` (|w|).
@@ -101,8 +102,8 @@ def prune_step(
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If a value, shape, device or name is wrong, or the sparsity is below what ``masks`` hold. The model is
-            unchanged then.
+        ValueError: If a value, shape, device or name is wrong, or the sparsity is below what ``masks`` hold. The
+            model is unchanged then.
         RuntimeError: If the update is not finite (the model is unchanged), or ``backend="compiled"`` cannot be had.
 
     Example:

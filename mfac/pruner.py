@@ -156,8 +156,8 @@ class Pruner:
         """Enforce the masks and prune if an update is due; call it after ``optimizer.step()``.
 
         Args:
-            time: An increasing number in the unit of ``start``, ``end`` and ``frequency``, such as the epoch as a float.
-                Without it, the number of calls so far, this one included.
+            time: An increasing number in the unit of ``start``, ``end`` and ``frequency``, such as the epoch as a
+                float. Without it, the number of calls so far, this one included.
 
         Returns:
             What the update did, or None if none was due.
@@ -232,9 +232,7 @@ class Pruner:
             raise ValueError(f"state: expected the keys of Pruner.state_dict(), missing {', '.join(sorted(missing))}")
         for name, mask in state["masks"].items():
             if name not in self._params or mask.shape != self._params[name].shape or mask.dtype != torch.bool:
-                raise ValueError(
-                    f"state: mask {name!r} of {mask.dtype} and shape {list(mask.shape)} fits no parameter of this Pruner"
-                )
+                raise ValueError(f"state: mask {name!r}, {mask.dtype} {list(mask.shape)}, fits no parameter here")
         if state["masks"] and set(state["masks"]) != set(self._params):
             raise ValueError(f"state: no masks for {', '.join(set(self._params) - set(state['masks']))}")
         if set(state["reached"]) != set(self._schedules):

@@ -1,9 +1,9 @@
 """The ops in plain PyTorch, as readable as the formulas.
 
-Every function here has the signature of its namesake in :mod:`mfac.ops` and computes in float64, block by block. It is what
-the compiled kernels are tested against, and what serves where they cannot be built. The ``recursion_*`` functions are the
-algorithm as published (M-FAC, Frantar, Kurtic, Alistarh, NeurIPS 2021, section 3.1), an independent check and the
-benchmarks' baseline.
+Every function here has the signature of its namesake in :mod:`mfac.ops` and computes in float64, block by block. It
+is what the compiled kernels are tested against, and what serves where they cannot be built. The ``recursion_*``
+functions are the algorithm as published (M-FAC, Frantar, Kurtic, Alistarh, NeurIPS 2021, section 3.1), an independent
+check and the benchmarks' baseline.
 
 Symbols: G [m, d] gradients, λ ``damping``, B ``block_size``, F = λ I + (1/m) Gᵀ G block by block.
 """

@@ -16,8 +16,9 @@ _CURVES = {
 class Schedule:
     """Sparsity as a function of time, and when it is to be raised.
 
-    Time is any increasing number: steps, or epochs as a float. The first update is due at ``start`` and gives ``initial``,
-    later ones every ``frequency``, the last one at the first time at or after ``end``, which gives ``final`` exactly.
+    Time is any increasing number: steps, or epochs as a float. The first update is due at ``start`` and gives
+    ``initial``, later ones every ``frequency``, the last one at the first time at or after ``end``, which gives
+    ``final`` exactly.
 
     Args:
         initial: Sparsity at ``start``, in [0, ``final``].
@@ -77,7 +78,7 @@ class Schedule:
         return self.initial + (self.final - self.initial) * _CURVES[self.interpolation](x)
 
     def due(self, time: float, last: float | None) -> bool:
-        """Return whether an update is due at ``time``, with ``last`` the time of the last one (None before the first)."""
+        """Return whether an update is due at ``time``, with ``last`` the time of the last one, or None."""
         if time < self.start:
             return False
         if last is None:

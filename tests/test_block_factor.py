@@ -1,9 +1,8 @@
 """Cholesky factors of the blocks."""
 
+import oracle
 import pytest
 import torch
-
-import oracle
 from oracle import BACKENDS, DAMPINGS, KINDS, SHAPES, TOLERANCE
 
 

@@ -1,9 +1,8 @@
 """Independent update, as published."""
 
+import oracle
 import pytest
 import torch
-
-import oracle
 from oracle import BACKENDS, KINDS, SHAPES, TOLERANCE
 
 

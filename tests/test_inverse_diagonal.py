@@ -1,11 +1,11 @@
 """Diagonal of the inverse Fisher."""
 
+import oracle
 import pytest
 import torch
-
-import oracle
-from mfac import ops, reference
 from oracle import BACKENDS, DAMPINGS, KINDS, SHAPES, TOLERANCE
+
+from mfac import ops, reference
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

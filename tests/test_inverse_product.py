@@ -1,9 +1,8 @@
 """Inverse-Fisher-vector products."""
 
+import oracle
 import pytest
 import torch
-
-import oracle
 from oracle import BACKENDS, DAMPINGS, KINDS, SHAPES, TOLERANCE
 
 
@@ -43,5 +42,6 @@ def test_active(shape, backend):
 
 def test_wrong_factor():
     grads = torch.randn(4, 10)
-    with pytest.raises(ValueError, match=r"factor: expected float64 of shape \[2, 4, 4\], got Double of shape \[1, 4, 4\]"):
+    expected = r"factor: expected float64 of shape \[2, 4, 4\], got Double of shape \[1, 4, 4\]"
+    with pytest.raises(ValueError, match=expected):
         BACKENDS["compiled"].inverse_product(grads, torch.zeros(1, 4, 4).double(), torch.ones(10), 1e-3, 5)

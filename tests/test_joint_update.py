@@ -1,9 +1,8 @@
 """Joint update."""
 
+import oracle
 import pytest
 import torch
-
-import oracle
 from oracle import BACKENDS, DAMPINGS, KINDS, SHAPES, TOLERANCE
 
 
@@ -28,7 +27,8 @@ def test_against_dense(shape, kind, backend):
             assert not out[~kept].any()
             assert oracle.error(out, weights + step) < TOLERANCE["update"], (damping, density)
             exact = 0.5 * step @ dense @ step
-            # Where δ_S almost undoes the removal, the minimum is a rest of rounding: measured against what was at stake.
+            # Where δ_S almost undoes the removal, the minimum is a rest of rounding: measured against what was at
+            # stake.
             stake = 0.5 * torch.where(kept, 0.0, weights.double()) @ dense @ torch.where(kept, 0.0, weights.double())
             assert abs(float(loss) - float(exact)) <= TOLERANCE["loss"] * max(float(exact), 1e-6 * float(stake))
 

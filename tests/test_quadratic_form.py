@@ -1,9 +1,8 @@
 """Predicted loss increase of a step."""
 
+import oracle
 import pytest
 import torch
-
-import oracle
 from oracle import BACKENDS, KINDS, SHAPES, TOLERANCE
 
 

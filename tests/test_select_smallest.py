@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from oracle import BACKENDS
 
 
@@ -15,9 +14,7 @@ def expected(scores, k):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@given(
-    st.lists(st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -0.0, 1.0, -1.0]), max_size=60), st.data()
-)
+@given(st.lists(st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -0.0, 1.0, -1.0]), max_size=60), st.data())
 @settings(max_examples=150, deadline=None)
 def test_any_floats(backend, values, data):
     """Ties, zeros of both signs, infinities, subnormals, all equal, k = 0, k = n."""

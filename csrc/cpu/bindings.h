@@ -70,18 +70,18 @@ Tensor inverse_product_op(const Tensor& grads, const Tensor& factor, const Tenso
                           int64_t block_size, const OptionalTensor& active) {
   check_grads(grads, damping, block_size);
   check_active(active, grads);
-  TORCH_CHECK_VALUE((x.dim() == 1 || x.dim() == 2) && x.size(-1) == grads.size(1), "x: expected shape [",
-                    grads.size(1), "] or [k, ", grads.size(1), "], got ", x.sizes());
+  TORCH_CHECK_VALUE((x.dim() == 1 || x.dim() == 2) && x.size(-1) == grads.size(1), "x: expected shape [", grads.size(1),
+                    "] or [k, ", grads.size(1), "], got ", x.sizes());
   TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x: expected float32, got ", x.scalar_type());
   const OptionalTensor mask = contiguous(active);
   const Tensor vectors = x.contiguous(), l = factor.contiguous();
   Tensor out = at::empty_like(vectors);
   dispatch(grads, damping, block_size, [&](const auto& g) {
     const int64_t s = std::min({g.m, g.block_size, g.d});
-    TORCH_CHECK_VALUE(l.scalar_type() == at::kDouble && l.dim() == 3 && l.size(0) == g.blocks() && l.size(1) == s &&
-                          l.size(2) == s,
-                      "factor: expected float64 of shape [", g.blocks(), ", ", s, ", ", s, "], got ", l.scalar_type(),
-                      " of shape ", l.sizes());
+    TORCH_CHECK_VALUE(
+        l.scalar_type() == at::kDouble && l.dim() == 3 && l.size(0) == g.blocks() && l.size(1) == s && l.size(2) == s,
+        "factor: expected float64 of shape [", g.blocks(), ", ", s, ", ", s, "], got ", l.scalar_type(), " of shape ",
+        l.sizes());
     inverse_product(g, mask_pointer(mask), l.const_data_ptr<double>(), vectors.const_data_ptr<float>(),
                     x.dim() == 1 ? 1 : x.size(0), out.mutable_data_ptr<float>());
   });
@@ -133,8 +133,7 @@ Tensor select_smallest_op(const Tensor& scores, int64_t k) {
   TORCH_CHECK_VALUE(0 <= k && k <= scores.size(0), "k: expected 0 to ", scores.size(0), ", got ", k);
   const Tensor values = scores.contiguous();
   Tensor kept = at::empty({scores.size(0)}, scores.options().dtype(at::kBool));
-  const int64_t nan =
-      select_smallest(values.const_data_ptr<float>(), scores.size(0), k, kept.mutable_data_ptr<bool>());
+  const int64_t nan = select_smallest(values.const_data_ptr<float>(), scores.size(0), k, kept.mutable_data_ptr<bool>());
   TORCH_CHECK_VALUE(nan < 0, "scores: expected no NaN, got one at index ", nan);
   return kept;
 }

@@ -20,7 +20,8 @@ void inverse_product(const Gradients<G>& grads, const bool* active, const double
   });
 }
 
-template void inverse_product<float>(const Gradients<float>&, const bool*, const double*, const float*, int64_t, float*);
+template void inverse_product<float>(const Gradients<float>&, const bool*, const double*, const float*, int64_t,
+                                     float*);
 template void inverse_product<BFloat16>(const Gradients<BFloat16>&, const bool*, const double*, const float*, int64_t,
                                         float*);
 

@@ -21,8 +21,7 @@ void parallel_for(int64_t count, int64_t cost, const F& f) {
     for (int64_t i = 0; i < count; ++i) f(i);
     return;
   }
-  run_parallel(
-      count, [](const void* context, int64_t i) { (*static_cast<const F*>(context))(i); }, std::addressof(f));
+  run_parallel(count, [](const void* context, int64_t i) { (*static_cast<const F*>(context))(i); }, std::addressof(f));
 }
 
 }  // namespace mfac::cpu
