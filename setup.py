@@ -27,9 +27,9 @@ def ahead_of_time() -> dict:
 
 sources = ["mfac.csrc"] + [f"mfac.csrc.{folder.name}" for folder in sorted(Path("csrc").iterdir()) if folder.is_dir()]
 setup(
-    packages=find_packages(include=["mfac", "mfac.*"]) + sources,
-    package_dir={"mfac": "mfac", "mfac.csrc": "csrc"},
-    package_data={name: ["*.cpp", "*.h", "*.cu", "*.cuh"] for name in sources},
+    packages=[*find_packages(include=["mfac", "mfac.*"]), *sources, "mfac.recipes"],
+    package_dir={"mfac": "mfac", "mfac.csrc": "csrc", "mfac.recipes": "recipes"},
+    package_data={"mfac.recipes": ["*.md"]} | {name: ["*.cpp", "*.h", "*.cu", "*.cuh"] for name in sources},
     include_package_data=False,
     **(ahead_of_time() if os.environ.get("MFAC_AOT") == "1" else {}),
 )

@@ -232,7 +232,8 @@ class Pruner:
             raise ValueError(f"state: expected the keys of Pruner.state_dict(), missing {', '.join(sorted(missing))}")
         for name, mask in state["masks"].items():
             if name not in self._params or mask.shape != self._params[name].shape or mask.dtype != torch.bool:
-                raise ValueError(f"state: mask {name!r}, {mask.dtype} {list(mask.shape)}, fits no parameter here")
+                got = f"{mask.dtype} and shape {list(mask.shape)}"
+                raise ValueError(f"state: mask {name!r} of {got} fits no parameter of this Pruner")
         if state["masks"] and set(state["masks"]) != set(self._params):
             raise ValueError(f"state: no masks for {', '.join(set(self._params) - set(state['masks']))}")
         if set(state["reached"]) != set(self._schedules):
@@ -246,7 +247,7 @@ class Pruner:
 
 def _between(start: float, end: float, share: float) -> float:
     """Sparsity after `share` of the way, in equal ratios of the density; linear if nothing is to remain."""
-    if share == 1 or start == end:
+    if share == 1:
         return end
     if end == 1:
         return start + (end - start) * share
