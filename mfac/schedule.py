@@ -35,7 +35,7 @@ class Schedule:
 
     Example:
         >>> schedule = Schedule(initial=0.0, final=0.8, start=0, end=10, frequency=5)
-        >>> [schedule.sparsity(t) for t in (0, 5, 10)]
+        >>> [round(schedule.sparsity(t), 3) for t in (0, 5, 10)]
         [0.0, 0.7, 0.8]
     """
 

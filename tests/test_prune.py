@@ -22,12 +22,15 @@ D = 72
 
 
 def make_model(dtype=torch.float32):
+    """Weights with all the digits that the type has."""
     generator = torch.Generator().manual_seed(3)
     model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4))
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator))
-    return model.to(dtype)
+        for p in model.to(dtype).parameters():
+            p.div_(3)
+    return model
 
 
 def flat(tensors):

@@ -135,6 +135,7 @@ def test_recomputations(monkeypatch, final):
     calls, seen = [], []
 
     def spy(model, grads, sparsity, **options):
+        assert options["masks"] is (pruner.masks or None)  # those of the recomputation before
         calls.append(sparsity)
         seen.append(grads.tensor.clone())
         return prune_step(model, grads, sparsity, **options)
