@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mfac import ops
-from mfac.fisher import Fisher, check_fisher_settings, check_gradients
+from mfac.fisher import Fisher, check_fisher_settings
 from mfac.gradients import GradientBuffer
 from mfac.parameters import matching_names, prunable_parameters
 
@@ -123,7 +123,7 @@ def prune_step(
     groups = sparsity_groups(list(chosen), sparsity, scope)
     matrix = None if grads is None else _gradient_matrix(grads, chosen, device)
     active = None if masks is None else _flat_masks(masks, chosen, device)
-
+    fisher = None if matrix is None else Fisher(matrix, damping, block_size, active=active, backend=backend)
     kernels = ops.select_backend(backend, device)
 
     seconds: dict[str, float] = {}
@@ -133,9 +133,6 @@ def prune_step(
         if active is not None:
             weights.masked_fill_(~active, 0)
         before = weights.clone()
-        fisher = None
-        if matrix is not None:
-            fisher = Fisher(matrix, damping, block_size, active=active, backend=backend)
         diagonal = None
         if fisher is not None and (criterion == "fisher" or update == "independent"):
             with _timed(seconds, "inverse diagonal"):
@@ -282,8 +279,7 @@ def _gradient_matrix(
         raise TypeError(f"grads: expected a GradientBuffer, a tensor or a list of dicts, got {type(grads).__name__}")
     if matrix.device != device:
         raise ValueError(f"grads: expected on {device} like the model, got {matrix.device}")
-    check_gradients(matrix)
-    if matrix.shape[1] != d:
+    if matrix.dim() != 2 or matrix.shape[1] != d:
         raise ValueError(f"grads: expected [m, {d}] for these parameters, got shape {list(matrix.shape)}")
     return matrix
 
