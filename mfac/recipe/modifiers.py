@@ -6,7 +6,7 @@ import difflib
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -19,14 +19,14 @@ _INTERPOLATIONS = ("linear", "cubic", "inverse_cubic")
 _OTHER_WORK = ("Quantization", "Distillation")  # modifiers of these kinds are left out with a warning
 
 
-def _number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+def _number(name: str, value: Any, low: float, high: float = math.inf) -> float:
     # YAML 1.1 reads `1e-7` as a string, so numeric strings count.
     try:
         number = float("nan" if isinstance(value, bool) else value)
     except (TypeError, ValueError):
         number = math.nan
     if not low <= number <= high:
-        bounds = "" if (low, high) == (-math.inf, math.inf) else f" between {low:g} and {high:g}"
+        bounds = f" between {low:g} and {high:g}" if high < math.inf else f", at least {low:g}"
         raise ValueError(f"{name} must be a number{bounds}, got {value!r}")
     return number
 
@@ -76,7 +76,7 @@ class Modifier:
 class EpochRange(Modifier):
     """The length of training."""
 
-    end_epoch: float
+    end_epoch: float = field()  # required: without `field()` it would inherit the default
 
 
 @dataclass(kw_only=True)
@@ -370,13 +370,13 @@ def build(item: Item, strict: bool = False) -> Modifier | None:
     cls = MODIFIERS[item.name]
     try:
         arguments = cls.normalize(item.arguments)
-        known = {field.name: field for field in fields(cls)}
+        known = [field.name for field in fields(cls)]
         for key in arguments:
             if key not in known:
                 raise ValueError(f"unknown argument {key!r}{_suggestion(str(key), known)}; it takes {', '.join(known)}")
-        for field in known.values():
-            if field.name not in arguments and field.default is MISSING:
-                raise ValueError(f"the argument {field.name!r} is missing")
+        for needed in [field.name for field in fields(cls) if field.default is MISSING]:
+            if needed not in arguments:
+                raise ValueError(f"the argument {needed!r} is missing")
         return cls(**arguments)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

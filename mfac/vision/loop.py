@@ -44,7 +44,7 @@ class Measurement:
 
 
 def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float, float]:
-    """Measure a model in eval mode; its training mode is as before afterwards.
+    """Measure a model in eval mode; the mode of its modules is as before afterwards.
 
     Args:
         model: Gives logits, shape [n, classes].
@@ -53,7 +53,7 @@ def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float, float]:
     Returns:
         Mean cross entropy, top-1 and top-5 accuracy in per cent.
     """
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     loss, top1, top5, count = 0.0, 0, 0, 0
     with torch.inference_mode():
@@ -64,8 +64,17 @@ def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float, float]:
             top1 += hits[:, 0].sum().item()
             top5 += hits.sum().item()
             count += len(targets)
-    model.train(was_training)
+    for module, training in modes:
+        module.training = training
     return loss / count, 100 * top1 / count, 100 * top5 / count
+
+
+def _train_mode(model: nn.Module, keep_statistics: bool) -> None:
+    model.train()
+    if keep_statistics:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
 
 
 def fit(
@@ -77,6 +86,7 @@ def fit(
     *,
     first_epoch: int = 0,
     max_train_steps: int = -1,
+    keep_statistics_from: float = math.inf,
     measure_every: int | None = None,
     on_epoch: Callable[[int, Measurement], None] | None = None,
     report: Callable[[str], None] = tqdm.write,
@@ -92,7 +102,9 @@ def fit(
         epochs: The length of training; may end within an epoch.
         first_epoch: The epoch to start with (0 unless training goes on from a checkpoint).
         max_train_steps: Optimizer steps per epoch at most; -1: all.
-        measure_every: Measure also after every so many steps, and before the last step of an epoch.
+        keep_statistics_from: From this epoch on, BatchNorm normalises with its running statistics and keeps them. An
+            M-FAC update is computed with these statistics; under those of the batches it loses much of its effect.
+        measure_every: Measure also after every so many steps, and before the last step of all epochs but the last.
         on_epoch: Called with the number of the epoch and its last measurement.
         report: Takes a line of text for each pruning step and each epoch.
         progress: Show a progress bar (on a terminal).
@@ -118,7 +130,7 @@ def fit(
         return measurements[-1]
 
     for epoch in range(first_epoch, math.ceil(epochs)):
-        model.train()
+        _train_mode(model, keep_statistics=epoch >= keep_statistics_from)
         bar = tqdm(total=steps, desc=f"epoch {epoch}", leave=False, disable=None if progress else True)
         for index, (images, targets) in zip(range(steps), data.train, strict=False):
             loss = F.cross_entropy(model(images), targets)
@@ -141,7 +153,7 @@ def fit(
                     f"epoch {now:.2f}: pruned to {100 * sparsity:.2f} % in {seconds:.1f} s{predicted}; "
                     f"top-1 {after.top1:.1f} %"
                 )
-            elif measure_every and (done % measure_every == 0 or index == steps - 2):
+            elif measure_every and (done % measure_every == 0 or (index == steps - 2 and now + 1 < epochs)):
                 measure(done, now, False)
             bar.set_postfix(loss=f"{loss.item():.3f}", sparsity=f"{100 * sparsity:.1f} %", refresh=False)
             bar.update()

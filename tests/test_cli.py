@@ -1,0 +1,75 @@
+"""The `mfac` command: help, exit statuses, one-line errors."""
+
+import subprocess
+import sys
+
+import pytest
+
+from mfac.cli import build_parser, main
+from mfac.vision.train import TrainSettings
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for word in ("mfac demo", "mfac doctor", "mfac train --recipe-path", "train/<class>"):
+        assert word in text
+    assert main([]) == 2
+    for command in ("train", "demo", "doctor"):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+
+
+def test_options_of_train_are_the_settings():
+    options = vars(build_parser().parse_args(["train", "--recipe-path", "r.md"]))
+    assert options == {"command": "train", "recipe_path": "r.md"}  # the defaults are those of TrainSettings
+    every = (
+        "train --recipe-path r.md --recipe-args a=1 --one-shot --arch-key mobilenet --width 0.5 --pretrained true "
+        "--checkpoint-path c.pt --dataset imagenette --dataset-path d --image-size 64 --train-batch-size 32 "
+        "--test-batch-size 64 --loader-num-workers 8 --init-lr 0.1 --max-train-steps 3 --device cpu --seed 1 "
+        "--keep-statistics-from 2 "
+        "--save-dir s --model-tag t --save-best-after 2 --logs-dir l"
+    )
+    options = vars(build_parser().parse_args(every.split()))
+    options.pop("command")
+    assert set(options) == set(TrainSettings.__dataclass_fields__)
+    assert options["pretrained"] == "True"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train --recipe-path no.md", "mfac: error: no recipe file at no.md\n"),
+        ("train --recipe-path r.yaml --dataset imagenette", "mfac: error: the dataset imagenette needs a dataset path"),
+    ],
+)
+def test_wrong_input_is_one_line(command, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text("modifiers:\n  - !EpochRangeModifier {end_epoch: 1}\n")
+    assert main(command.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(message)
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["train", "bake", "demo --seeds 0", "train --recipe-path r.md --dataset cifar"])
+def test_wrong_options_exit_with_2(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(command.split())
+    assert stop.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_doctor(monkeypatch):
+    monkeypatch.setattr("mfac.doctor.main", lambda: 7)
+    assert main(["doctor"]) == 7
+
+
+def test_runs_as_a_module(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "mfac", "train", "--recipe-path", "no.md"], capture_output=True, text=True, check=False
+    )
+    assert (run.returncode, run.stderr) == (2, "mfac: error: no recipe file at no.md\n")

@@ -1,0 +1,297 @@
+"""The tutorial's program: network, data, training with checkpoints, dense models and the demo."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mfac.vision.data import Digits, ImageFolder, load_data
+from mfac.vision.demo import METHODS, demo
+from mfac.vision.dense import dense_digits, load_weights
+from mfac.vision.loop import evaluate
+from mfac.vision.models import MobileNetV1
+from mfac.vision.train import TrainSettings, train
+
+RECIPE = """
+modifiers:
+  - !EpochRangeModifier {end_epoch: eval(epochs)}
+  - !SetLearningRateModifier {learning_rate: 0.001}
+  - !MFACPruningModifier
+    params: ["re:sections.4.*point.conv.weight"]
+    init_sparsity: 0.5
+    final_sparsity: 0.9
+    start_epoch: 1
+    end_epoch: 2
+    num_grads: 3
+    num_recomputations: 2
+epochs: 3
+"""
+PRUNED = [f"sections.4.{block}.point.conv.weight" for block in (0, 1)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are small
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Options for a run of seconds: a narrow network, two steps per epoch."""
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    return {
+        "recipe_path": str(tmp_path / "small.yaml"),
+        "width": 0.25,
+        "pretrained": "False",
+        "train_batch_size": 8,
+        "test_batch_size": 360,
+        "max_train_steps": 2,
+        "device": "cpu",
+        "save_dir": str(tmp_path / "runs"),
+        "logs_dir": str(tmp_path / "logs"),
+        "model_tag": "tag",
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two classes of 6 training and 2 validation images, of several modes and sizes."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for part, count in (("train", 6), ("val", 2)):
+        for name in ("b", "a"):
+            (root / part / name).mkdir(parents=True)
+            for index in range(count):
+                shape = (40 + index, 70) if index % 2 else (70, 40 + index, 3)
+                suffix = ("jpg", "PNG", "jpeg")[index % 3]
+                Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)).save(
+                    root / part / name / f"{index}.{suffix}"
+                )
+    return root
+
+
+def sparsity(state):
+    weights = [state[name] for name in PRUNED]
+    return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+
+
+def test_network_is_mobilenet_v1():
+    model = MobileNetV1()
+    assert sum(p.numel() for p in model.parameters()) == 4_231_976  # the published 4.2 million
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert [len(section) for section in model.sections] == [1, 2, 2, 6, 2]
+    assert shapes["input.conv.weight"] == (32, 3, 3, 3)
+    assert shapes["input.bn.weight"] == (32,)
+    assert shapes["sections.0.0.depth.conv.weight"] == (32, 1, 3, 3)
+    assert shapes["sections.0.0.point.conv.weight"] == (64, 32, 1, 1)
+    assert shapes["sections.1.0.point.conv.weight"] == (128, 64, 1, 1)
+    assert shapes["sections.3.5.point.bn.bias"] == (512,)
+    assert shapes["sections.4.1.point.conv.weight"] == (1024, 1024, 1, 1)
+    assert shapes["classifier.fc.weight"] == (1000, 1024)
+    strides = [block.depth.conv.stride[0] for section in model.sections for block in section]
+    assert strides == [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1]
+
+
+def test_network_options():
+    model = MobileNetV1(num_classes=7, width=0.35, stem_stride=1).eval()
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    assert model.sections[4][1].point.conv.weight.shape == (360, 360, 1, 1)
+    for options, message in [
+        ({"width": 0}, "width must be positive, got 0"),
+        ({"num_classes": 0}, "num_classes must be at least 1"),
+        ({"stem_stride": 3}, "stem_stride must be 1 or 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            MobileNetV1(**options)
+
+
+def test_digits():
+    data = load_data(train_batch_size=32)
+    images, targets = next(iter(data.train))
+    assert images.shape == (32, 3, 32, 32)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert targets.dtype == torch.int64
+    assert (len(Digits(True)), len(Digits(False)), len(data.train)) == (1437, 360, 44)
+    assert torch.equal(Digits(False)[5][0], Digits(False)[5][0])
+    again = next(iter(load_data(train_batch_size=32).train))[0]
+    assert torch.equal(images, again)  # the same seed, the same batches
+    assert not torch.equal(next(iter(data.gradients))[0], images)
+
+
+def test_image_folder(folder):
+    for workers in (0, 1):
+        data = load_data("imagefolder", folder, image_size=32, train_batch_size=5, test_batch_size=3, workers=workers)
+        batches = list(data.train)
+        assert [len(targets) for _, targets in batches] == [5, 5]  # the rest is dropped
+        assert batches[0][0].shape == (5, 3, 32, 32)
+        assert torch.cat([targets for _, targets in data.validation]).tolist() == [0, 0, 1, 1]
+    assert (data.num_classes, data.stem_stride) == (2, 1)
+    validation = ImageFolder(folder / "val", 24, train=False)
+    assert torch.equal(validation[0][0], validation[0][0])
+    assert -3 < float(validation[0][0].min()) < float(validation[0][0].max()) < 3
+
+
+def test_data_errors(folder, tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for arguments, message in [
+        (("cifar",), "dataset must be digits, imagenette or imagefolder, got 'cifar'"),
+        (("imagenette",), "needs a dataset path"),
+        (("imagenette", "no/where"), r"no folder no/where/train; expected <dataset-path>/train/<class>/\*.jpg"),
+        (("imagefolder", tmp_path), "no images in"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_data(*arguments)
+    with pytest.raises(ValueError, match="train batch size 32 is more than the 12 training images"):
+        load_data("imagefolder", folder)
+
+
+def test_train_writes_results_and_resumes_with_masks(settings, tmp_path):
+    measurements = train(TrainSettings(**settings))
+    assert [round(m.sparsity, 2) for m in measurements] == [0.5, 0.9, 0.9]
+    run = tmp_path / "runs" / "tag"
+    lines = [line.split(": ") for line in (run / "model.txt").read_text().splitlines()]
+    assert [key for key, _ in lines] == ["epoch", "__loss__", "top1acc", "top5acc"]
+    assert (lines[0][1], float(lines[2][1])) == ("2", measurements[-1].top1)
+    state = torch.load(run / "model.pt", weights_only=True)
+    assert round(sparsity(state["model"]), 3) == 0.9
+    rows = list(csv.DictReader((tmp_path / "logs" / "tag.csv").open()))
+    assert [float(row["epoch"]) for row in rows] == [1, 2, 3]
+    assert float(rows[0]["learning_rate"]) == 0.001
+
+    with pytest.raises(ValueError, match="has done all 3 epochs"):
+        train(TrainSettings(**settings, checkpoint_path=str(run / "checkpoint.pt")))
+    longer = train(TrainSettings(**settings, checkpoint_path=str(run / "checkpoint.pt"), recipe_args="epochs=4"))
+    assert [(m.epoch, round(m.sparsity, 2), m.pruned) for m in longer] == [(4, 0.9, False)]
+    after = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert after["epoch"] == 3
+    for name in PRUNED:
+        zero = state["model"][name] == 0
+        assert torch.equal(after["model"][name] == 0, zero)
+        assert not torch.equal(after["model"][name], state["model"][name])  # it has trained
+    assert len(list(csv.DictReader((tmp_path / "logs" / "tag.csv").open()))) == 4
+
+
+def test_resume_in_the_middle_prunes_the_rest(settings, tmp_path):
+    train(TrainSettings(**{**settings, "recipe_args": "epochs=1"}))
+    checkpoint = str(tmp_path / "runs" / "tag" / "checkpoint.pt")
+    measurements = train(TrainSettings(**settings, checkpoint_path=checkpoint))
+    assert [(m.epoch, round(m.sparsity, 2)) for m in measurements] == [(2, 0.9), (3, 0.9)]
+
+
+def test_best_epoch_and_fractional_length(settings, tmp_path):
+    train(TrainSettings(**{**settings, "recipe_args": "epochs=1.5", "save_best_after": 9}))
+    text = (tmp_path / "runs" / "tag" / "model.txt").read_text()
+    assert text.startswith("epoch: 1\n")  # training ended before the best counts: the last one
+
+
+def test_batch_norm_statistics_can_be_kept(settings, tmp_path):
+    for start, keeps in ((0, True), (9, False)):
+        torch.manual_seed(0)
+        model = MobileNetV1(10, 0.25, 1)
+        torch.save(model.state_dict(), tmp_path / "dense.pt")
+        options = {"pretrained": str(tmp_path / "dense.pt"), "keep_statistics_from": start, "recipe_args": "epochs=1"}
+        train(TrainSettings(**{**settings, **options}))
+        saved = torch.load(tmp_path / "runs" / "tag" / "model.pt", weights_only=True)["model"]
+        assert torch.equal(saved["input.bn.running_mean"], model.input.bn.running_mean) == keeps
+        assert not torch.equal(saved["input.bn.weight"], model.input.bn.weight)
+
+
+def test_one_shot_from_saved_weights(settings, tmp_path, capsys):
+    model = MobileNetV1(1000, 0.25, 1)
+    torch.save(model.state_dict(), tmp_path / "dense.pt")
+    options = {**settings, "pretrained": str(tmp_path / "dense.pt"), "one_shot": True}
+    (measured,) = train(TrainSettings(**options))
+    assert round(measured.sparsity, 2) == 0.9
+    assert "the classifier starts anew" in capsys.readouterr().out
+    saved = torch.load(tmp_path / "runs" / "tag" / "model.pt", weights_only=True)["model"]
+    assert round(sparsity(saved), 3) == 0.9
+    assert torch.equal(saved["input.conv.weight"], model.input.conv.weight)
+
+
+def test_train_on_image_folders(settings, folder):
+    options = {
+        **settings,
+        "dataset": "imagefolder",
+        "dataset_path": str(folder),
+        "image_size": 32,
+        "train_batch_size": 4,
+    }
+    measurements = train(TrainSettings(**{**options, "pretrained": None}))
+    assert round(measurements[-1].sparsity, 2) == 0.9
+    assert measurements[-1].top5 == 100.0  # of two classes
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arch_key": "resnet"}, "arch_key must be one of mobilenet, got 'resnet'"),
+        ({"pretrained": "no.pt"}, "no file of weights at no.pt"),
+        ({"checkpoint_path": "no.pt"}, "no checkpoint at no.pt"),
+        ({"device": "abacus"}, "device must be cpu, cuda"),
+        ({"max_train_steps": 0}, "max_train_steps must be above 0"),
+        (
+            {"dataset": "imagefolder", "dataset_path": "FOLDER", "pretrained": "True", "train_batch_size": 4},
+            "for the dataset digits",
+        ),
+        ({"recipe_path": "no.md"}, "no recipe file at no.md"),
+    ],
+)
+def test_train_errors(settings, folder, change, message):
+    change = {key: str(folder) if value == "FOLDER" else value for key, value in change.items()}
+    with pytest.raises(ValueError, match=message):
+        train(TrainSettings(**{**settings, **change}))
+
+
+def test_files_that_are_not_weights(tmp_path):
+    model = MobileNetV1(10, 0.25)
+    (tmp_path / "text.pt").write_text("words")
+    torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "other.pt")
+    torch.save(MobileNetV1(10, 0.5).state_dict(), tmp_path / "wide.pt")
+    for name, message in [
+        ("text.pt", "is not a file of weights"),
+        ("other.pt", "does not fit the model: 165 names differ, for example a"),
+        ("wide.pt", r"input.conv.weight has shape \[16, 3, 3, 3\], expected \[8, 3, 3, 3\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_weights(model, tmp_path / name)
+
+
+def test_dense_model_is_trained_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("MFAC_CACHE_DIR", str(tmp_path))
+    lines = []
+    state = torch.random.get_rng_state()
+    first = dense_digits(0.25, epochs=0.1, report=lines.append)
+    second = dense_digits(0.25, epochs=0.1, report=lines.append)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [line.split()[0] for line in lines] == ["training", "dense", "dense"]
+    assert "dense model from" in lines[2]
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    validation = load_data().validation
+    assert evaluate(first, validation) == evaluate(second, validation)
+
+
+def test_demo_in_small(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("MFAC_CACHE_DIR", str(tmp_path / "cache"))
+    runs = demo(
+        tmp_path / "out",
+        seeds=2,
+        num_grads=2,
+        width=0.25,
+        dense_epochs=0.1,
+        num_recomputations=1,
+        max_train_steps=1,
+    )
+    assert [(run.method.label, run.seed) for run in runs] == [(m.label, s) for s in (0, 1) for m in METHODS]
+    assert {round(run.measurements[-1].sparsity, 2) for run in runs} == {0.96}
+    table = (tmp_path / "out" / "comparison.txt").read_text()
+    assert table in capsys.readouterr().out
+    for method in METHODS:
+        assert method.label in table
+    with Image.open(tmp_path / "out" / "comparison.png") as image:
+        assert min(image.size) > 500
+    assert len(list((tmp_path / "out").glob("*.csv"))) == 6
