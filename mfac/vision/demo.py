@@ -161,9 +161,8 @@ def _draw_method(axes: Axes, method: Method, runs: list[Run], dense_top1: float)
     points = list(zip(*(run.measurements for run in runs), strict=True))
     steps = [0, *(point[0].step for point in points)]
     top1 = [[dense_top1], *([measured.top1 for measured in point] for point in points)]
-    axes.plot(
-        steps, [_mean(values) for values in top1], "o-", color=method.colour, label=method.label, lw=2, markersize=4
-    )
+    label = f"{method.label}{', BatchNorm statistics kept' if method.keep_statistics else ''}"
+    axes.plot(steps, [_mean(values) for values in top1], "o-", color=method.colour, label=label, lw=2, markersize=4)
     if len(runs) > 1:
         low, high = [min(values) for values in top1], [max(values) for values in top1]
         axes.fill_between(steps, low, high, color=method.colour, alpha=0.15, lw=0)
@@ -200,17 +199,15 @@ def plot(dense_top1: float, runs: list[Run], path: Path) -> None:
             axes.text(measured.step, 104, label, ha="center", va="bottom", color="#555555", fontsize=9)
     _label_ends(axes, runs)
     seeds = len({run.seed for run in runs})
-    axes.set_title(
-        f"MobileNet on digits, three pruning methods, same training{f' (mean of {seeds} seeds)' if seeds > 1 else ''}",
-        pad=20,
-    )
+    mean = f" (mean of {seeds} seeds)" if seeds > 1 else ""
+    axes.set_title(f"MobileNet on digits: three pruning methods, the same images and steps{mean}", pad=20)
     axes.set_xlabel("training step")
     axes.set_ylabel("top-1 accuracy on the validation images, %")
     axes.set_ylim(0, 103)
     axes.set_xlim(0, runs[0].measurements[-1].step * 1.08)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower left", frameon=True, framealpha=0.9)
+    axes.legend(loc="lower left", frameon=True, framealpha=1)
     figure.savefig(path)
 
 
