@@ -208,7 +208,7 @@ def check_gradients(grads: Tensor) -> None:
         )
     if grads.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"grads: expected float32 or bfloat16, got {grads.dtype}")
-    # NaN and infinity survive a sum, which is one pass at memory speed; only a suspect row is looked at number by number.
+    # NaN and infinity survive a sum, which runs at memory speed; only a suspect row is looked at number by number.
     suspects = torch.nonzero(~torch.isfinite(grads.sum(1, dtype=torch.float32))).flatten().tolist()
     bad = [row for row in suspects if not torch.isfinite(grads[row]).all()]
     if bad:

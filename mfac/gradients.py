@@ -201,7 +201,8 @@ def collect_gradients(
         TypeError: If ``batches`` cannot be iterated, ``loss_fn`` called, a batch is neither a pair nor a dict, or the
             loss is not a tensor.
         ValueError: If ``num_grads`` < 1, ``batches`` is empty or an iterator that ends early, the loss is not a
-            scalar, no gradient is finite, or the loss does not depend on one of the parameters.
+            scalar, as many gradients are not finite as were asked for, or the loss does not depend on one of the
+            parameters.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
@@ -224,9 +225,10 @@ def collect_gradients(
             full = [torch.zeros_like(p) if g is None else g for p, g in zip(chosen.values(), grads, strict=True)]
             if buffer.append_gradients(full):
                 bar.update()
-            elif buffer.skipped >= max(num_grads, 16) and len(buffer) == 0:
+            elif buffer.skipped >= max(num_grads, 16):
                 raise ValueError(
-                    f"batches: none of {buffer.skipped} gradients is finite; is the model or its input NaN?"
+                    f"batches: {buffer.skipped} gradients are not finite, only {len(buffer)} are; is the model or its "
+                    "input NaN?"
                 )
     for name in chosen:
         if name not in reached:

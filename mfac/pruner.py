@@ -160,7 +160,7 @@ class Pruner:
                 float. Without it, the number of calls so far, this one included.
 
         Returns:
-            What the update did, or None if none was due.
+            What the update did, or None if none was due or the sparsity does not rise.
         """
         self._calls += 1
         time = self._calls if time is None else time
@@ -170,6 +170,9 @@ class Pruner:
             return None
         first = self._last is None and time < schedule.end
         target = {key: s.initial if first else s.sparsity(time) for key, s in self._schedules.items()}
+        if target == self._reached:  # nothing to prune, as at a start from zero: no gradients are collected for it
+            self._last = time
+            return None
         result = self._prune(target)
         self._last = time
         self.results.append((time, result))

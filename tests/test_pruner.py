@@ -126,7 +126,16 @@ def test_constant_sparsity_in_several_steps():
     """1 - (1 - 0.1) < 0.1: on 15 weights that was one weight less than the masks held, and an error."""
     model = nn.Linear(15, 1)
     pruner = Pruner(model, criterion="magnitude", sparsity=0.1, initial_sparsity=0.1, end=3, recomputations=2)
-    assert [pruner.step().sparsity for _ in range(3)] == [1 - 13 / 15] * 3
+    assert pruner.step().sparsity == 1 - 13 / 15
+    assert pruner.step() is None and pruner.step() is None and pruner.sparsity == 1 - 13 / 15
+
+
+def test_nothing_to_prune_collects_no_gradients():
+    """A start from zero is no update: the first one is a frequency later."""
+    pruner = make(make_model(), batches=[], end=4, frequency=2)
+    assert pruner.step() is None and pruner.step() is None
+    with pytest.raises(ValueError, match="batches: "):
+        pruner.step()
 
 
 @pytest.mark.parametrize("final", [0.9, 1.0])
@@ -166,7 +175,7 @@ def test_batches_are_gone_through_in_turn():
                 taken.append(i)
                 yield batch
 
-    pruner = make(make_model(), batches=Loader(), num_grads=4, end=2, recomputations=2)
+    pruner = make(make_model(), batches=Loader(), num_grads=4, initial_sparsity=0.2, end=2, recomputations=2)
     pruner.step()
     pruner.step()
     assert taken == [i % 6 for i in range(16)]
@@ -213,7 +222,7 @@ def test_live_buffer():
     """The gradients of the training loop itself, of the parameters that the buffer has."""
     model = make_model()
     buffer = GradientBuffer(3, prunable_parameters(model, "0.weight"), torch.bfloat16)
-    pruner = Pruner(model, buffer=buffer, sparsity=0.8, start=4, end=8, frequency=2, damping=1e-3)
+    pruner = Pruner(model, buffer=buffer, initial_sparsity=0.2, sparsity=0.8, start=4, end=8, frequency=2, damping=1e-3)
     train(model, sgd(model), pruner, range(8), feed=buffer)
     assert len(pruner.results) == 3 and zeros(model, ["0.weight"]) == 48 and list(pruner.masks) == ["0.weight"]
 

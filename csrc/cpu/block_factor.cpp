@@ -1,5 +1,6 @@
 // Cholesky factors of all blocks; the equation and the choice of side are in block.h. Per block with n = min(m, columns in
 // use): m * columns * n flops for the Gram matrix (its lower triangle), n³/3 for the factor. G is read once.
+// Products are float64 always: what these factors are kept for, F⁻¹ x for any x, may cancel to any degree.
 #include "kernels.h"
 
 namespace mfac::cpu {
@@ -13,10 +14,10 @@ void block_factor(const Gradients<G>& grads, const bool* active, double* factor)
     double* out = factor + index * s * s;
     std::fill_n(out, s * s, 0.0);
     if (n == s) {
-      factor_block(block, out);
+      factor_double(block, out);
     } else if (n > 0) {
       Buffer<double> l(n * n);
-      factor_block(block, l);
+      factor_double(block, l);
       for (int64_t i = 0; i < n; ++i) std::copy_n(l + i * n, n, out + i * s);
     }
   });

@@ -12,15 +12,21 @@ void independent_update(const Gradients<G>& grads, const bool* active, const boo
     float* w = weights + block.begin;
     const bool* keep = kept + block.begin;
     Buffer<double> u(block.width), step(block.width);
-    bool any = false;
+    bool any = false, cancels = false;
     for (int64_t c = 0; c < block.width; ++c) {
-      u[c] = keep[c] ? 0.0 : static_cast<double>(w[c]) / inverse_diagonal[block.begin + c];
+      const double inverse = inverse_diagonal[block.begin + c];
+      u[c] = keep[c] ? 0.0 : w[c] / inverse;
       any = any || u[c] != 0;
+      cancels = cancels || (u[c] != 0 && inverse * grads.damping < kCancellation);
     }
     if (!any) return;
     const int64_t n = block.order();
     Buffer<double> l(n * n);
-    if (n > 0) factor_block(block, l);
+    if (cancels) {
+      factor_double(block, l);
+    } else if (n > 0) {
+      factor_block(block, l);
+    }
     apply_inverse(block, l, n, u, step);
     for (int64_t c = 0; c < block.width; ++c) w[c] = keep[c] ? static_cast<float>(w[c] - step[c]) : 0.0f;
   });

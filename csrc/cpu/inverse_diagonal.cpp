@@ -12,8 +12,6 @@
 namespace mfac::cpu {
 namespace {
 
-constexpr double kCancellation = 0.05;
-
 // out[c] = [F⁻¹]_cc for columns [c0, c0 + kPanel) of the block. Returns the smallest 1 - ‖L⁻¹ g_c‖² met, 1 on the Fisher
 // side, where nothing cancels.
 template <typename T, typename G>
