@@ -66,13 +66,6 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     training = parser.add_argument_group("training")
     training.add_argument("--init-lr", type=float, metavar="LR", help="learning rate until the recipe sets one (4e-4)")
     training.add_argument("--max-train-steps", type=int, metavar="N", help="steps per epoch at most (-1: all)")
-    training.add_argument(
-        "--keep-statistics-from",
-        type=float,
-        metavar="EPOCH",
-        help="keep BatchNorm's running statistics from this epoch on (default: never; for M-FAC's joint update, the "
-        "epoch of the last pruning step is a good choice)",
-    )
     training.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     training.add_argument("--seed", type=int, help="seed of the order of images and of new weights (0)")
     output = parser.add_argument_group("output")

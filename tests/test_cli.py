@@ -30,7 +30,6 @@ def test_options_of_train_are_the_settings():
         "train --recipe-path r.md --recipe-args a=1 --one-shot --arch-key mobilenet --width 0.5 --pretrained true "
         "--checkpoint-path c.pt --dataset imagenette --dataset-path d --image-size 64 --train-batch-size 32 "
         "--test-batch-size 64 --loader-num-workers 8 --init-lr 0.1 --max-train-steps 3 --device cpu --seed 1 "
-        "--keep-statistics-from 2 "
         "--save-dir s --model-tag t --save-best-after 2 --logs-dir l"
     )
     options = vars(build_parser().parse_args(every.split()))

@@ -188,18 +188,6 @@ def test_best_epoch_and_fractional_length(settings, tmp_path):
     assert text.startswith("epoch: 1\n")  # training ended before the best counts: the last one
 
 
-def test_batch_norm_statistics_can_be_kept(settings, tmp_path):
-    for start, keeps in ((0, True), (9, False)):
-        torch.manual_seed(0)
-        model = MobileNetV1(10, 0.25, 1)
-        torch.save(model.state_dict(), tmp_path / "dense.pt")
-        options = {"pretrained": str(tmp_path / "dense.pt"), "keep_statistics_from": start, "recipe_args": "epochs=1"}
-        train(TrainSettings(**{**settings, **options}))
-        saved = torch.load(tmp_path / "runs" / "tag" / "model.pt", weights_only=True)["model"]
-        assert torch.equal(saved["input.bn.running_mean"], model.input.bn.running_mean) == keeps
-        assert not torch.equal(saved["classifier.fc.weight"], model.classifier.fc.weight)  # it has trained
-
-
 def test_one_shot_from_saved_weights(settings, tmp_path, capsys):
     model = MobileNetV1(1000, 0.25, 1)
     torch.save(model.state_dict(), tmp_path / "dense.pt")

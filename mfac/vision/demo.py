@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import sys
 import time
 from dataclasses import dataclass
@@ -30,29 +29,20 @@ _LABEL_DISTANCE = 4.5  # least distance of the labels of the final accuracies, i
 
 @dataclass(frozen=True)
 class Method:
-    """One way to prune.
-
-    BatchNorm's statistics are re-estimated in the last epoch, or kept, whichever suits the method: the joint update is
-    computed with the statistics that the network has and loses most of its effect without them; the others do better
-    with new ones (magnitude pruning stays at chance with the old).
-    """
+    """One way to prune; everything else is the same for all."""
 
     label: str  # in table and plot
     recipe: str  # file name
     update: str | None  # the recipe's variable of this name; None: the recipe has none
-    keep_statistics: bool
     colour: str
 
 
 METHODS = (
-    Method("magnitude", "magnitude.md", None, False, "#d95f02"),
-    Method("M-FAC, independent update", "mfac.md", "independent", False, "#7570b3"),
-    Method("M-FAC, joint update", "mfac.md", "joint", True, "#1b9e77"),
+    Method("magnitude", "magnitude.md", None, "#d95f02"),
+    Method("M-FAC, independent update", "mfac.md", "independent", "#7570b3"),
+    Method("M-FAC, joint update", "mfac.md", "joint", "#1b9e77"),
 )
-_FOOTNOTE = """\
-sparsity: share of zeros in the weights that the recipes prune
-BatchNorm statistics after the last pruning step: kept for the joint update, re-estimated for the other two
-(for each what suits it better)"""
+_FOOTNOTE = "sparsity: share of zeros in the weights that the recipes prune"
 
 
 @dataclass(frozen=True)
@@ -117,7 +107,6 @@ def run_method(
         data,
         manager.epochs,
         max_train_steps=max_train_steps,
-        keep_statistics_from=manager.pruned_from if method.keep_statistics else math.inf,
         measure_every=_MEASURE_EVERY,
         report=lambda line: tqdm.write(f"  {line}"),
     )
@@ -161,8 +150,9 @@ def _draw_method(axes: Axes, method: Method, runs: list[Run], dense_top1: float)
     points = list(zip(*(run.measurements for run in runs), strict=True))
     steps = [0, *(point[0].step for point in points)]
     top1 = [[dense_top1], *([measured.top1 for measured in point] for point in points)]
-    label = f"{method.label}{', BatchNorm statistics kept' if method.keep_statistics else ''}"
-    axes.plot(steps, [_mean(values) for values in top1], "o-", color=method.colour, label=label, lw=2, markersize=4)
+    axes.plot(
+        steps, [_mean(values) for values in top1], "o-", color=method.colour, label=method.label, lw=2, markersize=4
+    )
     if len(runs) > 1:
         low, high = [min(values) for values in top1], [max(values) for values in top1]
         axes.fill_between(steps, low, high, color=method.colour, alpha=0.15, lw=0)

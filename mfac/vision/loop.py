@@ -69,14 +69,6 @@ def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float, float]:
     return loss / count, 100 * top1 / count, 100 * top5 / count
 
 
-def _train_mode(model: nn.Module, keep_statistics: bool) -> None:
-    model.train()
-    if keep_statistics:
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-
-
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -86,7 +78,6 @@ def fit(
     *,
     first_epoch: int = 0,
     max_train_steps: int = -1,
-    keep_statistics_from: float = math.inf,
     measure_every: int | None = None,
     on_epoch: Callable[[int, Measurement], None] | None = None,
     report: Callable[[str], None] = tqdm.write,
@@ -102,8 +93,6 @@ def fit(
         epochs: The length of training; may end within an epoch.
         first_epoch: The epoch to start with (0 unless training goes on from a checkpoint).
         max_train_steps: Optimizer steps per epoch at most; -1: all.
-        keep_statistics_from: From this epoch on, BatchNorm normalises with its running statistics and keeps them. An
-            M-FAC update is computed with these statistics; under those of the batches it loses much of its effect.
         measure_every: Measure also after every so many steps, and before the last step of all epochs but the last.
         on_epoch: Called with the number of the epoch and its last measurement.
         report: Takes a line of text for each pruning step and each epoch.
@@ -130,7 +119,7 @@ def fit(
         return measurements[-1]
 
     for epoch in range(first_epoch, math.ceil(epochs)):
-        _train_mode(model, keep_statistics=epoch >= keep_statistics_from)
+        model.train()
         bar = tqdm(total=steps, desc=f"epoch {epoch}", leave=False, disable=None if progress else True)
         for index, (images, targets) in zip(range(steps), data.train, strict=False):
             loss = F.cross_entropy(model(images), targets)

@@ -41,7 +41,6 @@ class TrainSettings:
     loader_num_workers: int = 0
     init_lr: float = 4e-4
     max_train_steps: int = -1
-    keep_statistics_from: float = math.inf
     device: str | None = None  # None: cuda if there is one
     seed: int = 0
     save_dir: str = "runs"
@@ -180,7 +179,6 @@ def train(settings: TrainSettings) -> list[Measurement]:
         manager.epochs,
         first_epoch=first_epoch,
         max_train_steps=settings.max_train_steps,
-        keep_statistics_from=settings.keep_statistics_from,
         on_epoch=keep,
     )
     if settings.logs_dir:
