@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
+try:
+    import torch
+except ImportError:
+    torch = None
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -29,8 +32,9 @@ def _median(function, repeats=5):
 
 
 def main():
-    if not torch.cuda.is_available():
-        print("make gpu: no NVIDIA GPU that torch can use on this machine; nothing to do")
+    if torch is None or not torch.cuda.is_available():
+        what = "no torch" if torch is None else "no NVIDIA GPU that torch can use"
+        print(f"make gpu: {what} for {sys.executable}; nothing to do (make gpu PYTHON=... names another python)")
         return 0
     from mfac import doctor, reference
 
