@@ -22,6 +22,14 @@
 
 #include "parallel.h"
 
+#if defined(__x86_64__)
+#define MFAC_KEEP_IN_REGISTER(x) asm("" : "+v"(x))
+#elif defined(__aarch64__)
+#define MFAC_KEEP_IN_REGISTER(x) asm("" : "+w"(x))
+#else
+#define MFAC_KEEP_IN_REGISTER(x)
+#endif
+
 namespace mfac::cpu {
 
 #if defined(__AVX512F__)
@@ -42,7 +50,8 @@ constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 template <typename T>
 constexpr int kPanel = kVectors * kLanes<T>;
 
-constexpr int64_t kDepth = 256;    // columns of G summed in registers before they are added to the float64 Gram matrix
+// Terms summed in registers before they are added to the float64 Gram matrix: a panel of them takes 24 KiB of L1.
+constexpr int64_t kDepth = 24 * 1024 / (kVectors * kVectorBytes);
 constexpr int64_t kCholesky = 48;  // columns per step of the Cholesky factorisation: a multiple of every kRows
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -65,40 +74,69 @@ class Buffer {
   std::unique_ptr<T, Free> data_;
 };
 
-// acc[r][:] += sum_p a[p * stride + r] * panel[p][:], p < depth.
+// out[r][:] = sum_p a[p * kRows + r] * panel[p][:], p < depth. The sums are local so that the compiler can keep them in
+// registers: `out` might alias the panel.
 template <typename T>
-inline void multiply(const T* a, int64_t stride, const T* panel, int64_t depth, Vector<T> (&acc)[kRows][kVectors]) {
-  for (int64_t p = 0; p < depth; ++p, a += stride, panel += kPanel<T>) {
-    const Vector<T>* b = reinterpret_cast<const Vector<T>*>(panel);
+inline void multiply(const T* a, const T* panel, int64_t depth, Vector<T> (&out)[kRows][kVectors]) {
+  Vector<T> acc[kRows][kVectors] = {};
+  for (int64_t p = 0; p < depth; ++p, a += kRows, panel += kPanel<T>) {
+    Vector<T> b[kVectors];
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) {
+      b[v] = reinterpret_cast<const Vector<T>*>(panel)[v];
+      MFAC_KEEP_IN_REGISTER(
+          b[v]);  // else the compiler loads it anew for every r, and loads bound the loop: a third slower
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
       for (int v = 0; v < kVectors; ++v) acc[r][v] += a[r] * b[v];
   }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) out[r][v] = acc[r][v];
+}
+
+// row[v] += sign * values[v], v < count, which is a multiple of `step`: a constant, for the compiler to vectorise.
+template <typename T, int64_t step>
+inline void add_row(double* __restrict row, const T* __restrict values, double sign, int64_t count) {
+  for (int64_t v = 0; v < count; v += step)
+    for (int64_t s = 0; s < step; ++s) row[v + s] += sign * static_cast<double>(values[v + s]);
 }
 
 // Lower triangle of C[n, n] (float64, row stride ldc) += sign * PᵀP, with P[depth, n] cut into panels:
-// panel j = `panels + j * depth * kPanel`, columns past n zero.
+// panel j = `panels + j * depth * kPanel`, columns past n zero; depth <= kDepth, so that a panel stays in L1.
 template <typename T>
 void gram(const T* panels, int64_t n, int64_t depth, double sign, double* c, int64_t ldc) {
   constexpr int64_t width = kPanel<T>;
   const int64_t count = ceil_div(n, width);
-  auto column_of_tiles = [&](int64_t j) {
-    for (int64_t i0 = j * width; i0 < n; i0 += kRows) {
-      Vector<T> acc[kRows][kVectors] = {};
-      multiply<T>(panels + (i0 / width) * depth * width + i0 % width, width, panels + j * depth * width, depth, acc);
-      const T* tile = reinterpret_cast<const T*>(acc);
-      for (int64_t r = 0; r < std::min<int64_t>(kRows, n - i0); ++r) {
-        double* row = c + (i0 + r) * ldc + j * width;
-        const int64_t columns = std::min(width, i0 + r + 1 - j * width);
-        for (int64_t v = 0; v < columns; ++v) row[v] += sign * static_cast<double>(tile[r * width + v]);
+  auto row_of_panels = [&](int64_t i) {
+    // The left operand, read kRows columns at a time: the same panel, cut into groups of contiguous [depth][kRows].
+    Buffer<T> groups(depth * width);
+    const T* panel = panels + i * depth * width;
+    for (int64_t p = 0; p < depth; ++p)
+      for (int64_t g = 0; g < width / kRows; ++g)
+        for (int64_t r = 0; r < kRows; ++r) groups[(g * depth + p) * kRows + r] = panel[p * width + g * kRows + r];
+    for (int64_t j = 0; j <= i; ++j)
+      for (int64_t g = 0; g < width / kRows && i * width + g * kRows < n; ++g) {
+        Vector<T> acc[kRows][kVectors];
+        multiply<T>(groups + g * depth * kRows, panels + j * depth * width, depth, acc);
+        const T* tile = reinterpret_cast<const T*>(acc);
+        const int64_t i0 = i * width + g * kRows;
+        for (int64_t r = 0; r < std::min<int64_t>(kRows, n - i0); ++r) {
+          double* row = c + (i0 + r) * ldc + j * width;
+          if (j < i)
+            add_row<T, width>(row, tile + r * width, sign, width);
+          else
+            add_row<T, 1>(row, tile + r * width, sign, i0 + r + 1 - j * width);
+        }
       }
-    }
   };
-  // The first columns of tiles are the longest: each task takes one from either end, so tasks are alike.
+  // The last rows are the longest: each task takes one from either end, so tasks are alike.
   parallel_for(ceil_div(count, 2), n * width * depth, [&](int64_t task) {
-    column_of_tiles(task);
-    if (count - 1 - task != task) column_of_tiles(count - 1 - task);
+    row_of_panels(task);
+    if (count - 1 - task != task) row_of_panels(count - 1 - task);
   });
 }
 
@@ -140,8 +178,8 @@ void solve(const Triangle<T>& l, T* panel, T* norms, int64_t first = 0) {
   for (int64_t g = first; g < l.groups(); ++g) {
     const int64_t row = g * kRows, start = first * kRows;
     const T* a = l.group(g) + start * kRows;
-    Vector<T> acc[kRows][kVectors] = {};
-    multiply<T>(a, kRows, panel + start * kPanel<T>, row - start, acc);
+    Vector<T> acc[kRows][kVectors];
+    multiply<T>(a, panel + start * kPanel<T>, row - start, acc);
     a = l.group(g) + row * kRows;  // the kRows x kRows triangle on the diagonal
     Vector<T>* x = reinterpret_cast<Vector<T>*>(panel + row * kPanel<T>);
 #pragma GCC unroll 8
@@ -168,19 +206,15 @@ inline double cholesky(double* a, int64_t n) {
   double smallest = INFINITY;
   for (int64_t k = 0; k < n; k += kCholesky) {
     const int64_t end = std::min(n, k + kCholesky), depth = end - k, padded = round_up(depth, kRows), below = n - end;
-    for (int64_t i = k; i < end; ++i) {
-      double* row = a + i * n;
-      for (int64_t j = k; j <= i; ++j) {
-        double value = row[j];
-        for (int64_t s = k; s < j; ++s) value -= row[s] * a[j * n + s];
-        if (i != j) {
-          row[j] = value / a[j * n + j];
-        } else {
-          if (!(value > 0)) return value;
-          smallest = std::min(smallest, value);
-          row[j] = std::sqrt(value);
-        }
-      }
+    for (int64_t j = k; j < end; ++j) {
+      const double pivot = a[j * n + j];
+      if (!(pivot > 0)) return pivot;
+      smallest = std::min(smallest, pivot);
+      a[j * n + j] = std::sqrt(pivot);
+      double column[kCholesky];
+      for (int64_t i = j + 1; i < end; ++i) column[i - k] = a[i * n + j] /= a[j * n + j];
+      for (int64_t i = j + 1; i < end; ++i)
+        for (int64_t s = j + 1; s <= i; ++s) a[i * n + s] -= column[i - k] * column[s - k];
     }
     if (below == 0) break;
     diagonal.pack(a + k * n + k, depth, n);
