@@ -149,6 +149,14 @@ def test_data_errors(folder, tmp_path):
         load_data("imagefolder", folder)
 
 
+def test_evaluate_restores_the_modes(unchanged):
+    model = MobileNetV1(10, 0.25)
+    model.sections[4].eval()
+    good, bad = torch.zeros(2, 3, 32, 32), torch.zeros(2, 1, 32, 32)
+    with unchanged(model), pytest.raises(RuntimeError, match="channels"):
+        evaluate(model, [(good, torch.zeros(2, dtype=torch.int64)), (bad, torch.zeros(2, dtype=torch.int64))])
+
+
 def test_train_writes_results_and_resumes_with_masks(settings, tmp_path):
     measurements = train(TrainSettings(**settings))
     assert [round(m.sparsity, 2) for m in measurements] == [0.5, 0.9, 0.9]

@@ -44,7 +44,7 @@ class Measurement:
 
 
 def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float, float]:
-    """Measure a model in eval mode; the mode of its modules is as before afterwards.
+    """Measure a model in eval mode; the mode of its modules is as before afterwards, also after an error.
 
     Args:
         model: Gives logits, shape [n, classes].
@@ -56,16 +56,18 @@ def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float, float]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     loss, top1, top5, count = 0.0, 0, 0, 0
-    with torch.inference_mode():
-        for images, targets in batches:
-            logits = model(images)
-            loss += F.cross_entropy(logits, targets, reduction="sum").item()
-            hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-            top1 += hits[:, 0].sum().item()
-            top5 += hits.sum().item()
-            count += len(targets)
-    for module, training in modes:
-        module.training = training
+    try:
+        with torch.inference_mode():
+            for images, targets in batches:
+                logits = model(images)
+                loss += F.cross_entropy(logits, targets, reduction="sum").item()
+                hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+                top1 += hits[:, 0].sum().item()
+                top5 += hits.sum().item()
+                count += len(targets)
+    finally:
+        for module, training in modes:
+            module.training = training
     return loss / count, 100 * top1 / count, 100 * top5 / count
 
 
