@@ -58,10 +58,8 @@ def test_diagonal_and_product(shape, share, backend):
     product = fisher.inverse_product(x)
     assert product.dtype == torch.float32 and product.shape == (3, 23)
     assert oracle.error(product, x.double() @ inverse) < TOLERANCE["product"]
-    assert (
-        torch.equal(fisher.inverse_product(x[1]), product[1])
-        or oracle.error(fisher.inverse_product(x[1]), product[1]) < 1e-6
-    )  # one vector or several: float32 rounding of another order of summation
+    # One vector or several: float32 rounding of another order of summation.
+    assert oracle.error(fisher.inverse_product(x[1]), product[1]) < 1e-6
 
 
 def test_methods_agree_with_dense():

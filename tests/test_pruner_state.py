@@ -1,0 +1,107 @@
+"""Pruner: saving, resuming, and a model that stays an ordinary one."""
+
+import copy
+import io
+
+import pytest
+import torch
+from test_pruner import SIZES, make, make_model, sgd, train, zeros
+from torch import nn
+
+
+def test_state_dict_continues_identically():
+    """Saved in the middle of the schedule and resumed by new objects: the same bits as without a break."""
+    options = {"end": 10, "frequency": 3, "recomputations": 2, "initial_sparsity": 0.2}
+    model = make_model()
+    optimizer, pruner = sgd(model), make(model, **options)
+    train(model, optimizer, pruner, range(5))
+    file = io.BytesIO()
+    torch.save([x.state_dict() for x in (model, optimizer, pruner)], file)
+    train(model, optimizer, pruner, range(5, 13))
+
+    file.seek(0)
+    resumed = make_model()
+    again = (resumed, sgd(resumed), make(resumed, **options))
+    for x, state in zip(again, torch.load(file, weights_only=True), strict=True):
+        x.load_state_dict(state)
+    assert again[2].sparsity == pytest.approx(pruner.results[1][1].sparsity)
+    train(*again, range(5, 13))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed.parameters(), strict=True))
+    assert all(torch.equal(pruner.masks[name], again[2].masks[name]) for name in SIZES)
+    assert [time for time, _ in again[2].results] == [7, 10] and zeros(resumed) == 64
+
+
+def test_state_dict_is_a_copy_and_masks_are_enforced():
+    model = make_model()
+    pruner = make(model, end=1)
+    pruner.step()
+    state = pruner.state_dict()
+    with torch.no_grad():
+        model[0].weight.fill_(1)
+    fresh = make(model, end=1)
+    fresh.load_state_dict(state)
+    assert zeros(model) == 64 and fresh.sparsity == pruner.sparsity and fresh.step() is None
+    state["masks"]["0.weight"].fill_(True)
+    assert not fresh.masks["0.weight"].all() and not pruner.masks["0.weight"].all()
+
+
+def test_model_is_ordinary():
+    """No hooks, no wrappers: copies and files of the model know nothing of the Pruner."""
+    model = make_model()
+    keys = list(model.state_dict())
+    pruner = make(model, end=3)
+    pruner.step()
+    pruner.step()
+    twin = copy.deepcopy(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    before = zeros(twin)
+    pruner.step()
+    assert before == zeros(twin) == zeros(loaded) < zeros(model)
+    for x in (model, twin, loaded):
+        assert list(x.state_dict()) == keys
+        assert all(type(p) is nn.Parameter and p.is_leaf for p in x.parameters())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in x.modules())
+
+
+def test_masks_by_hand():
+    model = make_model()
+    pruner = make(model, end=1)
+    pruner.step()
+    with torch.no_grad():
+        model[2].weight.add_(1)
+    pruner.apply_masks()
+    assert zeros(model) == 64
+
+
+def bad_state(**change):
+    state = {"masks": {}, "calls": 3, "last": 1, "reached": {None: 0.2}} | change
+    return {key: value for key, value in state.items() if value is not None}
+
+
+MASKS = {"0.weight": torch.ones(10, 6, dtype=torch.bool), "2.weight": torch.ones(2, 10, dtype=torch.bool)}
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (bad_state(last=None, calls=None), "state: expected the keys of Pruner.state_dict.., missing calls, last"),
+        (bad_state(masks=MASKS | {"1.weight": MASKS["0.weight"]}), "state: mask '1.weight' .* fits no parameter"),
+        (bad_state(masks=MASKS | {"0.weight": MASKS["2.weight"]}), r"state: mask '0.weight' .* \[2, 10\] fits no"),
+        (bad_state(masks=MASKS | {"0.weight": torch.ones(10, 6)}), "state: mask '0.weight' of torch.float32"),
+        (bad_state(masks={"0.weight": MASKS["0.weight"]}), "state: no masks for 2.weight"),
+        (bad_state(reached={"0.weight": 0.5}), r"state: expected sparsities for \[None\], got \['0.weight'\]"),
+    ],
+)
+def test_bad_state(unchanged, state, message):
+    model = make_model()
+    pruner = make(model, end=2, initial_sparsity=0.5)
+    pruner.step()
+    before = pruner.state_dict()
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        pruner.load_state_dict(state)
+    after = pruner.state_dict()
+    assert all(torch.equal(after["masks"][name], before["masks"][name]) for name in SIZES)
+    assert all(after[key] == before[key] for key in ("calls", "last", "reached"))
