@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-_CURVES = {
+CURVES = {
     "linear": lambda x: x,
     "cubic": lambda x: 1 - (1 - x) ** 3,
     "inverse_cubic": lambda x: 1 - (1 - x) ** (1 / 3),
@@ -65,17 +65,15 @@ class Schedule:
             raise ValueError(f"end: expected >= start = {self.start}, got {self.end!r}")
         if not self.frequency > 0:
             raise ValueError(f"frequency: expected > 0, got {self.frequency!r}")
-        if self.interpolation not in _CURVES:
-            raise ValueError(
-                f"schedule interpolation: expected one of {', '.join(_CURVES)}, got {self.interpolation!r}"
-            )
+        if self.interpolation not in CURVES:
+            raise ValueError(f"schedule interpolation: expected one of {', '.join(CURVES)}, got {self.interpolation!r}")
 
     def sparsity(self, time: float) -> float:
         """Return the sparsity that an update at ``time`` gives."""
         if time >= self.end:
             return self.final
         x = max(0.0, (time - self.start) / (self.end - self.start))
-        return self.initial + (self.final - self.initial) * _CURVES[self.interpolation](x)
+        return self.initial + (self.final - self.initial) * CURVES[self.interpolation](x)
 
     def due(self, time: float, last: float | None) -> bool:
         """Return whether an update is due at ``time``, with ``last`` the time of the last one, or None."""

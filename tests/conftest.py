@@ -1,4 +1,4 @@
-"""Fixtures of the Python API's tests."""
+"""Fixtures of several tests."""
 
 from contextlib import contextmanager
 
@@ -9,6 +9,14 @@ import torch
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are small
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from mfac.recipe.modifiers import MODIFIERS
 from mfac.vision.demo import recipe_path
 from mfac.vision.models import MobileNetV1
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PRUNING = """
 modifiers:
   - !EpochRangeModifier {start_epoch: 0, end_epoch: 3}
@@ -64,14 +66,6 @@ pruning_modifiers:
 ---
 # Text
 """
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are small
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -214,7 +208,7 @@ def test_recipe_errors(text, message):
         ("linear", "linear\n    damp: 0", "damp must be a finite number above 0"),
         ("linear", "linear\n    num_grads: 1.5", "num_grads must be a whole number, got 1.5"),
         ("linear", "linear\n    num_grads: {0.0: 64}", "num_grads must be a whole number"),
-        ("linear", "linear\n    update: both", "update must be joint, independent or none"),
+        ("linear", "linear\n    update: both", "update must be one of joint, independent, none, got 'both'"),
         ("linear", "linear\n    dampp: 1", "unknown argument 'dampp' .*mean 'damp'"),
     ],
 )

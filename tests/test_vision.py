@@ -14,6 +14,8 @@ from mfac.vision.loop import evaluate
 from mfac.vision.models import MobileNetV1
 from mfac.vision.train import TrainSettings, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RECIPE = """
 modifiers:
   - !EpochRangeModifier {end_epoch: eval(epochs)}
@@ -29,14 +31,6 @@ modifiers:
 epochs: 3
 """
 PRUNED = [f"sections.4.{block}.point.conv.weight" for block in (0, 1)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are small
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -257,14 +251,15 @@ def test_files_that_are_not_weights(tmp_path):
 
 
 def test_dense_model_is_trained_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("MFAC_CACHE_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MFAC_CACHE_DIR", "cache")
     lines = []
     state = torch.random.get_rng_state()
     first = dense_digits(0.25, epochs=0.1, report=lines.append)
     second = dense_digits(0.25, epochs=0.1, report=lines.append)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert [line.split()[0] for line in lines] == ["training", "dense", "dense"]
-    assert "dense model from" in lines[2]
+    assert lines[2].startswith(f"dense model from {tmp_path / 'cache'}")
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     validation = load_data().validation
     assert evaluate(first, validation) == evaluate(second, validation)

@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from mfac.prune import UPDATES
 from mfac.pruner import Pruner
 from mfac.recipe.load import Item
+from mfac.schedule import CURVES
 
-_INTERPOLATIONS = ("linear", "cubic", "inverse_cubic")
 _OTHER_WORK = ("Quantization", "Distillation")  # modifiers of these kinds are left out with a warning
 
 
@@ -166,8 +167,8 @@ class MagnitudePruning(Modifier):
         super().__post_init__()
         self.init_sparsity = _number("init_sparsity", self.init_sparsity, 0, 1)
         self.update_frequency = _positive("update_frequency", self.update_frequency)
-        if self.inter_func not in _INTERPOLATIONS:
-            raise ValueError(f"inter_func must be one of {', '.join(_INTERPOLATIONS)}, got {self.inter_func!r}")
+        if self.inter_func not in CURVES:
+            raise ValueError(f"inter_func must be one of {', '.join(CURVES)}, got {self.inter_func!r}")
         if self.mask_type != "unstructured":
             raise ValueError(f"mask_type must be unstructured (others are not supported yet), got {self.mask_type!r}")
         if self.leave_enabled is not True:
@@ -288,8 +289,8 @@ class MFACPruning(MagnitudePruning):
         self.damp = _positive("damp", self.damp)
         if self.fisher_block_size is not None:
             self.fisher_block_size = _count("fisher_block_size", self.fisher_block_size)
-        if self.update not in ("joint", "independent", "none"):
-            raise ValueError(f"update must be joint, independent or none, got {self.update!r}")
+        if self.update not in UPDATES:
+            raise ValueError(f"update must be one of {', '.join(UPDATES)}, got {self.update!r}")
         devices = _names("available_devices", self.available_devices or [])
         if any(device.startswith("cuda") for device in devices) and not torch.cuda.is_available():
             warnings.warn(

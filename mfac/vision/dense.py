@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from mfac._build import cache_dir
 from mfac.prune import PruneResult
 from mfac.vision.data import load_data
 from mfac.vision.loop import evaluate, fit
@@ -38,14 +39,6 @@ class _OneCycle:
         for group in self._optimizer.param_groups:
             group["lr"] = self._peak * factor
         return []
-
-
-def cache_dir() -> Path:
-    """Return the folder for trained models: $MFAC_CACHE_DIR, $XDG_CACHE_HOME/mfac or ~/.cache/mfac."""
-    if own := os.environ.get("MFAC_CACHE_DIR"):
-        return Path(own)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "mfac"
 
 
 def save(state: dict[str, Any], path: Path) -> None:
