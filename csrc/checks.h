@@ -4,7 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
-#include <cmath>
+#include <algorithm>
+#include <cstdint>
 #include <optional>
 
 namespace mfac {
@@ -14,8 +15,10 @@ inline void check_grads(const at::Tensor& grads, double damping, int64_t block_s
                     grads.sizes());
   TORCH_CHECK_TYPE(grads.scalar_type() == at::kFloat || grads.scalar_type() == at::kBFloat16,
                    "grads: expected float32 or bfloat16, got ", grads.scalar_type());
-  TORCH_CHECK_VALUE(damping > 0 && std::isfinite(damping), "damping: expected a finite number > 0, got ", damping);
+  TORCH_CHECK_VALUE(damping >= 1e-30 && damping <= 1e30, "damping: expected a number in [1e-30, 1e30], got ", damping);
   TORCH_CHECK_VALUE(block_size >= 1, "block_size: expected >= 1, got ", block_size);
+  TORCH_CHECK_VALUE(std::min(block_size, grads.size(1)) <= INT32_MAX,
+                    "block_size: expected blocks below 2^31 columns, got ", std::min(block_size, grads.size(1)));
 }
 
 // A vector of d elements of the given type, on the device of grads.

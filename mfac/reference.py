@@ -29,12 +29,14 @@ def _factor(g: Tensor, damping: float) -> Tensor:
     m = g.shape[0]
     gram = g @ g.T if _capacitance_side(g) else g.T @ g
     gram.diagonal().add_(m * damping)
-    factor, info = torch.linalg.cholesky_ex(gram)
-    raised = torch.finfo(gram.dtype).eps * gram.trace()
-    while info:  # rounding made it indefinite: the ridge is raised to the rounding error
+    raised = 0.0
+    for _ in range(10):
         factor, info = torch.linalg.cholesky_ex(gram + raised * torch.eye(len(gram), dtype=g.dtype, device=g.device))
-        raised = raised * 10
-    return factor
+        if not info and factor.diagonal().isfinite().all():
+            return factor
+        # Rounding made it indefinite: the ridge is raised to the rounding error.
+        raised = max(10 * raised, torch.finfo(gram.dtype).eps * float(gram.trace()))
+    raise RuntimeError("mfac: the gradients of a block have no Cholesky factor; expected finite numbers")
 
 
 def _inverse_times(g: Tensor, factor: Tensor, x: Tensor, damping: float) -> Tensor:
@@ -79,7 +81,8 @@ def inverse_diagonal(grads: Tensor, damping: float, block_size: int, active: Ten
         else:
             eye = torch.eye(len(columns), dtype=g.dtype, device=g.device)
             out[columns] = m * torch.linalg.solve_triangular(factor, eye, upper=False).square().sum(0)
-    return out.float()
+    limits = torch.finfo(torch.float32)
+    return out.clamp(limits.tiny, limits.max).float()
 
 
 def inverse_product(

@@ -22,7 +22,7 @@ TOLERANCE = {
 
 # (m, d, B): both sides, B = d, one row, one column left in the last block, nothing a multiple of a tile of any width.
 SHAPES = [(1, 5, 3), (7, 100, 33), (64, 129, 64), (50, 301, 100), (65, 101, 50), (99, 97, 97), (97, 99, 99), (33, 1, 1)]
-KINDS = ["random", "collinear", "low rank", "sparse", "mixed scale"]
+KINDS = ["random", "collinear", "near parallel", "low rank", "sparse", "mixed scale"]
 DAMPINGS = [1e-8, 1e-5, 1e-2]
 
 
@@ -32,6 +32,8 @@ def gradients(m: int, d: int, kind: str = "random", scale: float = 1.0, seed: in
     g = torch.randn(m, d, generator=generator)
     if kind == "collinear":
         g = torch.randn(1, d, generator=generator) * torch.linspace(0.5, 1.5, m)[:, None]
+    elif kind == "near parallel":
+        g = torch.randn(1, d, generator=generator) + 0.02 * g
     elif kind == "low rank":
         g = torch.randn(m, 3, generator=generator) @ torch.randn(3, d, generator=generator)
     elif kind == "sparse":

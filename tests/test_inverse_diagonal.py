@@ -103,3 +103,23 @@ def test_one_gradient_in_closed_form():
     square = grads[0].double().square()
     rest = (1e-6 + square.sum() - square) / (1e-6 + square.sum())  # 1 - g_i²/(λ + ‖g‖²) without the cancellation
     assert float((out * 1e-6 / rest - 1).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("separation", [1e-1, 1e-2, 1e-3, 1e-4])
+def test_two_gradients_that_nearly_agree(separation):
+    """The smallest pivot says little about the smallest eigenvalue here, and one weight takes the whole difference."""
+    for seed in range(20):
+        v = oracle.gradients(1, 256, seed=seed)
+        grads = torch.cat([v, v])
+        grads[1, 0] += separation * v.norm()
+        for damping in (1e-6, 1e-3):
+            exact = oracle.inverse(oracle.fisher(grads, damping, 256)).diagonal()
+            out = ops.inverse_diagonal(grads, damping, 256)
+            assert float(((out - exact) / exact).abs().max()) < TOLERANCE["diagonal"], (seed, damping)
+
+
+def test_not_finite():
+    """The op itself trusts its caller to have checked; it does not hang or make numbers up."""
+    for kernels in BACKENDS.values():
+        with pytest.raises(RuntimeError, match="no Cholesky factor; expected finite numbers"):
+            kernels.inverse_diagonal(torch.full((3, 9), torch.nan), 1e-3, 9)

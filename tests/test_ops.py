@@ -47,8 +47,8 @@ def test_every_op_has_a_reference_of_the_same_signature():
         ({1: torch.randn(19)}, ValueError, r"weights: expected shape \[20\], got \[19\]"),
         ({1: torch.randn(20).double()}, TypeError, "weights: expected Float, got Double"),
         ({2: torch.ones(20)}, TypeError, "kept: expected Bool, got Float"),
-        ({3: 0.0}, ValueError, "damping: expected a finite number > 0, got 0"),
-        ({3: float("nan")}, ValueError, "damping: expected a finite number > 0, got nan"),
+        ({3: 0.0}, ValueError, "damping: expected a number in .*, got 0"),
+        ({3: float("nan")}, ValueError, "damping: expected a number in .*, got nan"),
         ({4: 0}, ValueError, "block_size: expected >= 1, got 0"),
     ],
 )

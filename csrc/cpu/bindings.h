@@ -49,7 +49,7 @@ Tensor block_factor_op(const Tensor& grads, double damping, int64_t block_size, 
   check_active(active, grads);
   const OptionalTensor mask = contiguous(active);
   return dispatch(grads, damping, block_size, [&](const auto& g) {
-    const int64_t s = std::min({g.m, g.block_size, g.d});
+    const int64_t s = g.order();
     Tensor factor = at::empty({g.blocks(), s, s}, grads.options().dtype(at::kDouble));
     block_factor(g, mask_pointer(mask), factor.mutable_data_ptr<double>());
     return factor;
@@ -77,7 +77,7 @@ Tensor inverse_product_op(const Tensor& grads, const Tensor& factor, const Tenso
   const Tensor vectors = x.contiguous(), l = factor.contiguous();
   Tensor out = at::empty_like(vectors);
   dispatch(grads, damping, block_size, [&](const auto& g) {
-    const int64_t s = std::min({g.m, g.block_size, g.d});
+    const int64_t s = g.order();
     TORCH_CHECK_VALUE(
         l.scalar_type() == at::kDouble && l.dim() == 3 && l.size(0) == g.blocks() && l.size(1) == s && l.size(2) == s,
         "factor: expected float64 of shape [", g.blocks(), ", ", s, ", ", s, "], got ", l.scalar_type(), " of shape ",

@@ -9,6 +9,7 @@
 
 #include <cstring>
 #include <limits>
+#include <stdexcept>
 #include <vector>
 
 #include "tiles.h"
@@ -34,6 +35,7 @@ struct Gradients {
   int64_t block_size;  // B columns per block, the last block may have fewer
 
   int64_t blocks() const { return ceil_div(d, block_size); }
+  int64_t order() const { return std::min({m, block_size, d}); }  // of the largest factor
 };
 
 // The columns of one block that are in use: all of them, or those where mask[i] == keep.
@@ -118,40 +120,41 @@ double gram_block(const Block<G>& block, double ridge, double* a) {
   return trace;
 }
 
-// Cholesky factor of A into l[n, n] (row-major, lower triangle; above it zero), from float32 products. Their rounding
-// errors are some 6e-8 of A's mean diagonal in each element and independent of each other, hence 6e-8 trace(A)/√n in norm:
-// false if a pivot comes too close to that, and l is of no use then. On the Fisher side the error of [F⁻¹]_ii is that
-// norm over the smallest eigenvalue; on the capacitance side a column of G leans mostly on the large ones (measured on
-// gradients of a trained network: 3e-6 at a range of 13,000), so that more can be borne.
-template <typename G>
-bool factor_single(const Block<G>& block, double* l) {
-  const double range = block.capacitance() ? 5000 : 100;
-  const int64_t n = block.order();
-  const double scale = gram_block<float>(block, block.ridge(), l) / std::sqrt(static_cast<double>(n));
-  return cholesky(l, n) * range >= scale && std::isfinite(scale);
-}
+// λ [F⁻¹]_ii = 1 - ‖L⁻¹ g_i‖² of a weight that the data constrain far more than λ does: below this, float32 leaves too few
+// digits of the difference.
+constexpr double kCancellation = 0.2;
 
-// The same from float64 products. Should rounding make A indefinite all the same (a condition number past 1e15), the ridge
-// is raised to the rounding error of A, the least change that can be told from none.
+// How far a condition number may go before float32 costs the fourth digit. Rounding errors of float32 products are some
+// 6e-8 of A's mean diagonal in each element and independent of each other, hence 6e-8 trace(A)/√n in norm, and move
+// ‖L⁻¹ g‖² by up to that norm over the smallest eigenvalue μ. Those of a float32 substitution move it by 6e-8 √(trace(A)/μ).
+// Both bounds, over kCancellation, are 1e-4.
+constexpr double kProductRange = 320, kSolveRange = 1e5;
+
+// Factor by float64 products. Should rounding make A indefinite all the same (a condition number past 1e15), the ridge is
+// raised to the rounding error of A, the least change that can be told from none. Returns the trace of A.
 template <typename G>
-void factor_double(const Block<G>& block, double* l) {
-  const int64_t n = block.order();
+double factor_double(const Block<G>& block, double* l) {
   double raise = 0;
   for (int attempt = 0; attempt < 10; ++attempt) {
     const double trace = gram_block<double>(block, block.ridge() + raise, l);
-    if (cholesky(l, n) > 0) return;
+    if (cholesky(l, block.order()) > 0) return trace;
     raise = std::max(raise * 10, std::numeric_limits<double>::epsilon() * trace);
   }
+  throw std::runtime_error("mfac: the gradients of a block have no Cholesky factor; expected finite numbers");
 }
 
-// λ [F⁻¹]_ii = 1 - ‖L⁻¹ g_i‖² of a weight that the data constrain far more than λ does: below this, products of float32
-// leave too few digits of the difference, and factor_double is called for.
-constexpr double kCancellation = 0.05;
-
-// The factor at the precision that the block calls for.
+// Cholesky factor of A into l[n, n] (row-major, lower triangle; above it zero), from float32 products if those are
+// good enough, else from float64 ones. Returns whether float32 is good enough for substitutions with it, too.
 template <typename G>
-void factor_block(const Block<G>& block, double* l) {
-  if (!factor_single(block, l)) factor_double(block, l);
+bool factor_block(const Block<G>& block, double* l) {
+  const int64_t n = block.order();
+  double trace = gram_block<float>(block, block.ridge(), l), smallest = 0;
+  if (cholesky(l, n) > 0) smallest = smallest_eigenvalue(l, n);
+  if (!(smallest * kProductRange * std::sqrt(static_cast<double>(n)) >= trace)) {
+    trace = factor_double(block, l);
+    smallest = smallest_eigenvalue(l, n);
+  }
+  return smallest * kSolveRange >= trace;
 }
 
 // t[r] = sum_c G[r, c] x[c] over all columns of the block, in float64.

@@ -7,7 +7,7 @@ namespace mfac::cpu {
 
 template <typename G>
 void block_factor(const Gradients<G>& grads, const bool* active, double* factor) {
-  const int64_t s = std::min({grads.m, grads.block_size, grads.d});
+  const int64_t s = grads.order();
   for_each_block(grads, [&](int64_t index) {
     const Block<G> block(grads, index, active);
     const int64_t n = block.order();

@@ -36,9 +36,9 @@ double solve_panel(const Block<G>& block, const Triangle<T>& l, int64_t c0, doub
   solve(l, static_cast<T*>(panel), norms);
   double smallest = 1;
   for (int64_t c = 0; c < columns; ++c) {
-    const double rest = 1 - static_cast<double>(norms[c]);
-    smallest = std::min(smallest, rest);
-    out[c] = std::max(rest / damping, 1 / (damping + squares[c] / m));
+    const double rest = 1 - static_cast<double>(norms[c]), bound = 1 / (damping + squares[c] / m);
+    if (!(rest >= smallest)) smallest = rest;  // NaN too, from gradients that overflow float32
+    out[c] = rest / damping > bound ? rest / damping : bound;
   }
   return smallest;
 }
@@ -54,15 +54,18 @@ void inverse_diagonal(const Gradients<G>& grads, const bool* active, float* out)
     std::fill_n(diagonal, block.width, static_cast<float>(1 / grads.damping));
     if (n == 0) return;
 
-    // First all panels in float32; then, from float64 products, those that cancelled, or all if the factor failed.
+    // First all panels in float32, if the factor is good enough for that; then in float64 those that cancelled, or all.
     constexpr int64_t width = kPanel<float>, half = kPanel<double>;
     const int64_t panels = ceil_div(size, width);
     Buffer<double> factor(n * n);
     std::vector<char> done(panels, 0);
     const auto store = [&](int64_t c0, int64_t columns, const double* values) {
-      for (int64_t c = 0; c < columns; ++c) diagonal[block.column(c0 + c)] = static_cast<float>(values[c]);
+      using Limits = std::numeric_limits<float>;
+      for (int64_t c = 0; c < columns; ++c)
+        diagonal[block.column(c0 + c)] =
+            static_cast<float>(std::clamp<double>(values[c], Limits::min(), Limits::max()));
     };
-    if (factor_single(block, factor)) {
+    if (factor_block(block, factor)) {
       Triangle<float> l(n);
       l.pack(factor, n, n);
       parallel_for(panels, n * n * width, [&](int64_t j) {

@@ -7,7 +7,7 @@ namespace mfac::cpu {
 template <typename G>
 void inverse_product(const Gradients<G>& grads, const bool* active, const double* factor, const float* x, int64_t k,
                      float* out) {
-  const int64_t s = std::min({grads.m, grads.block_size, grads.d});
+  const int64_t s = grads.order();
   for_each_block(grads, [&](int64_t index) {
     const Block<G> block(grads, index, active);
     Buffer<double> vector(block.width), product(block.width);

@@ -13,6 +13,7 @@ namespace mfac::cpu {
 namespace {
 
 constexpr int64_t kRange = 1 << 16;  // scores per task at least: many times what a histogram takes to clear and add
+constexpr int64_t kTasks = 64;       // at most: their histograms take 1 MiB
 constexpr int kBuckets = 1 << 11;
 constexpr int kLanes = 4;  // histograms side by side, so that equal digits in a row do not wait for each other
 
@@ -50,7 +51,7 @@ Histogram count_digits(const float* scores, int64_t n, uint32_t found, uint32_t 
 }  // namespace
 
 int64_t select_smallest(const float* scores, int64_t n, int64_t k, bool* kept) {
-  const int64_t tasks = std::clamp<int64_t>(n / kRange, 1, 4 * num_threads());
+  const int64_t tasks = std::clamp<int64_t>(n / kRange, 1, kTasks);
   const auto begin = [&](int64_t task) { return task * n / tasks; };
   std::vector<Histogram> counts(tasks);
   const auto count_all = [&](uint32_t found, uint32_t prefix, int shift, uint32_t digit) {
