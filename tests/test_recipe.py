@@ -287,6 +287,16 @@ def test_one_shot_ignores_the_schedule(model):
         Manager.from_recipe("modifiers:\n  - !EpochRangeModifier {end_epoch: 2}").one_shot(model)
 
 
+@pytest.mark.parametrize("init", ["0.0", "0.9"])  # 0.9 is above the final sparsity
+def test_one_shot_needs_no_epochs(model, init):
+    for epochs in ("", ", start_epoch: 2, end_epoch: 3"):
+        text = "modifiers:\n  - !MagnitudePruningModifier "
+        text += f"{{params: [0.weight], init_sparsity: {init}, final_sparsity: 0.5{epochs}}}"
+        session = Manager.from_recipe(text).one_shot(model)
+        assert session.sparsity == float((model[0].weight == 0).float().mean()) == 0.5
+        assert len(session.pruners[0].results) == 1
+
+
 def test_nothing_changes_when_a_name_is_wrong(model):
     text = PRUNING.replace("0.weight", "7.weight") % "MagnitudePruningModifier"
     text += "  - !SetLearningRateModifier {learning_rate: 0.1}\n"

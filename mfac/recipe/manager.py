@@ -122,7 +122,9 @@ class Manager:
         *,
         progress: bool = False,
     ) -> Session:
-        """Prune the model to the recipe's final sparsity at once, without training; initial sparsities are ignored.
+        """Prune the model to the recipe's final sparsity at once, without training.
+
+        Epochs and initial sparsities are ignored.
 
         Args:
             model: The model to prune.
@@ -138,9 +140,9 @@ class Manager:
         """
         if not self._pruning():
             raise ValueError("one-shot needs a recipe with a pruning modifier; this one has none")
-        pruners = [item.pruner(model, batches, loss_fn, self.epochs, progress) for item in self._pruning()]
+        pruners = [item.pruner(model, batches, loss_fn, 0.0, progress, one_shot=True) for item in self._pruning()]
         session = Session(pruners, [], None)
-        session.step(max(self.epochs, self.pruned_from))
+        session.step(0.0)
         return session
 
 

@@ -195,7 +195,13 @@ class MagnitudePruning(Modifier):
         return {}
 
     def pruner(
-        self, model: nn.Module, batches: Iterable | None, loss_fn: Callable | None, end: float, progress: bool
+        self,
+        model: nn.Module,
+        batches: Iterable | None,
+        loss_fn: Callable | None,
+        end: float,
+        progress: bool,
+        one_shot: bool = False,
     ) -> Pruner:
         """Return the Pruner that does the work, in time measured in epochs.
 
@@ -205,10 +211,16 @@ class MagnitudePruning(Modifier):
             loss_fn: `loss_fn(outputs, targets)`; not used by magnitude pruning.
             end: The epoch at which training ends, for an `end_epoch` of -1.
             progress: Show progress bars while gradients are collected.
+            one_shot: Ignore the epochs and `init_sparsity`: the one update, to `final_sparsity`, is due at time 0.
 
         Returns:
             The Pruner; nothing is pruned yet.
         """
+        initial, start = (0.0, 0.0) if one_shot else (self.init_sparsity, max(self.start_epoch, 0.0))
+        if one_shot:
+            end = 0.0
+        elif self.end_epoch >= 0:
+            end = self.end_epoch
         per_layer = isinstance(self.final_sparsity, dict)
         return Pruner(
             model,
@@ -217,9 +229,9 @@ class MagnitudePruning(Modifier):
             sparsity=self.final_sparsity,
             params=list(self.final_sparsity) if per_layer else self.params,
             scope="global" if self.global_sparsity else "layer",
-            initial_sparsity=self.init_sparsity,
-            start=max(self.start_epoch, 0.0),
-            end=end if self.end_epoch < 0 else self.end_epoch,
+            initial_sparsity=initial,
+            start=start,
+            end=end,
             frequency=self.update_frequency,
             schedule=self.inter_func,
             criterion=self.criterion,
