@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from mfac._build import BuildError
+
 _DESCRIPTION = """\
 Prune PyTorch models with second-order information (M-FAC).
 
@@ -135,7 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program's name; None: the process's own.
 
     Returns:
-        The exit status: 0 if all went well, 2 for wrong input (said in one line on stderr).
+        The exit status: 0 if all went well, 2 for wrong input or for what cannot be done here, said on stderr: in one
+        line, or in several if the kernels cannot be built.
     """
     parser = build_parser()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -144,8 +147,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return _run(vars(parser.parse_args(arguments)))
-    except (ValueError, ImportError, OSError) as error:
-        sys.stderr.write(f"mfac: error: {' '.join(str(error).split())}\n")
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
+        text = str(error) if isinstance(error, BuildError) else " ".join(str(error).split())
+        sys.stderr.write(f"mfac: error: {text}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("mfac: interrupted\n")

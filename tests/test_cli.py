@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from mfac._build import BuildError
 from mfac.cli import build_parser, main
 from mfac.vision.train import TrainSettings
 
@@ -52,6 +53,22 @@ def test_wrong_input_is_one_line(command, message, tmp_path, monkeypatch, capsys
     error = capsys.readouterr().err
     assert error.startswith(message)
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (RuntimeError("the training loss is nan\n  in epoch 0"), "the training loss is nan in epoch 0"),
+        (BuildError("no kernels\n  tried: a\n  fix: b"), "no kernels\n  tried: a\n  fix: b"),
+    ],
+)
+def test_failures_are_said_without_a_traceback(error, text, monkeypatch, capsys):
+    def fail(settings):
+        raise error
+
+    monkeypatch.setattr("mfac.vision.train.train", fail)
+    assert main(["train", "--recipe-path", "r.yaml"]) == 2
+    assert capsys.readouterr().err == f"mfac: error: {text}\n"
 
 
 @pytest.mark.parametrize("command", ["train", "bake", "demo --seeds 0", "train --recipe-path r.md --dataset cifar"])

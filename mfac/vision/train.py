@@ -116,6 +116,7 @@ def train(settings: TrainSettings) -> list[Measurement]:
     Raises:
         ValueError: If an option, the recipe or the data are not as expected.
         ImportError: If the digits are asked for and scikit-learn is not installed.
+        RuntimeError: If the loss is not finite, or (a BuildError) kernels are required that cannot be built.
     """
     if settings.arch_key not in ARCHITECTURES:
         raise ValueError(f"arch_key must be one of {', '.join(ARCHITECTURES)}, got {settings.arch_key!r}")
