@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -19,16 +17,18 @@ class Fisher:
     NeurIPS 2021) needs as many memory-bound ones.
 
     Args:
-        grads: G [m, d], float32 or bfloat16, one gradient per row; or a :class:`GradientBuffer`. Never written.
-        damping: λ > 0. Not its inverse, and not relative to anything.
+        grads: G [m, d], float32 or bfloat16, one gradient per row; or a :class:`GradientBuffer`. Never written. Not
+            copied either, unless its columns are apart in memory (stride(1) != 1, as in a transpose): then once, here.
+        damping: λ in [1e-30, 1e30]. Not its inverse, and not relative to anything.
         block_size: B, columns per block; ``None`` for the full matrix.
-        active: [d] bool; columns that are not active count as if their gradients were zero (weights pruned before).
+        active: [d] bool; columns that are not active count as if their gradients were zero (weights pruned before),
+            in every method.
         backend: ``"auto"``, ``"compiled"`` or ``"reference"``.
 
     Raises:
-        TypeError: If ``grads`` is not such a tensor or buffer, ``active`` not a tensor, or a number is not one.
+        TypeError: If ``grads`` is not such a tensor or buffer, ``active`` not a bool tensor, or a number is not one.
         ValueError: If ``grads`` has no rows or is not finite, ``damping`` or ``block_size`` is out of range, or
-            ``active`` does not match.
+            ``active`` is of another shape or device.
 
     Example:
         >>> fisher = Fisher(torch.randn(32, 100), damping=1e-3, block_size=50)
@@ -54,14 +54,9 @@ class Fisher:
         check_gradients(grads)
         d = grads.shape[1]
         check_fisher_settings(damping, block_size)
-        if active is not None and not isinstance(active, Tensor):
-            raise TypeError(f"active: expected a bool tensor, got {type(active).__name__}")
-        if active is not None and (active.shape != (d,) or active.dtype != torch.bool or active.device != grads.device):
-            raise ValueError(
-                f"active: expected bool of shape [{d}] on {grads.device}, got {active.dtype} of shape "
-                f"{list(active.shape)} on {active.device}"
-            )
-        self.grads = grads.detach()
+        self.grads = grads.detach() if grads.stride(1) == 1 else grads.detach().contiguous()
+        if active is not None:
+            self._check_vector("active", active, torch.bool)
         self.damping = float(damping)
         self.block_size = min(block_size or d, d)
         self._active = active
@@ -164,14 +159,28 @@ class Fisher:
     def joint_update(self, weights: Tensor, kept: Tensor) -> float:
         """Prune in place all weights that are not kept and move the others to the minimum of ½ δᵀFδ.
 
+        A weight that is not active is alone in its part of F: kept, it stays as it is; pruned, it costs ½ λ w².
+
         Args:
             weights: [d] float32, the only tensor written.
             kept: [d] bool.
 
         Returns:
             The predicted loss increase ½ δᵀFδ.
+
+        Raises:
+            TypeError: If one is not a tensor of its type.
+            ValueError: If a shape or device does not match; nothing is written then.
         """
-        return float(self._kernels.joint_update(self.grads, weights, kept, self.damping, self.block_size))
+        self._check_vector("weights", weights, torch.float32)
+        self._check_vector("kept", kept, torch.bool)
+        if self._active is None:
+            return float(self._kernels.joint_update(self.grads, weights, kept, self.damping, self.block_size))
+        new = torch.where(self._active, weights, 0)
+        alone = torch.where(self._active | kept, 0, weights)  # inactive weights that go
+        loss = self._kernels.joint_update(self.grads, new, kept & self._active, self.damping, self.block_size)
+        weights.copy_(torch.where(kept & ~self._active, weights, new))
+        return float(loss) + 0.5 * self.damping * float(alone.double().square().sum())
 
     def independent_update(self, weights: Tensor, kept: Tensor, inverse_diagonal: Tensor) -> None:
         """Prune in place as M-FAC publishes it: the sum of single-weight updates.
@@ -179,15 +188,47 @@ class Fisher:
         Args:
             weights: [d] float32, the only tensor written.
             kept: [d] bool.
-            inverse_diagonal: [d], from :meth:`inverse_diagonal`.
+            inverse_diagonal: [d] float32, from :meth:`inverse_diagonal`.
+
+        Raises:
+            TypeError: If one is not a tensor of its type.
+            ValueError: If a shape or device does not match; nothing is written then.
         """
+        self._check_vector("weights", weights, torch.float32)
+        self._check_vector("kept", kept, torch.bool)
+        self._check_vector("inverse_diagonal", inverse_diagonal, torch.float32)
         self._kernels.independent_update(
             self.grads, weights, kept, inverse_diagonal, self.damping, self.block_size, self._active
         )
 
     def quadratic_form(self, x: Tensor) -> float:
-        """Return ½ xᵀFx, the loss increase predicted for a step x [d] float32."""
-        return float(self._kernels.quadratic_form(self.grads, x, self.damping, self.block_size))
+        """Return ½ xᵀFx, the loss increase predicted for a step x.
+
+        Args:
+            x: [d] float32.
+
+        Returns:
+            ½ (λ ‖x‖² + Σ_blocks ‖G x‖² / m).
+
+        Raises:
+            TypeError: If x is not a float32 tensor.
+            ValueError: If its shape or device does not match.
+        """
+        self._check_vector("x", x, torch.float32)
+        if self._active is None:
+            return float(self._kernels.quadratic_form(self.grads, x, self.damping, self.block_size))
+        inside, outside = torch.where(self._active, x, 0), torch.where(self._active, 0, x)
+        data = float(self._kernels.quadratic_form(self.grads, inside, self.damping, self.block_size))
+        return data + 0.5 * self.damping * float(outside.double().square().sum())
+
+    def _check_vector(self, name: str, x: Tensor, dtype: torch.dtype) -> None:
+        d, device = self.grads.shape[1], self.grads.device
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if x.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype}, got {x.dtype}")
+        if x.shape != (d,) or x.device != device:
+            raise ValueError(f"{name}: expected shape [{d}] on {device}, got {list(x.shape)} on {x.device}")
 
 
 def check_gradients(grads: Tensor) -> None:
@@ -208,8 +249,10 @@ def check_gradients(grads: Tensor) -> None:
         )
     if grads.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"grads: expected float32 or bfloat16, got {grads.dtype}")
-    # NaN and infinity survive a sum, which runs at memory speed; only a suspect row is looked at number by number.
-    suspects = torch.nonzero(~torch.isfinite(grads.sum(1, dtype=torch.float32))).flatten().tolist()
+    # NaN and infinity survive a sum, which runs at memory speed; only a suspect row is looked at number by number. Row
+    # by row, because a sum of bfloat16 in float32 first casts all that it is given.
+    sums = torch.stack([row.sum(dtype=torch.float32) for row in grads.detach()])
+    suspects = torch.nonzero(~torch.isfinite(sums)).flatten().tolist()
     bad = [row for row in suspects if not torch.isfinite(grads[row]).all()]
     if bad:
         raise ValueError(f"grads: expected finite numbers, got NaN or infinity in {len(bad)} rows, the first {bad[0]}")
@@ -219,7 +262,7 @@ def check_fisher_settings(damping: float, block_size: int | None) -> None:
     """Check damping and block size.
 
     Args:
-        damping: λ, finite and > 0.
+        damping: λ in [1e-30, 1e30], so that neither it nor 1/λ leaves float32.
         block_size: B >= 1, or None.
 
     Raises:
@@ -228,8 +271,8 @@ def check_fisher_settings(damping: float, block_size: int | None) -> None:
     """
     if isinstance(damping, bool) or not isinstance(damping, (int, float)):
         raise TypeError(f"damping: expected a number, got {damping!r}")
-    if not (math.isfinite(damping) and damping > 0):
-        raise ValueError(f"damping: expected a finite number > 0, got {damping!r}")
+    if not 1e-30 <= damping <= 1e30:
+        raise ValueError(f"damping: expected a number in [1e-30, 1e30], got {damping!r}")
     if block_size is not None:
         if isinstance(block_size, bool) or not isinstance(block_size, int):
             raise TypeError(f"block_size: expected an int or None, got {block_size!r}")

@@ -86,7 +86,7 @@ def prune_step(
             matches staying dense (the update may move them: leave them out of ``params`` if it must not).
         params: What to prune; see :func:`prunable_parameters`. Default: the weights of Linear and ConvNd layers, or the
             parameters of the GradientBuffer.
-        damping: λ > 0.
+        damping: λ in [1e-30, 1e30].
         block_size: B, columns per block of F; None for the full matrix.
         scope: ``"global"`` ranks all weights together (under one key, for a dict), ``"layer"`` each parameter by
             itself.

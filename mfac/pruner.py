@@ -41,7 +41,7 @@ class Pruner:
         recomputations: R >= 1.
         num_grads: m gradients for each recomputation.
         params: What to prune; see :func:`prunable_parameters`.
-        damping: λ > 0.
+        damping: λ in [1e-30, 1e30].
         block_size: Columns per block of the Fisher; None for the full matrix.
         scope: ``"global"`` or ``"layer"``.
         update: ``"joint"``, ``"independent"`` or ``"none"``.

@@ -81,6 +81,34 @@ def test_methods_agree_with_dense():
     assert oracle.error(out, torch.where(kept, weights - inverse @ u, 0)) < TOLERANCE["update"]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("share", [0.6, 0.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_inactive_columns_are_zero_gradients(shape, share, backend):
+    """Update and form with `active` are those of F with zeros there; kept inactive weights keep their bits."""
+    fisher, _ = pair(*shape, share, backend)
+    active = fisher._active
+    dense = oracle.fisher(fisher.grads, DAMPING, shape[2] or 23, active)
+    weights, kept = torch.randn(23), torch.arange(23) % 3 != 0
+    step, out = oracle.joint_step(dense, weights, kept), weights.clone()
+    loss = fisher.joint_update(out, kept)
+    assert oracle.error(out, weights + step) < TOLERANCE["update"]
+    assert loss == pytest.approx(float(0.5 * step @ dense @ step), rel=TOLERANCE["loss"])
+    assert torch.equal(out[kept & ~active], weights[kept & ~active]) and not out[~kept].any()
+    x = weights.double()
+    assert fisher.quadratic_form(weights) == pytest.approx(float(0.5 * x @ dense @ x), rel=TOLERANCE["form"])
+
+
+def test_inactive_and_pruned_before():
+    """Where inactive weights are zero and pruned, as after an earlier mask, `active` changes no bit of the update."""
+    fisher, _ = pair(6, 23, 10, 0.6, "compiled")
+    kept = fisher._active & (torch.arange(23) % 4 != 0)
+    out = torch.randn(23) * fisher._active
+    expected = out.clone()
+    assert fisher.joint_update(out, kept) == Fisher(fisher.grads, DAMPING, 10).joint_update(expected, kept)
+    assert torch.equal(out, expected)
+
+
 def test_defaults_and_attributes():
     fisher = Fisher(torch.randn(4, 9), backend="reference")
     assert (fisher.damping, fisher.block_size, fisher.shape, fisher.backend) == (1e-5, 9, (4, 9), "reference")
@@ -105,6 +133,21 @@ def test_gradients_untouched():
     assert torch.equal(Fisher(buffer, DAMPING, 10).inverse_diagonal(), expected)
 
 
+def test_columns_apart_are_copied_once():
+    """Gradients whose rows are contiguous, a slice among them, are never copied."""
+    wide = torch.randn(6, 40)
+    assert Fisher(wide[:, 3:26]).grads.data_ptr() == wide[:, 3:].data_ptr()
+    assert Fisher(torch.randn(23, 6).T).grads.is_contiguous()
+
+
+def test_check_of_bfloat16_casts_no_matrix():
+    """It takes memory for one row in float32, not for all of them."""
+    grads = torch.randn(64, 1000).bfloat16()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        Fisher(grads, backend="reference")
+    assert max(event.cpu_memory_usage for event in profile.events()) <= 4 * 1000
+
+
 G = torch.ones(4, 6)
 BAD_ROW = torch.tensor([[1.0, 2.0], [math.inf, 0.0], [0.0, 1.0], [math.nan, 0.0]])
 
@@ -120,8 +163,10 @@ BAD_ROW = torch.tensor([[1.0, 2.0], [math.inf, 0.0], [0.0, 1.0], [math.nan, 0.0]
         ((G.half(),), TypeError, "grads: expected float32 or bfloat16, got torch.float16"),
         ((G.tolist(),), TypeError, "grads: expected a tensor or GradientBuffer, got list"),
         ((BAD_ROW,), ValueError, "grads: expected finite numbers, got NaN or infinity in 2 rows, the first 1"),
-        ((G, 0.0), ValueError, "damping: expected a finite number > 0, got 0.0"),
-        ((G, -1e-5), ValueError, "damping: expected a finite number > 0, got -1e-05"),
+        ((G, 0.0), ValueError, "damping: expected a number in .*, got 0.0"),
+        ((G, -1e-5), ValueError, "damping: expected a number in .*, got -1e-05"),
+        ((G, 1e-39), ValueError, r"damping: expected a number in \[1e-30, 1e30\], got 1e-39"),
+        ((G, 1e31), ValueError, r"damping: expected a number in \[1e-30, 1e30\], got 1e\+31"),
         ((G, math.nan), ValueError, "damping: .* got nan"),
         ((G, math.inf), ValueError, "damping: .* got inf"),
         ((G, "1e-5"), TypeError, "damping: expected a number, got '1e-5'"),
@@ -139,10 +184,10 @@ def test_bad_input(args, error, message):
 @pytest.mark.parametrize(
     ("active", "error", "message"),
     [
-        (torch.ones(5, dtype=torch.bool), ValueError, r"active: expected bool of shape \[6\] on cpu, got .* \[5\]"),
-        (torch.ones(6), ValueError, "active: expected bool .* got torch.float32"),
-        (torch.ones(6, dtype=torch.bool, device="meta"), ValueError, "active: expected bool .* on meta"),
-        ([True] * 6, TypeError, "active: expected a bool tensor, got list"),
+        (torch.ones(5, dtype=torch.bool), ValueError, r"active: expected shape \[6\] on cpu, got \[5\] on cpu"),
+        (torch.ones(6), TypeError, "active: expected torch.bool, got torch.float32"),
+        (torch.ones(6, dtype=torch.bool, device="meta"), ValueError, r"active: expected .* got \[6\] on meta"),
+        ([True] * 6, TypeError, "active: expected a tensor, got list"),
     ],
 )
 def test_bad_active(active, error, message):
@@ -162,6 +207,44 @@ def test_bad_active(active, error, message):
 def test_bad_vector(x, error, message):
     with pytest.raises(error, match=message):
         Fisher(G).inverse_product(x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("active", [None, torch.ones(6, dtype=torch.bool)], ids=["all", "active"])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"weights": torch.ones(6).double()}, TypeError, "weights: expected torch.float32, got torch.float64"),
+        ({"weights": torch.ones(7)}, ValueError, r"weights: expected shape \[6\] on cpu, got \[7\] on cpu"),
+        ({"weights": torch.ones(6, device="meta")}, ValueError, r"weights: expected .* got \[6\] on meta"),
+        ({"weights": [1.0] * 6}, TypeError, "weights: expected a tensor, got list"),
+        ({"kept": torch.zeros(6)}, TypeError, "kept: expected torch.bool, got torch.float32"),
+        ({"kept": torch.zeros(1, 6, dtype=torch.bool)}, ValueError, r"kept: expected .* got \[1, 6\]"),
+        ({"diagonal": torch.ones(5)}, ValueError, r"inverse_diagonal: expected shape \[6\] on cpu, got \[5\]"),
+        (
+            {"diagonal": torch.ones(6).double()},
+            TypeError,
+            "inverse_diagonal: expected torch.float32, got .*64",
+        ),
+        ({"x": torch.ones(6).bfloat16()}, TypeError, "x: expected torch.float32, got torch.bfloat16"),
+        ({"x": torch.ones(5)}, ValueError, r"x: expected shape \[6\] on cpu, got \[5\]"),
+    ],
+)
+def test_bad_vectors(change, error, message, active, backend):
+    """The same refusal on both backends, before anything is written."""
+    fisher = Fisher(G, active=active, backend=backend)
+    good = {"weights": torch.ones(6), "kept": torch.zeros(6, dtype=torch.bool), "diagonal": torch.ones(6)}
+    given = good | {"x": torch.ones(6)} | change
+    calls = [
+        lambda: fisher.joint_update(given["weights"], given["kept"]),
+        lambda: fisher.independent_update(given["weights"], given["kept"], given["diagonal"]),
+        lambda: fisher.quadratic_form(given["x"]),
+    ]
+    name = next(iter(change))
+    for call in {"diagonal": calls[1:2], "x": calls[2:]}.get(name, calls[:2]):
+        with pytest.raises(error, match=message):
+            call()
+    assert torch.equal(good["weights"], torch.ones(6))
 
 
 @pytest.mark.parametrize(
