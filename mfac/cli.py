@@ -53,7 +53,11 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         metavar="True|False|FILE",
         help="start from a state_dict; True: a dense model trained on the digits once and cached (default for digits)",
     )
-    model.add_argument("--checkpoint-path", metavar="FILE", help="go on from a checkpoint.pt, masks included")
+    model.add_argument(
+        "--checkpoint-path",
+        metavar="FILE",
+        help="go on from a checkpoint.pt, masks included; with --one-shot: prune its model",
+    )
     data = parser.add_argument_group("data")
     data.add_argument(
         "--dataset",

@@ -177,6 +177,32 @@ def test_train_writes_results_and_resumes_with_masks(settings, tmp_path):
     assert len(list(csv.DictReader((tmp_path / "logs" / "tag.csv").open()))) == 4
 
 
+def test_one_shot_prunes_the_model_of_a_checkpoint(settings, tmp_path):
+    train(TrainSettings(**{**settings, "recipe_args": "epochs=1"}))  # before the first pruning step
+    checkpoint = str(tmp_path / "runs" / "tag" / "checkpoint.pt")
+    options = {**settings, "seed": 1, "model_tag": "pruned", "one_shot": True}
+    (measured,) = train(TrainSettings(**options, checkpoint_path=checkpoint))
+    assert round(measured.sparsity, 2) == 0.9
+    trained = torch.load(checkpoint, weights_only=True)["model"]
+    pruned = torch.load(tmp_path / "runs" / "pruned" / "model.pt", weights_only=True)["model"]
+    assert torch.equal(pruned["input.conv.weight"], trained["input.conv.weight"])
+    for message, change in [("no checkpoint at no.pt", {"checkpoint_path": "no.pt"}),
+                            ("does not fit the model", {"checkpoint_path": checkpoint, "width": 0.5})]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            train(TrainSettings(**{**options, **change}))
+
+
+def test_resume_under_another_tag_always_leaves_a_model(settings, tmp_path):
+    train(TrainSettings(**{**settings, "recipe_args": "epochs=2"}))
+    checkpoint = tmp_path / "runs" / "tag" / "checkpoint.pt"
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save({**state, "best": 101.0}, checkpoint)  # no epoch to come is better
+    train(TrainSettings(**{**settings, "model_tag": "other"}, checkpoint_path=str(checkpoint)))
+    folder = tmp_path / "runs" / "other"
+    assert (folder / "model.txt").read_text().startswith("epoch: 2\n")
+    assert torch.load(folder / "model.pt", weights_only=True)["epoch"] == 2
+
+
 def test_resume_in_the_middle_prunes_the_rest(settings, tmp_path):
     train(TrainSettings(**{**settings, "recipe_args": "epochs=1"}))
     checkpoint = str(tmp_path / "runs" / "tag" / "checkpoint.pt")

@@ -62,7 +62,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def _model(settings: TrainSettings, data: Data, device: torch.device) -> nn.Module:
-    # The model to start from: dense and trained, loaded from a file, or untrained.
+    # The model to start from: dense and trained, loaded from a file, or untrained (a checkpoint is loaded into it).
     digits = settings.dataset == "digits"
     width = (0.35 if digits else 1.0) if settings.width is None else settings.width
     pretrained = settings.pretrained or str(digits)
@@ -99,11 +99,20 @@ def _load_checkpoint(path: str, device: torch.device) -> dict[str, Any]:
     return state
 
 
+def _restore(model: nn.Module, state: dict[str, torch.Tensor], path: str) -> None:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        detail = str(error).splitlines()[-1].strip()  # one of the names that differ; there may be a hundred
+        raise ValueError(f"{path} does not fit the model (another width, other classes?): {detail}") from error
+
+
 def train(settings: TrainSettings) -> list[Measurement]:
     """Prune and train a model under a recipe.
 
     Writes into `<save_dir>/<model_tag>/`: `model.pt` and `model.txt` (the best epoch from `save_best_after` on, or the
-    last one if training ends before), and `checkpoint.pt` (the last epoch, for `checkpoint_path`). The optimizer is
+    last one if there was none, as when training ends before, or goes on in another folder and gets no better), and
+    `checkpoint.pt` (the last epoch, for `checkpoint_path`). The optimizer is
     Adam: within the one epoch that a recipe of this kind leaves for recovery at a learning rate near 4e-4, SGD would
     hardly move the weights.
 
@@ -124,6 +133,9 @@ def train(settings: TrainSettings) -> list[Measurement]:
         raise ValueError("max_train_steps must be above 0, or -1 for all steps, got 0")
     manager = Manager.from_recipe(settings.recipe_path, settings.recipe_args)
     device = _device(settings.device)
+    state = _load_checkpoint(settings.checkpoint_path, device) if settings.checkpoint_path else None
+    if state and not settings.one_shot and state["epoch"] + 1 >= manager.epochs:
+        raise ValueError(f"{settings.checkpoint_path} has done all {manager.epochs:g} epochs of the recipe")
     data = load_data(
         settings.dataset,
         settings.dataset_path,
@@ -135,6 +147,8 @@ def train(settings: TrainSettings) -> list[Measurement]:
         seed=settings.seed,
     )
     model = _model(settings, data, device)
+    if state:
+        _restore(model, state["model"], settings.checkpoint_path)
     folder = Path(settings.save_dir) / (settings.model_tag or Path(settings.recipe_path).stem)
     folder.mkdir(parents=True, exist_ok=True)
     if settings.one_shot:
@@ -144,15 +158,11 @@ def train(settings: TrainSettings) -> list[Measurement]:
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.init_lr)
     session = manager.apply(model, optimizer, data.gradients, F.cross_entropy, progress=sys.stderr.isatty())
     first_epoch, best = 0, None
-    if settings.checkpoint_path:
-        state = _load_checkpoint(settings.checkpoint_path, device)
-        model.load_state_dict(state["model"])
+    if state:
         optimizer.load_state_dict(state["optimizer"])
         session.load_state_dict(state["recipe"])
         first_epoch, best = state["epoch"] + 1, state["best"]
         tqdm.write(f"going on after epoch {state['epoch']}, sparsity {100 * session.sparsity:.2f} %")
-        if first_epoch >= manager.epochs:
-            raise ValueError(f"{settings.checkpoint_path} has done all {manager.epochs:g} epochs of the recipe")
     after = math.ceil(manager.pruned_from) if settings.save_best_after is None else settings.save_best_after
     final_epoch = math.ceil(manager.epochs) - 1
 
@@ -168,7 +178,7 @@ def train(settings: TrainSettings) -> list[Measurement]:
             "best": best,
         }
         save(state, folder / "checkpoint.pt")
-        if is_best or (epoch == final_epoch and best is None):
+        if is_best or (epoch == final_epoch and (best is None or not (folder / "model.txt").exists())):
             save(state, folder / "model.pt")
             _write_model_text(folder / "model.txt", epoch, measured)
 
