@@ -179,8 +179,9 @@ def collect_gradients(
     """Collect one gradient per batch, with the model in eval mode.
 
     Batches of some 32 samples give far better joint updates than single samples. The model's mode, requires_grad,
-    ``.grad`` and torch's random state are as before when this returns or raises; pass an iterator to go on where you
-    stopped.
+    ``.grad`` and torch's random state are as before when this returns or raises. So a loader that shuffles
+    gives the same batches again at the next call, unless the random state has moved on in between; pass an iterator
+    (kept between the calls) to go on where you stopped.
 
     Args:
         model: Any module.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -21,7 +22,8 @@ class Pruner:
     """Raises the sparsity of a model along a schedule while it trains, and holds the masks.
 
     Call :meth:`step` after every ``optimizer.step()``: it sets pruned weights back to zero and prunes when an update is
-    due. Nothing is hooked into the model, so copies, compiled and saved models are ordinary ones.
+    due. Nothing is hooked into the model, so copies, compiled and saved models are ordinary ones. Parameters are looked
+    up by name at each use: the model may be moved to another device or have them replaced.
 
     Each update may be split into R ``recomputations``: R steps at equal ratios of the remaining weights, with fresh
     gradients at each. A big jump at once defeats every quadratic model; with R = 8 most of the accuracy survives.
@@ -29,7 +31,8 @@ class Pruner:
     Args:
         model: Its weights are written.
         batches: Iterable of (inputs, targets) or dicts, gone through again and again; ``num_grads`` of them make the
-            gradients of each recomputation (see :func:`collect_gradients`).
+            gradients of each recomputation (see :func:`collect_gradients`). A loader that shuffles draws from a seed of
+            the Pruner's own, new at each recomputation and following from torch's seed; torch's random state stays.
         loss_fn: Loss of (outputs, targets); needed with ``batches``.
         sparsity: Final sparsity: a float, or a dict of them by name or ``"re:<regex>"`` (others are left alone, unless
             ``params`` or the buffer has them: then they stay dense, but take part in the updates).
@@ -57,7 +60,7 @@ class Pruner:
 
     Attributes:
         masks: Name -> bool tensor, True = kept; empty before the first update.
-        results: (time, :class:`PruneResult`) of every update.
+        results: (time, :class:`PruneResult`) of every update, without its masks: those of the last are in ``masks``.
 
     Example:
         >>> model = torch.nn.Linear(20, 2)
@@ -123,11 +126,15 @@ class Pruner:
             )
         if params is None and buffer is not None:
             params = buffer.names
-        self._params = prunable_parameters(model, params)
-        groups = sparsity_groups(list(self._params), sparsity, scope)
+        self._names = list(prunable_parameters(model, params))
+        groups = sparsity_groups(self._names, sparsity, scope)
         if params is None and isinstance(sparsity, Mapping):
             named = {name for names, _ in groups for name in names}
-            self._params = {name: p for name, p in self._params.items() if name in named}
+            self._names = [name for name in self._names if name in named]
+        if buffer is not None and self._names != buffer.names:
+            raise ValueError(
+                f"params: expected those of the buffer, {', '.join(buffer.names[:8])}; got {', '.join(self._names[:8])}"
+            )
         # One schedule per key of a dict, else one under None.
         final = dict(sparsity) if isinstance(sparsity, Mapping) else {None: sparsity}
         self._schedules = {
@@ -140,11 +147,17 @@ class Pruner:
             "damping": damping, "block_size": block_size, "scope": scope, "update": update, "criterion": criterion,
             "backend": backend,
         }  # fmt: skip
+        self._random = torch.Generator().manual_seed(torch.initial_seed())
         self._calls = 0
         self._last: float | None = None
         self._reached = dict.fromkeys(self._schedules, 0.0)
         self.masks: dict[str, Tensor] = {}
         self.results: list[tuple[float, PruneResult]] = []
+
+    @property
+    def _params(self) -> dict[str, nn.Parameter]:
+        """The parameters as they are now: the model may have been moved or given others since."""
+        return {name: self._model.get_parameter(name) for name in self._names}
 
     @property
     def sparsity(self) -> float:
@@ -175,14 +188,16 @@ class Pruner:
             return None
         result = self._prune(target)
         self._last = time
-        self.results.append((time, result))
+        self.results.append((time, dataclasses.replace(result, masks={})))
         return result
 
     def apply_masks(self) -> None:
         """Set the pruned weights to zero."""
         with torch.no_grad():
             for name, mask in self.masks.items():
-                self._params[name].masked_fill_(~mask, 0)
+                p = self._model.get_parameter(name)
+                self.masks[name] = mask.to(p.device)
+                p.masked_fill_(~self.masks[name], 0)
 
     def _prune(self, target: dict[str | None, float]) -> PruneResult:
         """Prune to the target by steps at equal ratios of the remaining weights."""
@@ -193,7 +208,7 @@ class Pruner:
             grads = self._gradients()
             sparsity = now[None] if None in now else now
             result = prune_step(
-                self._model, grads, sparsity, params=list(self._params), masks=self.masks or None, **self._options
+                self._model, grads, sparsity, params=self._names, masks=self.masks or None, **self._options
             )
             self.masks, self._reached = result.masks, now
         return result
@@ -207,22 +222,28 @@ class Pruner:
                     f"buffer: only {len(self._buffer)} of {self._buffer.num_grads} gradients so far", stacklevel=4
                 )
             return self._buffer
-        return collect_gradients(
-            self._model, self._batches, self._loss_fn, self._num_grads,
-            params=list(self._params), dtype=self._dtype, progress=self._progress,
-        )  # fmt: skip
+        # A loader shuffles by torch's random state, which is put back afterwards: without a seed of its own, every
+        # collection would see the same batches.
+        seed = int(torch.randint(2**62, (), generator=self._random))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return collect_gradients(
+                self._model, self._batches, self._loss_fn, self._num_grads,
+                params=self._names, dtype=self._dtype, progress=self._progress,
+            )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """Return masks and progress, for :meth:`load_state_dict` of a Pruner made with the same arguments."""
+        """Return masks, progress and random state, for :meth:`load_state_dict` of a Pruner with the same arguments."""
         return {
             "masks": {name: mask.clone() for name, mask in self.masks.items()},
             "calls": self._calls,
             "last": self._last,
             "reached": dict(self._reached),
+            "random": self._random.get_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore masks and progress, and enforce the masks.
+        """Restore masks, progress and random state, and enforce the masks.
 
         Args:
             state: From :meth:`state_dict`.
@@ -230,20 +251,22 @@ class Pruner:
         Raises:
             ValueError: If it belongs to other parameters or schedules.
         """
-        missing = {"masks", "calls", "last", "reached"} - set(state)
+        params = self._params
+        missing = {"masks", "calls", "last", "reached", "random"} - set(state)
         if missing:
             raise ValueError(f"state: expected the keys of Pruner.state_dict(), missing {', '.join(sorted(missing))}")
         for name, mask in state["masks"].items():
-            if name not in self._params or mask.shape != self._params[name].shape or mask.dtype != torch.bool:
+            if name not in params or mask.shape != params[name].shape or mask.dtype != torch.bool:
                 got = f"{mask.dtype} and shape {list(mask.shape)}"
                 raise ValueError(f"state: mask {name!r} of {got} fits no parameter of this Pruner")
-        if state["masks"] and set(state["masks"]) != set(self._params):
-            raise ValueError(f"state: no masks for {', '.join(set(self._params) - set(state['masks']))}")
+        if state["masks"] and set(state["masks"]) != set(params):
+            raise ValueError(f"state: no masks for {', '.join(set(params) - set(state['masks']))}")
         if set(state["reached"]) != set(self._schedules):
             raise ValueError(
                 f"state: expected sparsities for {sorted(self._schedules)}, got {sorted(state['reached'])}"
             )
-        self.masks = {name: mask.to(self._params[name].device, copy=True) for name, mask in state["masks"].items()}
+        self._random.set_state(state["random"].cpu())  # wherever the file was loaded to
+        self.masks = {name: mask.to(params[name].device, copy=True) for name, mask in state["masks"].items()}
         self._calls, self._last, self._reached = state["calls"], state["last"], dict(state["reached"])
         self.apply_masks()
 

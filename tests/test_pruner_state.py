@@ -66,6 +66,70 @@ def test_model_is_ordinary():
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in x.modules())
 
 
+def test_replaced_parameters():
+    """load_state_dict(assign=True) gives the model other Parameters: the masks hold these too."""
+    model = make_model()
+    pruner = make(model, initial_sparsity=0.5, end=2)
+    pruner.step()
+    dense = {name: torch.ones_like(value) for name, value in model.state_dict().items()}
+    model.load_state_dict(dense, assign=True)
+    pruner.apply_masks()
+    assert zeros(model) == 40
+    pruner.step()
+    assert zeros(model) == 64
+
+
+def test_moved_model():
+    """Masks follow the parameters to another device."""
+    model = make_model()
+    pruner = make(model, end=1)
+    pruner.step()
+    model.to("meta")
+    assert pruner.step() is None
+    assert {mask.device.type for mask in pruner.masks.values()} == {"meta"}
+
+
+def test_results_hold_no_masks():
+    """Only the current ones are kept, however many updates there are."""
+    pruner = make(make_model(), initial_sparsity=0.5, end=2)
+    results = [pruner.step(), pruner.step()]
+    assert all(result.masks.keys() == SIZES.keys() for result in results)
+    assert [(time, result.masks) for time, result in pruner.results] == [(1, {}), (2, {})]
+    assert [result.layers for _, result in pruner.results] == [result.layers for result in results]
+
+
+class Shuffled:
+    """A loader that shuffles as torch's does, and notes its batches."""
+
+    def __init__(self):
+        inputs = torch.arange(24.0)[:, None].expand(24, 6)
+        dataset = torch.utils.data.TensorDataset(inputs, torch.zeros(24, 2))
+        self.loader, self.seen = torch.utils.data.DataLoader(dataset, batch_size=4, shuffle=True), []
+
+    def __iter__(self):
+        for batch in self.loader:
+            self.seen.append(batch[0][:, 0].tolist())
+            yield batch
+
+
+def test_shuffling_loader(unchanged):
+    """Every collection sees another order, though torch's random state stays; resumed, the orders that were to come."""
+    model, loader = make_model(), Shuffled()
+    pruner = make(model, batches=loader, end=1, recomputations=3)
+    state = pruner.state_dict()
+    with unchanged(model, weights=False):
+        pruner.step()
+    orders = [loader.seen[i : i + 6] for i in (0, 6, 12)]
+    assert len(loader.seen) == 18 and orders[0] != orders[1] != orders[2] != orders[0]
+
+    torch.manual_seed(99)
+    again = Shuffled()
+    resumed = make(make_model(), batches=again, end=1, recomputations=3)
+    resumed.load_state_dict(state)
+    resumed.step()
+    assert again.seen == loader.seen
+
+
 def test_masks_by_hand():
     model = make_model()
     pruner = make(model, end=1)
@@ -76,8 +140,11 @@ def test_masks_by_hand():
     assert zeros(model) == 64
 
 
+RANDOM = torch.Generator().get_state()
+
+
 def bad_state(**change):
-    state = {"masks": {}, "calls": 3, "last": 1, "reached": {None: 0.2}} | change
+    state = {"masks": {}, "calls": 3, "last": 1, "reached": {None: 0.2}, "random": RANDOM} | change
     return {key: value for key, value in state.items() if value is not None}
 
 
@@ -105,3 +172,4 @@ def test_bad_state(unchanged, state, message):
     after = pruner.state_dict()
     assert all(torch.equal(after["masks"][name], before["masks"][name]) for name in SIZES)
     assert all(after[key] == before[key] for key in ("calls", "last", "reached"))
+    assert torch.equal(after["random"], before["random"])
