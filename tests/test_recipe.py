@@ -28,44 +28,9 @@ modifiers:
     inter_func: linear
 """
 
-# The recipe of the published tutorial in its own spelling, legacy arguments included.
-ORIGINAL = """<!--
-A licence header.
--->
-
----
-training_modifiers:
-  - !EpochRangeModifier
-    start_epoch: 0.0
-    end_epoch: 3.0
-
-  - !SetLearningRateModifier
-    start_epoch: 0.0
-    learning_rate: 0.0004
-
-pruning_modifiers:
-  - !MFACPruningModifier
-    params: []
-    init_sparsity: 0.35
-    final_sparsity:
-      0.9: [sections.1.0.point.conv.weight, sections.1.1.point.conv.weight]
-      0.95: ["re:sections.2.*point.conv.weight"]
-      0.97: [sections.4.0.point.conv.weight]
-    start_epoch: 1.0
-    end_epoch: 2.0
-    update_frequency: 1.0
-    num_grads: 4
-    fisher_block_size: 2000
-    available_gpus: ["cuda:0"]
-    damp: 1e-5
-    num_recomputations: 2
-
-  - !SetWeightDecayModifier
-    start_epoch: 2.0
-    weight_decay: 0.0
----
-# Text
-"""
+# The two recipes of the published tutorial, in their own spelling: legacy names, and none of our extensions.
+ORIGINALS = Path(__file__).parent / "recipes"
+BLOCKS = {0.9: "1.0 1.1 2.0", 0.95: "2.1 3.0 3.1 3.5", 0.97: "3.2 3.3 3.4 4.0 4.1"}
 
 
 @pytest.fixture
@@ -339,29 +304,56 @@ def test_state_survives_a_restart(model):
         again.load_state_dict({"pruners": []})
 
 
-def test_original_spelling_runs():
-    model = MobileNetV1(10, width=0.25, stem_stride=2)
-    data = [(torch.randn(4, 3, 32, 32), torch.randint(10, (4,))) for _ in range(2)]
+class Drawn:
+    """Batches, counted as they are taken."""
+
+    def __init__(self, batches):
+        self.batches, self.count = batches, 0
+
+    def __iter__(self):
+        for batch in self.batches:
+            self.count += 1
+            yield batch
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "updates", "gradients"),
+    [
+        ("original_magnitude.md", (0.5, 1.0, 1.5, 2.0, 2.5, 3.0), [(1.0, 0.35, 0.1), (2.0, 0.96, 0.0)], 0),
+        # Training in such long strides that there is one update, to the final sparsity: 8 times the 256 gradients.
+        ("original_mfac.md", (2.0, 3.0), [(2.0, 0.96, 0.0)], 8 * 256),
+    ],
+)
+def test_originals_run_unmodified(name, epochs, updates, gradients):
+    model = MobileNetV1(10, width=0.1)
+    data = [(torch.randn(2, 3, 8, 8), torch.randint(10, (2,))) for _ in range(256)]
+    batches = Drawn(data)
     optimizer = torch.optim.Adam(model.parameters(), lr=1.0, weight_decay=0.1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        manager = Manager.from_recipe(ORIGINAL)
-    if not torch.cuda.is_available():
-        assert [str(w.message) for w in caught] == [
-            "the recipe asks for cuda:0, but CUDA is not available: the CPU is used"
-        ]
-    session = manager.apply(model, optimizer, data, F.cross_entropy)
-    assert optimizer.param_groups[0]["lr"] == 0.0004
-    for step in range(6):
-        loss = F.cross_entropy(model(data[step % 2][0]), data[step % 2][1])
+        manager = Manager.from_recipe(ORIGINALS / name)
+    asks_for_cuda = gradients and not torch.cuda.is_available()
+    assert [str(w.message) for w in caught] == (
+        ["the recipe asks for cuda:0, but CUDA is not available: the CPU is used"] if asks_for_cuda else []
+    )
+    session = manager.apply(model, optimizer, batches, F.cross_entropy)
+    assert (manager.epochs, optimizer.param_groups[0]["lr"]) == (3.0, 0.0004)
+    seen = []
+    for epoch in epochs:
+        inputs, targets = torch.cat([x for x, _ in data[:8]]), torch.cat([y for _, y in data[:8]])
         optimizer.zero_grad()
-        loss.backward()
+        F.cross_entropy(model(inputs), targets).backward()
         optimizer.step()
-        session.step((step + 1) / 2)
-    assert optimizer.param_groups[0]["weight_decay"] == 0.0
-    for name, sparsity in [("1.0", 0.9), ("2.0", 0.95), ("2.1", 0.95), ("4.0", 0.97), ("3.0", 0.0)]:
-        weight = model.get_parameter(f"sections.{name}.point.conv.weight")
+        if session.step(epoch):
+            seen.append((epoch, round(session.sparsity, 2), optimizer.param_groups[0]["weight_decay"]))
+    assert seen == updates  # epoch, sparsity, weight decay
+    assert batches.count == gradients
+    layers = {f"sections.{block}.point.conv.weight": s for s, blocks in BLOCKS.items() for block in blocks.split()}
+    assert set(session.masks) == set(layers)
+    for layer, sparsity in layers.items():
+        weight = model.get_parameter(layer)
         assert int((weight == 0).sum()) == round(sparsity * weight.numel())
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["magnitude.md", "mfac.md"])
