@@ -2,20 +2,26 @@
 
 import pytest
 import torch
+from conftest import DAMPING, B
 
 from mfac import ops, reference
 
 WAYS = {"reference": reference, "compiled": ops}
 
 
-@pytest.mark.benchmark(group="inverse product, m=256, B=2000, d=200,000")
+@pytest.fixture(scope="module")
+def factor(grads):
+    return ops.block_factor(grads, DAMPING, B)
+
+
+@pytest.mark.benchmark(group="inverse product")
 @pytest.mark.parametrize("way", WAYS)
-def test_inverse_product(measure, way):
-    ops.load()
-    grads, x = torch.randn(256, 200_000) * 0.01, torch.randn(200_000)
-    factor = ops.block_factor(grads, 1e-5, 2000)
-    m, d = grads.shape
+def test_inverse_product(measure, grads, factor, way):
+    (m, d), x = grads.shape, torch.linspace(-1, 1, grads.shape[1])
+    g = grads[:, :B].double()
+    exact = torch.linalg.solve(g.T @ g / m + DAMPING * torch.eye(B).double(), x[:B].double())
+    out = WAYS[way].inverse_product(grads, factor, x, DAMPING, B)[:B]
     measure(
-        lambda: WAYS[way].inverse_product(grads, factor, x, 1e-5, 2000),
-        flops=4 * m * d, bytes=4 * m * d, m=m, d=d, B=2000,
+        lambda: WAYS[way].inverse_product(grads, factor, x, DAMPING, B),
+        flops=4 * m * d, bytes=4 * m * d, error=float((out - exact).norm() / exact.norm()), m=m, d=d, B=B,
     )  # fmt: skip

@@ -15,6 +15,14 @@ import torch
 from mfac import ops
 
 RESULTS = Path(__file__).parent / "results"
+M, B, D, DAMPING, DENSITY = 256, 2000, 200_000, 1e-5, 0.2  # gradients, block size, weights, λ, share kept
+
+
+@pytest.fixture(scope="session")
+def grads():
+    """G [M, D]; the scale of gradients of a trained network."""
+    ops.load()
+    return torch.randn(M, D, generator=torch.Generator().manual_seed(0)) * 0.01
 
 
 def _best(function, repeats=5):
@@ -24,6 +32,16 @@ def _best(function, repeats=5):
         function()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+@pytest.fixture(scope="session")
+def weights(grads):
+    return torch.randn(grads.shape[1], generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def kept(grads):
+    return torch.rand(grads.shape[1], generator=torch.Generator().manual_seed(2)) < DENSITY
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +58,7 @@ def roofline(request):
 def measure(benchmark, roofline):
     """Time a function: measure(f, flops=..., bytes=..., error=..., rounds=...)."""
 
-    def run(function, *, flops=0, bytes=0, error=None, rounds=5, setup=None, **sizes):
+    def run(function, *, flops=0, bytes=0, error=None, rounds=3, setup=None, **sizes):
         benchmark.extra_info.update(sizes, flops=flops, bytes=bytes, error=error)
         benchmark.extra_info["floor"] = max(flops / roofline["flops"], bytes / roofline["bytes"])
         return benchmark.pedantic(function, setup=setup, rounds=rounds, warmup_rounds=1)
@@ -60,6 +78,8 @@ def _table(config, benchmarks):
     rates = config.mfac_roofline
     flags = torch.backends.cpu.get_cpu_capability()
     yield f"{_cpu()}, {torch.get_num_threads()} threads, {flags}, torch {torch.__version__}"
+    yield ""
+    yield f"m={M}, B={B}, d={D:,} where not said otherwise; λ={DAMPING:g}"
     yield ""
     yield f"this run: float32 product {rates['flops'] / 1e9:.0f} GFLOP/s, reading {rates['bytes'] / 1e9:.1f} GB/s"
     yield ""
