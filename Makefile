@@ -4,7 +4,8 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN     = $(VENV)/bin
-READY   = $(VENV)/.ready
+# One stamp per torch, so that another TORCH is set up anew.
+READY   = $(VENV)/.ready-$(subst =,-,$(TORCH))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench lint format gpu clean

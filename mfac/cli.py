@@ -96,7 +96,13 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output", default="mfac-demo", metavar="DIR", help="folder of table, CSV files and plot")
-    parser.add_argument("--seeds", type=_positive, default=1, metavar="N", help="runs of each method")
+    parser.add_argument(
+        "--seeds",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="runs of each method; a seed takes about 2 minutes on 2 cores",
+    )
     parser.add_argument("--num-grads", type=_positive, default=64, metavar="N", help="gradients per Fisher")
 
 

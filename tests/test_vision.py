@@ -1,6 +1,7 @@
 """The tutorial's program: network, data, training with checkpoints, dense models and the demo."""
 
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -307,8 +308,11 @@ def test_demo_in_small(tmp_path, monkeypatch, capsys):
     assert {round(run.measurements[-1].sparsity, 2) for run in runs} == {0.96}
     table = (tmp_path / "out" / "comparison.txt").read_text()
     assert table in capsys.readouterr().out
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert "\n".join(table.splitlines()[:2]) in readme  # the README's table is the printed one
     for method in METHODS:
-        assert method.label in table
+        assert f"| {method.label} " in table
+        assert f"| {method.label} " in readme
     with Image.open(tmp_path / "out" / "comparison.png") as image:
         assert min(image.size) > 500
     assert len(list((tmp_path / "out").glob("*.csv"))) == 6

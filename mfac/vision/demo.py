@@ -42,7 +42,9 @@ METHODS = (
     Method("M-FAC, independent update", "mfac.md", "independent", "#7570b3"),
     Method("M-FAC, joint update", "mfac.md", "joint", "#1b9e77"),
 )
-_FOOTNOTE = "sparsity: share of zeros in the weights that the recipes prune"
+_FOOTNOTE = """\
+top-1 accuracy on the validation images; sparsity: share of zeros in the weights that the recipes prune;
+seconds: training, pruning and measuring together"""
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,12 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
+def _row(method: str, sparsity: str, pruned: str, trained: str, seconds: str) -> str:
+    return f"| {method:25} | {sparsity:>8} | {pruned:>19} | {trained:>20} | {seconds:>7} |"
+
+
 def table(dense_top1: float, runs: list[Run]) -> str:
-    """Return the comparison as text: one line for the dense model and one per method, means over the seeds.
+    """Return the comparison as the README's table (Markdown): dense model, and means of each method over the seeds.
 
     Args:
         dense_top1: Accuracy of the dense model in per cent.
@@ -128,20 +134,18 @@ def table(dense_top1: float, runs: list[Run]) -> str:
         The table.
     """
     lines = [
-        f"{'':28}{'sparsity':>10}{'top-1 after':>14}{'top-1 after':>16}{'seconds':>10}",
-        f"{'':28}{'%':>10}{'pruning, %':>14}{'last epoch, %':>16}{'':>10}",
-        f"{'dense':28}{0:10.2f}{'':>14}{dense_top1:16.1f}{'':>10}",
+        _row("method", "sparsity", "right after pruning", "after the last epoch", "seconds"),
+        f"|{'-' * 27}|{'-' * 9}:|{'-' * 20}:|{'-' * 21}:|{'-' * 8}:|",
+        _row("dense", "0.0 %", "", f"{dense_top1:.1f} %", ""),
     ]
     for method in METHODS:
         mine = [run for run in runs if run.method == method]
         last = [run.measurements[-1] for run in mine]
-        lines.append(
-            f"{method.label:28}"
-            f"{100 * _mean([measured.sparsity for measured in last]):10.2f}"
-            f"{_mean([run.after_pruning.top1 for run in mine]):14.1f}"
-            f"{_mean([measured.top1 for measured in last]):16.1f}"
-            f"{_mean([run.seconds for run in mine]):10.1f}"
-        )
+        sparsity = _mean([100 * measured.sparsity for measured in last])
+        pruned = _mean([run.after_pruning.top1 for run in mine])
+        trained = _mean([measured.top1 for measured in last])
+        seconds = _mean([run.seconds for run in mine])
+        lines.append(_row(method.label, f"{sparsity:.1f} %", f"{pruned:.1f} %", f"{trained:.1f} %", f"{seconds:.1f}"))
     return "\n".join(lines)
 
 
