@@ -244,7 +244,7 @@ def test_prebuilt_must_fit(bench, tmp_path):
 
 
 def copy_of_the_repository(folder):
-    for name in ("mfac", "csrc"):
+    for name in ("mfac", "csrc", "recipes"):
         shutil.copytree(REPO / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
         shutil.copy(REPO / name, folder)
@@ -261,8 +261,9 @@ def test_installed_package_has_its_sources_and_works_elsewhere(tmp_path):
     repo, site = copy_of_the_repository(tmp_path / "repo"), tmp_path / "site"
     pip("wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, repo)
     (wheel,) = tmp_path.glob("mfac-*-py3-none-any.whl")
-    shipped = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("mfac/csrc/")}
-    assert shipped == {f"mfac/{p.relative_to(REPO)}" for p in (REPO / "csrc").rglob("*") if p.is_file()}
+    for folder in ("csrc", "recipes"):
+        shipped = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith(f"mfac/{folder}/")}
+        assert shipped == {f"mfac/{p.relative_to(REPO)}" for p in (REPO / folder).rglob("*") if p.is_file()}
     pip("install", "--no-deps", "--target", site, wheel)
     before = files(site)
     for path in [site, *before]:
