@@ -262,6 +262,14 @@ def test_one_shot_needs_no_epochs(model, init):
         assert len(session.pruners[0].results) == 1
 
 
+def test_magnitude_moves_no_weight(model):
+    """Though batches are given, for the modifiers that need them."""
+    before, taken = model[0].weight.detach().clone(), []
+    batches = (taken.append(i) or (torch.randn(4, 8), torch.randn(4, 2)) for i in range(300))
+    Manager.from_recipe(PRUNING % "MagnitudePruningModifier").one_shot(model, batches, nn.functional.mse_loss)
+    assert torch.equal(model[0].weight, torch.where(model[0].weight != 0, before, 0)) and not taken
+
+
 def test_nothing_changes_when_a_name_is_wrong(model):
     text = PRUNING.replace("0.weight", "7.weight") % "MagnitudePruningModifier"
     text += "  - !SetLearningRateModifier {learning_rate: 0.1}\n"

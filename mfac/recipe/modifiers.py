@@ -224,7 +224,7 @@ class MagnitudePruning(Modifier):
         per_layer = isinstance(self.final_sparsity, dict)
         return Pruner(
             model,
-            batches,
+            batches if self.criterion == "fisher" else None,
             loss_fn,
             sparsity=self.final_sparsity,
             params=list(self.final_sparsity) if per_layer else self.params,
