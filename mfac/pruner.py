@@ -48,7 +48,8 @@ class Pruner:
         block_size: Columns per block of the Fisher; None for the full matrix.
         scope: ``"global"`` or ``"layer"``.
         update: ``"joint"``, ``"independent"`` or ``"none"``.
-        criterion: ``"fisher"``, or ``"magnitude"``, which needs neither batches nor buffer.
+        criterion: ``"fisher"``, or ``"magnitude"``, which needs neither batches nor buffer, and then updates nothing;
+            given one of them, it makes the ``update``.
         dtype: Type of collected gradients.
         buffer: A :class:`GradientBuffer` that the training loop feeds, in place of ``batches``.
         backend: ``"auto"``, ``"compiled"`` or ``"reference"``.
@@ -56,7 +57,8 @@ class Pruner:
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If a value or name is wrong, or neither or both of ``batches`` and ``buffer`` are given.
+        ValueError: If a value or name is wrong, or both of ``batches`` and ``buffer`` are given, or neither for
+            ``criterion="fisher"``.
 
     Attributes:
         masks: Name -> bool tensor, True = kept; empty before the first update.
@@ -105,9 +107,11 @@ class Pruner:
         """Check the arguments; the model is not touched."""
         check_choices(scope, update, criterion)
         check_fisher_settings(damping, block_size)
-        if criterion == "fisher" and (batches is None) == (buffer is None):
-            raise ValueError("batches, buffer: expected exactly one of them for criterion='fisher'")
-        if batches is not None and criterion == "fisher" and not callable(loss_fn):
+        given = (batches is not None) + (buffer is not None)
+        if given > 1 or (given == 0 and criterion == "fisher"):
+            wanted = "exactly one of them for criterion='fisher'" if criterion == "fisher" else "at most one of them"
+            raise ValueError(f"batches, buffer: expected {wanted}, got {'both' if given else 'neither'}")
+        if batches is not None and not callable(loss_fn):
             raise TypeError(f"loss_fn: expected a function with batches, got {loss_fn!r}")
         for name, value in (("recomputations", recomputations), ("num_grads", num_grads)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -140,7 +144,7 @@ class Pruner:
         self._schedules = {
             key: Schedule(initial_sparsity, value, start, end, frequency, schedule) for key, value in final.items()
         }
-        self._model, self._loss_fn, self._buffer, self._criterion = model, loss_fn, buffer, criterion
+        self._model, self._loss_fn, self._buffer = model, loss_fn, buffer
         self._batches = None if batches is None else cycle(batches)
         self._recomputations, self._num_grads, self._dtype, self._progress = recomputations, num_grads, dtype, progress
         self._options = {
@@ -214,7 +218,7 @@ class Pruner:
         return result
 
     def _gradients(self) -> GradientBuffer | None:
-        if self._criterion == "magnitude":
+        if self._batches is None and self._buffer is None:
             return None
         if self._buffer is not None:
             if len(self._buffer) < self._buffer.num_grads:

@@ -216,6 +216,18 @@ def test_magnitude():
     assert result.predicted_loss_increase is None
 
 
+@pytest.mark.parametrize("source", ["batches", "buffer"])
+def test_magnitude_with_gradients(source):
+    """The mask by magnitude, the update by the Fisher: as prune_step with the same gradients."""
+    model, twin = make_model(), make_model()
+    grads = mfac.collect_gradients(twin, BATCHES, mse, 6)
+    change = {} if source == "batches" else {"batches": None, "buffer": grads}
+    result = make(model, criterion="magnitude", end=1, **change).step()
+    expected = prune_step(twin, grads, 0.8, damping=1e-3, criterion="magnitude")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    assert result.predicted_loss_increase == expected.predicted_loss_increase is not None
+
+
 def test_live_buffer():
     """The gradients of the training loop itself, of the parameters that the buffer has."""
     model = make_model()
@@ -266,7 +278,9 @@ BUFFER = GradientBuffer(2, {"0.weight": torch.zeros(10, 6)})
     ("change", "error", "message"),
     [
         ({"batches": None}, ValueError, "batches, buffer: expected exactly one of them for criterion='fisher'"),
-        ({"buffer": BUFFER}, ValueError, "batches, buffer: expected exactly one of them"),
+        ({"buffer": BUFFER}, ValueError, "batches, buffer: expected exactly one of them .* got both"),
+        ({"buffer": BUFFER, "criterion": "magnitude"}, ValueError, "batches, buffer: expected at most one of them"),
+        ({"loss_fn": None, "criterion": "magnitude"}, TypeError, "loss_fn: expected a function with batches, got None"),
         ({"batches": 3}, TypeError, "batches: expected an iterable of batches, got int"),
         ({"loss_fn": None}, TypeError, "loss_fn: expected a function with batches, got None"),
         ({"batches": None, "buffer": [1]}, TypeError, "buffer: expected a GradientBuffer, got list"),
