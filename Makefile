@@ -43,8 +43,8 @@ format: $(READY)  ## ruff and clang-format, in place
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
 
-gpu:  ## on a machine with an NVIDIA GPU: build, test and time on CUDA with the installed torch
-	@$(PYTHON) benchmarks/gpu.py
+gpu:  ## on a machine with an NVIDIA GPU: build, test and time on CUDA with the torch of $(VENV) if there is one, else of $(PYTHON)
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py
 
 clean:  ## remove the virtual environment and what builds leave here
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .benchmarks

@@ -241,7 +241,8 @@ def demo(
     dense = dense_digits(width, epochs=dense_epochs)
     _, dense_top1, _ = evaluate(dense, load_data().validation)
     tqdm.write(f"dense: top-1 {dense_top1:.1f} %")
-    ops.select_backend()  # compiles the kernels if this is their first use, so that no method's time contains it
+    tqdm.write("loading the kernels; at their first use they are compiled, which takes half a minute")
+    ops.select_backend()  # here, so that no method's time contains it
     budget = {"num_grads": num_grads, "num_recomputations": num_recomputations}
     runs = []
     for seed in range(seeds):
@@ -256,5 +257,5 @@ def demo(
     text = f"{table(dense_top1, runs)}\n\n{_FOOTNOTE}"
     (folder / "comparison.txt").write_text(f"{text}\n", encoding="utf-8")
     plot(dense_top1, runs, folder / "comparison.png")
-    tqdm.write(f"\n{text}\n\ntable, plot and a CSV file per run are in {folder}")
+    tqdm.write(f"\n{text}\n\ntable, comparison.png and a CSV file per run are in {folder}")
     return runs
