@@ -43,7 +43,7 @@ format: $(READY)  ## ruff and clang-format, in place
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
 
-gpu:  ## on a machine with an NVIDIA GPU: build, test and time on CUDA with the torch of $(VENV) if there is one, else of $(PYTHON)
+gpu:  ## on a machine with an NVIDIA GPU: build, test and time on CUDA with the torch of .venv if there is one, else of PYTHON
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py
 
 clean:  ## remove the virtual environment and what builds leave here
