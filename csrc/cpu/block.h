@@ -1,99 +1,18 @@
-// One block of the Fisher: columns `begin .. begin + width` of the gradient matrix G[m, d], and what all ops do with it.
+// One block of the Fisher, and what all ops do with it.
 //
 //   capacitance side (m <= n)   A = mλ I + G Gᵀ, [m, m]      F⁻¹ x = (x - Gᵀ A⁻¹ G x) / λ
 //   Fisher side      (n <  m)   A = mλ I + GᵀG,  [n, n]      F⁻¹ x = m A⁻¹ x
 //
-// with n the number of columns in use. A = L Lᵀ is float64 whatever the gradients are. G is read in pieces that fit in L2,
-// converted and laid out as panels while they are read; no second [m, width] matrix ever exists.
+// with n the number of columns in use. A = L Lᵀ is float64 whatever the gradients are.
 #pragma once
 
-#include <cstring>
 #include <limits>
 #include <stdexcept>
-#include <vector>
 
-#include "tiles.h"
+#include "cholesky.h"
+#include "gradients.h"
 
 namespace mfac::cpu {
-
-struct BFloat16 {
-  uint16_t bits;
-  operator float() const {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, sizeof value);
-    return value;
-  }
-};
-
-// The gradients as the ops receive them, row-major.
-template <typename G>
-struct Gradients {
-  const G* data;  // [m, d], rows `stride` elements apart
-  int64_t m, d, stride;
-  double damping;      // λ
-  int64_t block_size;  // B columns per block, the last block may have fewer
-
-  int64_t blocks() const { return ceil_div(d, block_size); }
-  int64_t order() const { return std::min({m, block_size, d}); }  // of the largest factor
-};
-
-// The columns of one block that are in use: all of them, or those where mask[i] == keep.
-template <typename G>
-struct Block {
-  const Gradients<G>& grads;
-  int64_t begin, width;
-  bool dense = true;
-  std::vector<int32_t> columns;  // positions within the block, ascending; empty if dense
-
-  Block(const Gradients<G>& g, int64_t index, const bool* mask = nullptr, bool keep = true)
-      : grads(g), begin(index * g.block_size), width(std::min(g.block_size, g.d - begin)) {
-    if (!mask) return;
-    const int64_t used = std::count(mask + begin, mask + begin + width, keep);
-    if (used == width) return;
-    dense = false;
-    columns.reserve(used);
-    for (int64_t c = 0; c < width; ++c)
-      if (mask[begin + c] == keep) columns.push_back(static_cast<int32_t>(c));
-  }
-  int64_t size() const { return dense ? width : static_cast<int64_t>(columns.size()); }
-  int64_t column(int64_t c) const { return dense ? c : columns[c]; }
-  const G* row(int64_t r) const { return grads.data + r * grads.stride + begin; }
-  bool capacitance() const { return grads.m <= size(); }
-  int64_t order() const { return std::min(grads.m, size()); }  // of A
-  double ridge() const { return static_cast<double>(grads.m) * grads.damping; }
-};
-
-// Rows [r0, r0 + rows) of columns [c0, c0 + kPanel) as one panel: out[r][c] = G[r0 + r, c0 + c], 0 past the last column.
-template <typename T, typename G>
-void pack_rows(const Block<G>& block, int64_t r0, int64_t rows, int64_t c0, T* out) {
-  constexpr int64_t width = kPanel<T>;
-  const int64_t columns = std::min(width, block.size() - c0);
-  for (int64_t r = 0; r < rows; ++r, out += width) {
-    const G* row = block.row(r0 + r);
-    if (block.dense)
-      for (int64_t c = 0; c < columns; ++c) out[c] = static_cast<T>(static_cast<float>(row[c0 + c]));
-    else
-      for (int64_t c = 0; c < columns; ++c) out[c] = static_cast<T>(static_cast<float>(row[block.columns[c0 + c]]));
-    std::fill(out + columns, out + width, T(0));
-  }
-}
-
-// The transpose: rows [r0, r0 + kPanel) of columns [c0, c0 + depth): out[c][r] = G[r0 + r, c0 + c], 0 past the last row.
-template <typename T, typename G>
-void pack_columns(const Block<G>& block, int64_t r0, int64_t c0, int64_t depth, T* out) {
-  constexpr int64_t width = kPanel<T>;
-  const int64_t rows = std::min(width, block.grads.m - r0);
-  if (rows < width) std::fill_n(out, depth * width, T(0));
-  for (int64_t r = 0; r < rows; ++r) {
-    const G* row = block.row(r0 + r);
-    if (block.dense)
-      for (int64_t c = 0; c < depth; ++c) out[c * width + r] = static_cast<T>(static_cast<float>(row[c0 + c]));
-    else
-      for (int64_t c = 0; c < depth; ++c)
-        out[c * width + r] = static_cast<T>(static_cast<float>(row[block.columns[c0 + c]]));
-  }
-}
 
 // Lower triangle of a[n, n] = ridge I + Gram matrix of the smaller side; products in T, sums over more than kDepth of them
 // in float64. Returns the trace, an upper bound of the largest eigenvalue.
@@ -106,13 +25,15 @@ double gram_block(const Block<G>& block, double ridge, double* a) {
   std::fill_n(a, n * n, 0.0);
   for (int64_t k = 0; k < long_side; k += kDepth) {
     const int64_t depth = std::min(kDepth, long_side - k);
-    parallel_for(panels, depth * kPanel<T>, [&](int64_t j) {
-      T* out = packed + j * depth * kPanel<T>;
-      if (capacitance)
-        pack_columns(block, j * kPanel<T>, k, depth, out);
-      else
-        pack_rows(block, k, depth, j * kPanel<T>, out);
-    });
+    if (capacitance)
+      parallel_for(panels, depth * kPanel<T>,
+                   [&](int64_t j) { pack_columns<T>(block, j * kPanel<T>, k, depth, packed + j * depth * kPanel<T>); });
+    else
+      parallel_for(depth, n, [&](int64_t r) {
+        if (!block.last()) prefetch(block.row(k + r) + block.width, block.width);
+        for (int64_t j = 0; j < panels; ++j)
+          pack_row<T>(block, k + r, j * kPanel<T>, packed + (j * depth + r) * kPanel<T>);
+      });
     gram<T>(packed, n, depth, 1.0, a, n);
   }
   double trace = 0;
@@ -124,11 +45,11 @@ double gram_block(const Block<G>& block, double ridge, double* a) {
 // digits of the difference.
 constexpr double kCancellation = 0.2;
 
-// How far a condition number may go before float32 costs the fourth digit. Rounding errors of float32 products are some
-// 6e-8 of A's mean diagonal in each element and independent of each other, hence 6e-8 trace(A)/√n in norm, and move
-// ‖L⁻¹ g‖² by up to that norm over the smallest eigenvalue μ. Those of a float32 substitution move it by 6e-8 √(trace(A)/μ).
-// Both bounds, over kCancellation, are 1e-4.
-constexpr double kProductRange = 320, kSolveRange = 1e5;
+// How far a condition number may go before float32 costs the fourth digit. Rounding errors of the float32 products of
+// gram_block are some 2e-8 of A's mean diagonal in each element where sums are long, kLongSum and more terms, and independent
+// of each other, hence 2e-8 trace(A)/√n in norm, and move ‖L⁻¹ g‖² by up to that norm over the smallest eigenvalue μ. Those
+// of a float32 substitution move it by 6e-8 √(trace(A)/μ). Both bounds, over kCancellation, are 1e-4.
+constexpr double kProductRange = 1000, kSolveRange = 1e5, kLongSum = 512;
 
 // Factor by float64 products. Should rounding make A indefinite all the same (a condition number past 1e15), the ridge is
 // raised to the rounding error of A, the least change that can be told from none. Returns the trace of A.
@@ -137,80 +58,136 @@ double factor_double(const Block<G>& block, double* l) {
   double raise = 0;
   for (int attempt = 0; attempt < 10; ++attempt) {
     const double trace = gram_block<double>(block, block.ridge() + raise, l);
-    if (cholesky(l, block.order()) > 0) return trace;
+    if (cholesky(l, block.order(), block.order()) > 0) return trace;
     raise = std::max(raise * 10, std::numeric_limits<double>::epsilon() * trace);
   }
   throw std::runtime_error("mfac: the gradients of a block have no Cholesky factor; expected finite numbers");
 }
 
 // Cholesky factor of A into l[n, n] (row-major, lower triangle; above it zero), from float32 products if those are
-// good enough, else from float64 ones. Returns whether float32 is good enough for substitutions with it, too.
+// good enough, else from float64 ones. Returns whether float32 is good enough for substitutions with it, too. The ridge is
+// a lower bound of the smallest eigenvalue, and mostly tells enough.
 template <typename G>
 bool factor_block(const Block<G>& block, double* l) {
   const int64_t n = block.order();
-  double trace = gram_block<float>(block, block.ridge(), l), smallest = 0;
-  if (cholesky(l, n) > 0) smallest = smallest_eigenvalue(l, n);
-  if (!(smallest * kProductRange * std::sqrt(static_cast<double>(n)) >= trace)) {
+  const double terms = static_cast<double>(std::max(block.grads.m, block.size()));
+  const double range = kProductRange * std::sqrt(std::min(1.0, terms / kLongSum) * static_cast<double>(n));
+  const double ridge = block.ridge();
+  double trace = gram_block<float>(block, ridge, l), smallest = 0;
+  if (cholesky(l, n, n) > 0) smallest = ridge * range >= trace ? ridge : smallest_eigenvalue(l, n);
+  if (!(smallest * range >= trace)) {
     trace = factor_double(block, l);
     smallest = smallest_eigenvalue(l, n);
   }
   return smallest * kSolveRange >= trace;
 }
 
-// t[r] = sum_c G[r, c] x[c] over all columns of the block, in float64.
+// The two passes over a block, G x and Gᵀ t, are bound by memory. The second finds the block in the cache, if it fits, and
+// fetches the next one meanwhile.
+constexpr int64_t kStrip = 512;  // columns of some rows of G and of a vector that stay in L1
+constexpr int64_t kUnroll = 4;   // vectors of float64 per step: at least one line of G
+constexpr int64_t kStepColumns = kUnroll * kLanes<double>;
+
+// sum_c g[c] x[c]
 template <typename G>
-void multiply_rows(const Block<G>& block, const double* x, double* t) {
-  parallel_for(block.grads.m, block.width, [&](int64_t r) {
-    constexpr int64_t lanes = 16;
+double dot(const G* g, const double* x, int64_t n) {
+  constexpr int64_t lanes = kLanes<double>;
+  Vector<double> sums[kUnroll] = {};
+  int64_t c = 0;
+  for (; c + kStepColumns <= n; c += kStepColumns) {
+#pragma GCC unroll 4
+    for (int64_t u = 0; u < kUnroll; ++u) sums[u] += load<double>(g + c + u * lanes) * load<double>(x + c + u * lanes);
+  }
+  const Vector<double> sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  double total = 0;
+  for (int64_t v = 0; v < lanes; ++v) total += sum[v];
+  for (; c < n; ++c) total += convert<double>(g[c]) * x[c];
+  return total;
+}
+
+// t[v][r] = sum_c G[r, c] x[v][c] for `count` vectors x[count, width], over all columns of the block, in float64. One read
+// of G.
+template <typename G>
+void multiply_rows(const Block<G>& block, const double* x, int64_t count, double* t) {
+  const int64_t m = block.grads.m, width = block.width;
+  parallel_for(m, width * count, [&](int64_t r) {
     const G* row = block.row(r);
-    double sums[lanes] = {};
-    int64_t c = 0;
-    for (; c + lanes <= block.width; c += lanes)
-      for (int64_t v = 0; v < lanes; ++v) sums[v] += static_cast<double>(static_cast<float>(row[c + v])) * x[c + v];
-    double total = 0;
-    for (; c < block.width; ++c) total += static_cast<double>(static_cast<float>(row[c])) * x[c];
-    for (int64_t v = 0; v < lanes; ++v) total += sums[v];
-    t[r] = total;
+    for (int64_t v = 0; v < count; ++v) t[v * m + r] = 0;
+    for (int64_t c = 0; c < width; c += kStrip)
+      for (int64_t v = 0; v < count; ++v) t[v * m + r] += dot(row + c, x + v * width + c, std::min(kStrip, width - c));
   });
 }
 
-// x[c] = sum_r G[r, c] t[r] for all columns of the block, in float64.
-template <typename G>
-void multiply_columns(const Block<G>& block, const double* t, double* x) {
-  constexpr int64_t strip = 1024;  // doubles that stay in L1 while every row passes
-  parallel_for(ceil_div(block.width, strip), strip * block.grads.m, [&](int64_t s) {
-    const int64_t c0 = s * strip, columns = std::min(strip, block.width - c0);
-    double* out = x + c0;
-    std::fill_n(out, columns, 0.0);
-    for (int64_t r = 0; r < block.grads.m; ++r) {
-      const G* row = block.row(r) + c0;
-      const double scale = t[r];
-      for (int64_t c = 0; c < columns; ++c) out[c] += scale * static_cast<double>(static_cast<float>(row[c]));
+// out[c] += sum_i scale[i] * G[r + i, c0 + c], i < rows, c < columns.
+template <int rows, typename G>
+void add_rows(const Block<G>& block, int64_t r, int64_t c0, int64_t columns, const double* scale, double* out) {
+  constexpr int64_t lanes = kLanes<double>;
+  const G* source[rows];
+  const int64_t ahead = block.last() ? 0 : block.width;
+  Vector<double> factor[rows];
+  for (int i = 0; i < rows; ++i) {
+    source[i] = block.row(r + i) + c0;
+    factor[i] = Vector<double>{} + scale[i];
+  }
+  int64_t c = 0;
+  for (; c + kStepColumns <= columns; c += kStepColumns) {
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; ++i) __builtin_prefetch(source[i] + ahead + c, 0, 2);
+#pragma GCC unroll 4
+    for (int64_t u = c; u < c + kStepColumns; u += lanes) {
+      Vector<double> sum = load<double>(out + u);
+#pragma GCC unroll 4
+      for (int i = 0; i < rows; ++i) sum += factor[i] * load<double>(source[i] + u);
+      std::memcpy(out + u, &sum, sizeof sum);
     }
+  }
+  for (; c < columns; ++c)
+    for (int i = 0; i < rows; ++i) out[c] += factor[i][0] * convert<double>(source[i][c]);
+}
+
+// x[v][c] = sum_r G[r, c] t[v][r] for `count` vectors t[count, m], for all columns of the block, in float64. One read of G.
+template <typename G>
+void multiply_columns(const Block<G>& block, const double* t, int64_t count, double* x) {
+  constexpr int rows = 4;
+  const int64_t m = block.grads.m, width = block.width;
+  parallel_for(ceil_div(width, kStrip), kStrip * m * count, [&](int64_t s) {
+    const int64_t c0 = s * kStrip, columns = std::min(kStrip, width - c0);
+    for (int64_t v = 0; v < count; ++v) std::fill_n(x + v * width + c0, columns, 0.0);
+    int64_t r = 0;
+    for (; r + rows <= m; r += rows)
+      for (int64_t v = 0; v < count; ++v) add_rows<rows>(block, r, c0, columns, t + v * m + r, x + v * width + c0);
+    for (; r < m; ++r)
+      for (int64_t v = 0; v < count; ++v) add_rows<1>(block, r, c0, columns, t + v * m + r, x + v * width + c0);
   });
 }
 
-// out = F⁻¹ x for one block, both [width], with L of the block's A in l (row stride ldl). Columns not in use are those of
-// F = λ I. Two passes over G on the capacitance side, which stays in the cache between them; none on the Fisher side.
+// out = F⁻¹ x for `count` vectors x and out [count, width], with L of the block's A in l (row stride ldl). Columns not in use
+// are those of F = λ I. Two passes over G on the capacitance side, of which the second finds it in the cache; none on the
+// Fisher side.
 template <typename G>
-void apply_inverse(const Block<G>& block, const double* l, int64_t ldl, const double* x, double* out) {
+void apply_inverse(const Block<G>& block, const double* l, int64_t ldl, const double* x, int64_t count, double* out) {
   const double damping = block.grads.damping;
-  const int64_t m = block.grads.m, n = block.order(), size = block.size();
-  for (int64_t c = 0; c < block.width; ++c) out[c] = x[c] / damping;
+  const int64_t m = block.grads.m, n = block.order(), size = block.size(), width = block.width;
+  for (int64_t i = 0; i < count * width; ++i) out[i] = x[i] / damping;
   if (n == 0) return;
   if (block.capacitance()) {
-    Buffer<double> used(block.width), t(m);
-    std::fill_n(static_cast<double*>(used), block.width, 0.0);
-    for (int64_t c = 0; c < size; ++c) used[block.column(c)] = x[block.column(c)];
-    multiply_rows(block, used, t);
-    cholesky_solve(l, n, ldl, t);
-    multiply_columns(block, t, used);
-    for (int64_t c = 0; c < size; ++c) out[block.column(c)] -= used[block.column(c)] / damping;
+    Buffer<double> used(count * width), t(count * m);
+    std::fill_n(static_cast<double*>(used), count * width, 0.0);
+    for (int64_t v = 0; v < count; ++v)
+      for (int64_t c = 0; c < size; ++c) used[v * width + block.column(c)] = x[v * width + block.column(c)];
+    multiply_rows(block, used, count, t);
+    for (int64_t v = 0; v < count; ++v) cholesky_solve(l, n, ldl, t + v * m);
+    multiply_columns(block, t, count, used);
+    for (int64_t v = 0; v < count; ++v)
+      for (int64_t c = 0; c < size; ++c)
+        out[v * width + block.column(c)] -= used[v * width + block.column(c)] / damping;
   } else {
     Buffer<double> t(n);
-    for (int64_t c = 0; c < size; ++c) t[c] = x[block.column(c)];
-    cholesky_solve(l, n, ldl, t);
-    for (int64_t c = 0; c < size; ++c) out[block.column(c)] = t[c] * static_cast<double>(m);
+    for (int64_t v = 0; v < count; ++v) {
+      for (int64_t c = 0; c < size; ++c) t[c] = x[v * width + block.column(c)];
+      cholesky_solve(l, n, ldl, t);
+      for (int64_t c = 0; c < size; ++c) out[v * width + block.column(c)] = t[c] * static_cast<double>(m);
+    }
   }
 }
 

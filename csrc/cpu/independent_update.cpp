@@ -27,7 +27,7 @@ void independent_update(const Gradients<G>& grads, const bool* active, const boo
     } else if (n > 0) {
       factor_block(block, l);
     }
-    apply_inverse(block, l, n, u, step);
+    apply_inverse(block, l, n, u, 1, step);
     for (int64_t c = 0; c < block.width; ++c) w[c] = keep[c] ? static_cast<float>(w[c] - step[c]) : 0.0f;
   });
 }

@@ -28,7 +28,10 @@ double solve_panel(const Block<G>& block, const Triangle<T>& l, int64_t c0, doub
     for (int64_t c = 0; c < columns; ++c) out[c] = std::min(m * norms[c], 1 / damping);
     return 1;
   }
-  pack_rows(block, 0, n, c0, static_cast<T*>(panel));
+  for (int64_t r = 0; r < n; ++r) {
+    if (block.dense && c0 + 2 * width <= block.width) prefetch(block.row(r) + c0 + width, width);
+    pack_row(block, r, c0, panel + r * width);
+  }
   std::fill(panel + n * width, panel + padded * width, T(0));
   double squares[width] = {};
   for (int64_t r = 0; r < n; ++r)

@@ -37,25 +37,25 @@ double joint_update(const Gradients<G>& grads, const bool* kept, float* weights)
     }
     const double removed = norm_squared(x, width);
     if (removed == 0) return;
-    multiply_rows(survivors, x, r);
+    multiply_rows(survivors, x, 1, r);
     double gradient_term = norm_squared(r, m), moved = 0;
     if (n > 0) {
       Buffer<double> l(n * n);
       factor_block(survivors, l);
       if (survivors.capacitance()) {
         cholesky_solve(l, n, n, r);
-        multiply_columns(survivors, r, step);
+        multiply_columns(survivors, r, 1, step);
         const double ridge = survivors.ridge();
         gradient_term = ridge * ridge * norm_squared(r, m);
         for (int64_t c = 0; c < size; ++c) x[c] = step[survivors.column(c)];
       } else {
-        multiply_columns(survivors, r, step);
+        multiply_columns(survivors, r, 1, step);
         for (int64_t c = 0; c < size; ++c) x[c] = step[survivors.column(c)];
         cholesky_solve(l, n, n, x);
         std::fill_n(static_cast<double*>(step), width, 0.0);
         for (int64_t c = 0; c < size; ++c) step[survivors.column(c)] = x[c];
         Buffer<double> moved_rows(m);
-        multiply_rows(survivors, step, moved_rows);
+        multiply_rows(survivors, step, 1, moved_rows);
         for (int64_t i = 0; i < m; ++i) moved_rows[i] -= r[i];
         gradient_term = norm_squared(moved_rows, m);
       }

@@ -14,7 +14,7 @@ double quadratic_form(const Gradients<G>& grads, const float* x) {
     double square = 0, rows = 0;
     for (int64_t c = 0; c < block.width; ++c) square += vector[c] * vector[c];
     if (square == 0) return;
-    multiply_rows(block, vector, t);
+    multiply_rows(block, vector, 1, t);
     for (int64_t r = 0; r < grads.m; ++r) rows += t[r] * t[r];
     values[index] = 0.5 * (grads.damping * square + rows / static_cast<double>(grads.m));
   });

@@ -1,0 +1,113 @@
+// The gradients as the kernels read them: a block of columns of G[m, d], element types, and the two ways in which a piece of
+// it becomes panels (tiles.h). G is converted and laid out while it is read; no second [m, columns] matrix ever exists.
+//
+// Rows of a block are far apart in memory, so the processor cannot foresee which lines come next: whoever works on a piece
+// prefetches the one after it.
+#pragma once
+
+#include <vector>
+
+#include "tiles.h"
+
+namespace mfac::cpu {
+
+// What every op receives, row-major.
+template <typename G>
+struct Gradients {
+  const G* data;  // [m, d], rows `stride` elements apart
+  int64_t m, d, stride;
+  double damping;      // λ
+  int64_t block_size;  // B columns per block, the last block may have fewer
+
+  int64_t blocks() const { return ceil_div(d, block_size); }
+  int64_t order() const { return std::min({m, block_size, d}); }  // of the largest factor
+};
+
+// The columns of one block that are in use: all of them, or those where mask[i] == keep.
+template <typename G>
+struct Block {
+  const Gradients<G>& grads;
+  int64_t begin, width;
+  bool dense = true;
+  std::vector<int32_t> columns;  // positions within the block, ascending; empty if dense
+
+  Block(const Gradients<G>& g, int64_t index, const bool* mask = nullptr, bool keep = true)
+      : grads(g), begin(index * g.block_size), width(std::min(g.block_size, g.d - begin)) {
+    if (!mask) return;
+    const int64_t used = std::count(mask + begin, mask + begin + width, keep);
+    if (used == width) return;
+    dense = false;
+    columns.reserve(used);
+    for (int64_t c = 0; c < width; ++c)
+      if (mask[begin + c] == keep) columns.push_back(static_cast<int32_t>(c));
+  }
+  int64_t size() const { return dense ? width : static_cast<int64_t>(columns.size()); }
+  int64_t column(int64_t c) const { return dense ? c : columns[c]; }
+  const G* row(int64_t r) const { return grads.data + r * grads.stride + begin; }
+  bool last() const { return begin + width == grads.d; }
+  bool capacitance() const { return grads.m <= size(); }
+  int64_t order() const { return std::min(grads.m, size()); }  // of A
+  double ridge() const { return static_cast<double>(grads.m) * grads.damping; }
+};
+
+// out[c] = G[r, column c0 + c] for one panel's width of columns in use, 0 past the last of them.
+template <typename T, typename G>
+inline void pack_row(const Block<G>& block, int64_t r, int64_t c0, T* out) {
+  const G* row = block.row(r);
+  const int64_t columns = std::min<int64_t>(kPanel<T>, block.size() - c0);
+  if (block.dense && columns == kPanel<T>) {
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) reinterpret_cast<Vector<T>*>(out)[v] = load<T>(row + c0 + v * kLanes<T>);
+    return;
+  }
+  for (int64_t c = 0; c < columns; ++c) out[c] = convert<T>(row[block.column(c0 + c)]);
+  std::fill(out + columns, out + kPanel<T>, T(0));
+}
+
+// out[c][r] = source[r][c] for kLanes<T> rows of `depth` elements; out has the row stride of a panel.
+template <typename T, typename G>
+void transpose_rows(const G* const (&source)[kLanes<T>], int64_t depth, T* out) {
+  constexpr int lanes = kLanes<T>;
+  int64_t c = 0;
+  for (; c + lanes <= depth; c += lanes) {
+    Vector<T> square[lanes];
+#pragma GCC unroll 16
+    for (int r = 0; r < lanes; ++r) square[r] = load<T>(source[r] + c);
+    transpose<T>(square);
+#pragma GCC unroll 16
+    for (int r = 0; r < lanes; ++r) *reinterpret_cast<Vector<T>*>(out + (c + r) * kPanel<T>) = square[r];
+  }
+  for (; c < depth; ++c)
+    for (int r = 0; r < lanes; ++r) out[c * kPanel<T> + r] = static_cast<T>(static_cast<float>(source[r][c]));
+}
+
+// A panel of kPanel rows from r0 on, transposed: out[c][r] = G[r0 + r, column c0 + c], c < depth <= kDepth, 0 past the last
+// row.
+template <typename T, typename G>
+void pack_columns(const Block<G>& block, int64_t r0, int64_t c0, int64_t depth, T* out) {
+  constexpr int lanes = kLanes<T>;
+  for (int v = 0; v < kVectors; ++v, r0 += lanes, out += lanes) {
+    const int64_t rows = std::clamp<int64_t>(block.grads.m - r0, 0, lanes);
+    if (block.dense) {
+      static const G zeros[kDepth] = {};
+      const G* source[lanes];
+      for (int r = 0; r < lanes; ++r) source[r] = r < rows ? block.row(r0 + r) + c0 : zeros;
+      if (c0 + depth < block.width || !block.last())
+        for (int64_t r = 0; r < rows; ++r) prefetch(source[r] + depth, depth);
+      transpose_rows<T>(source, depth, out);
+    } else {
+      alignas(64) T gathered[lanes][kDepth];
+      const T* source[lanes];
+      for (int r = 0; r < lanes; ++r) {
+        source[r] = gathered[r];
+        if (r < rows)
+          for (int64_t c = 0; c < depth; ++c) gathered[r][c] = convert<T>(block.row(r0 + r)[block.columns[c0 + c]]);
+        else
+          std::fill_n(gathered[r], depth, T(0));
+      }
+      transpose_rows<T>(source, depth, out);
+    }
+  }
+}
+
+}  // namespace mfac::cpu
