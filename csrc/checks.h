@@ -34,4 +34,27 @@ inline void check_active(const std::optional<at::Tensor>& active, const at::Tens
   if (active) check_vector(*active, "active", at::kBool, grads);
 }
 
+inline void check_selection(const at::Tensor& scores, at::IntArrayRef k, const at::OptionalIntArrayRef& sizes,
+                            const std::optional<at::Tensor>& weights) {
+  TORCH_CHECK_VALUE(scores.dim() == 1, "scores: expected one dimension, got shape ", scores.sizes());
+  TORCH_CHECK_TYPE(scores.scalar_type() == at::kFloat, "scores: expected float32, got ", scores.scalar_type());
+  const int64_t n = scores.size(0);
+  const at::IntArrayRef segments = sizes ? *sizes : at::IntArrayRef(n);
+  TORCH_CHECK_VALUE(k.size() == segments.size(), "k: expected one number for each of the ", segments.size(),
+                    " segments, got ", k);
+  int64_t total = 0;
+  for (size_t i = 0; i < k.size(); ++i) {
+    TORCH_CHECK_VALUE(segments[i] >= 0, "sizes: expected numbers >= 0, got ", segments);
+    TORCH_CHECK_VALUE(0 <= k[i] && k[i] <= segments[i], "k: expected 0 to ", segments[i], ", got ", k[i]);
+    total += segments[i];
+  }
+  TORCH_CHECK_VALUE(total == n, "sizes: expected numbers that sum to ", n, ", got ", segments);
+  if (!weights) return;
+  TORCH_CHECK_VALUE(weights->sizes() == scores.sizes(), "weights: expected shape ", scores.sizes(), ", got ",
+                    weights->sizes());
+  TORCH_CHECK_TYPE(weights->scalar_type() == at::kFloat, "weights: expected float32, got ", weights->scalar_type());
+  TORCH_CHECK_VALUE(weights->device() == scores.device(), "weights: expected on ", scores.device(),
+                    " like scores, got ", weights->device());
+}
+
 }  // namespace mfac

@@ -29,6 +29,8 @@ TORCH_LIBRARY(mfac, m) {
       "block_size, Tensor? active=None) -> ()");
   // ½ xᵀFx for x [d] float32; a float64 scalar.
   m.def("quadratic_form(Tensor grads, Tensor x, float damping, int block_size) -> Tensor");
-  // [n] bool, False for the k smallest of scores [n] float32, ties to the lower index. NaN is an error.
-  m.def("select_smallest(Tensor scores, int k) -> Tensor");
+  // [n] bool, False for the k smallest of scores [n] float32, ties to the lower index; or for the k[i] smallest of each of
+  // the segments of sizes[i] scores that follow each other. weights [n] float32, if given the only tensor written: zero where
+  // pruned. NaN is an error.
+  m.def("select_smallest(Tensor scores, int[1] k, int[]? sizes=None, Tensor(a!)? weights=None) -> Tensor");
 }

@@ -187,15 +187,20 @@ def _fake_quadratic_form(grads, x, damping, block_size):
     return grads.new_empty((), dtype=torch.float64)
 
 
-def select_smallest(scores: Tensor, k: int) -> Tensor:
+def select_smallest(
+    scores: Tensor, k: int | list[int], sizes: list[int] | None = None, weights: Tensor | None = None
+) -> Tensor:
     """Mask of the k smallest of n float32 scores, exact, ties to the lower index; NaN raises ValueError.
+
+    With ``sizes``, of segments that follow each other and sum to n, the ``k[i]`` smallest of each. ``weights`` [n] float32,
+    if given, is the only tensor written: it becomes zero where pruned, in the pass that writes the mask.
 
     Returns:
         [n] bool, False for the k smallest.
     """
-    return torch.ops.mfac.select_smallest(scores, k)
+    return torch.ops.mfac.select_smallest(scores, k, sizes, weights)
 
 
 @_fake
-def _fake_select_smallest(scores, k):
+def _fake_select_smallest(scores, k, sizes=None, weights=None):
     return torch.empty_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -139,18 +140,15 @@ def prune_step(
                 diagonal = fisher.inverse_diagonal()
         with _timed(seconds, "selection"):
             scores = weights.abs() if criterion == "magnitude" else weights.square().div_(diagonal).mul_(0.5)
-            kept = _select(scores, active, dict(zip(chosen, sizes, strict=True)), groups, kernels)
+            zeroed = weights if fisher is None or update == "none" else None
+            kept = _select(scores, active, dict(zip(chosen, sizes, strict=True)), groups, kernels, zeroed)
         with _timed(seconds, "update"):
-            if fisher is None:
-                weights.masked_fill_(~kept, 0)
-                loss = None
-            elif update == "joint":
+            loss = None
+            if fisher is not None and update == "joint":
                 loss = fisher.joint_update(weights, kept)
-            else:
+            elif fisher is not None:
                 if update == "independent":
                     fisher.independent_update(weights, kept, diagonal)
-                else:
-                    weights.masked_fill_(~kept, 0)
                 loss = fisher.quadratic_form(weights - before)
         # In the parameter's own type: a weight that did not move keeps all its digits, and float16 may overflow.
         parts = zip(chosen.values(), *(x.split(sizes) for x in (weights, before, kept)), strict=True)
@@ -300,26 +298,42 @@ def _flat_masks(masks: Mapping[str, Tensor], chosen: Mapping[str, Tensor], devic
 
 
 def _select(
-    scores: Tensor, active: Tensor | None, sizes: dict[str, int], groups: list[tuple[list[str], float]], kernels
+    scores: Tensor,
+    active: Tensor | None,
+    sizes: dict[str, int],
+    groups: list[tuple[list[str], float]],
+    kernels: ModuleType,
+    weights: Tensor | None,
 ) -> Tensor:
-    """Mask of all weights: the lowest round(sparsity · n) of each group pruned, what was pruned before among them."""
+    """Mask of all weights: the lowest round(sparsity · n) of each group pruned, what was pruned before among them.
+
+    The ``weights``, unless None, become zero where pruned.
+    """
     if active is not None:
         scores.masked_fill_(~active, -torch.inf)
+    totals = [sum(sizes[name] for name in names) for names, _ in groups]
+    counts = [round(sparsity * n) for (_, sparsity), n in zip(groups, totals, strict=True)]
+    order = [name for names, _ in groups for name in names]
+    in_order = order == list(sizes)
+    parts = dict(zip(sizes, scores.split(list(sizes.values())), strict=True))
+    values = scores if in_order else torch.cat([parts[name] for name in order])
+    if active is not None:
+        for (names, sparsity), segment, count in zip(groups, values.split(totals), counts, strict=True):
+            held = int((segment == -torch.inf).sum())
+            if count < held:
+                raise ValueError(
+                    f"sparsity: {sparsity} of {len(segment)} weights ({', '.join(names[:3])}) is {count}, but masks "
+                    f"already hold {held} pruned; pruned weights stay pruned unless their mask is dropped"
+                )
+    if in_order:
+        return kernels.select_smallest(values, counts, totals, weights)
     kept = torch.ones_like(scores, dtype=torch.bool) if active is None else active.clone()
-    part_scores, part_kept = (dict(zip(sizes, x.split(list(sizes.values())), strict=True)) for x in (scores, kept))
-    for names, sparsity in groups:
-        whole = len(names) == len(sizes)
-        values = scores if whole else torch.cat([part_scores[name] for name in names])
-        count = round(sparsity * len(values))
-        held = int((values == -torch.inf).sum())
-        if count < held:
-            raise ValueError(
-                f"sparsity: {sparsity} of {len(values)} weights ({', '.join(names[:3])}) is {count}, but masks already "
-                f"hold {held} pruned; pruned weights stay pruned unless their mask is dropped"
-            )
-        mask = kernels.select_smallest(values, count)
-        for name, part in zip(names, mask.split([sizes[name] for name in names]), strict=True):
-            part_kept[name].copy_(part)
+    selected = kernels.select_smallest(values, counts, totals).split([sizes[name] for name in order])
+    where = dict(zip(sizes, kept.split(list(sizes.values())), strict=True))
+    for name, mask in zip(order, selected, strict=True):
+        where[name].copy_(mask)
+    if weights is not None:
+        weights.masked_fill_(~kept, 0)
     return kept
 
 

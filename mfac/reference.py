@@ -149,14 +149,26 @@ def quadratic_form(grads: Tensor, x: Tensor, damping: float, block_size: int) ->
     return 0.5 * total
 
 
-def select_smallest(scores: Tensor, k: int) -> Tensor:
+def select_smallest(
+    scores: Tensor, k: int | list[int], sizes: list[int] | None = None, weights: Tensor | None = None
+) -> Tensor:
     """Mask of the k smallest scores; see :func:`mfac.ops.select_smallest`."""
+    sizes = [len(scores)] if sizes is None else sizes
+    k = [k] if isinstance(k, int) else k
+    if len(k) != len(sizes):
+        raise ValueError(f"k: expected one number for each of the {len(sizes)} segments, got {k}")
+    for count, size in zip(k, sizes, strict=True):
+        if not 0 <= count <= size:
+            raise ValueError(f"k: expected 0 to {size}, got {count}")
+    if sum(sizes) != len(scores):
+        raise ValueError(f"sizes: expected numbers that sum to {len(scores)}, got {sizes}")
     if scores.isnan().any():
         raise ValueError(f"scores: expected no NaN, got one at index {int(scores.isnan().nonzero()[0])}")
-    if not 0 <= k <= len(scores):
-        raise ValueError(f"k: expected 0 to {len(scores)}, got {k}")
     kept = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
-    kept[torch.sort(scores + 0.0, stable=True).indices[:k]] = False
+    for segment, part, count in zip(scores.split(sizes), kept.split(sizes), k, strict=True):
+        part[torch.sort(segment + 0.0, stable=True).indices[:count]] = False
+    if weights is not None:
+        weights.masked_fill_(~kept, 0)
     return kept
 
 

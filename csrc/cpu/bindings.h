@@ -127,14 +127,19 @@ Tensor quadratic_form_op(const Tensor& grads, const Tensor& x, double damping, i
   return at::scalar_tensor(value, grads.options().dtype(at::kDouble));
 }
 
-Tensor select_smallest_op(const Tensor& scores, int64_t k) {
-  TORCH_CHECK_VALUE(scores.dim() == 1, "scores: expected one dimension, got shape ", scores.sizes());
-  TORCH_CHECK_TYPE(scores.scalar_type() == at::kFloat, "scores: expected float32, got ", scores.scalar_type());
-  TORCH_CHECK_VALUE(0 <= k && k <= scores.size(0), "k: expected 0 to ", scores.size(0), ", got ", k);
+Tensor select_smallest_op(const Tensor& scores, at::IntArrayRef k, at::OptionalIntArrayRef sizes,
+                          const std::optional<Tensor>& weights) {
+  check_selection(scores, k, sizes, weights);
   const Tensor values = scores.contiguous();
   Tensor kept = at::empty({scores.size(0)}, scores.options().dtype(at::kBool));
-  const int64_t nan = select_smallest(values.const_data_ptr<float>(), scores.size(0), k, kept.mutable_data_ptr<bool>());
+  std::optional<Tensor> w;
+  if (weights) w = weights->contiguous();
+  const int64_t whole = scores.size(0), *segments = sizes ? sizes->data() : &whole;
+  const int64_t nan =
+      select_smallest(values.const_data_ptr<float>(), segments, k.data(), static_cast<int64_t>(k.size()),
+                      kept.mutable_data_ptr<bool>(), w ? w->mutable_data_ptr<float>() : nullptr);
   TORCH_CHECK_VALUE(nan < 0, "scores: expected no NaN, got one at index ", nan);
+  if (weights && !w->is_same(*weights)) weights->copy_(*w);
   return kept;
 }
 

@@ -32,7 +32,9 @@ void independent_update(const Gradients<G>& grads, const bool* active, const boo
 template <typename G>
 double quadratic_form(const Gradients<G>& grads, const float* x);
 
-// kept[n] = false for the k smallest of scores[n], ties to the lower index. Returns the position of a NaN, or -1.
-int64_t select_smallest(const float* scores, int64_t n, int64_t k, bool* kept);
+// For each segment i of sizes[i] scores, one after another: kept = false for the k[i] smallest, ties to the lower index;
+// weights, unless null, become zero there. Returns the position of a NaN, with nothing written, or -1.
+int64_t select_smallest(const float* scores, const int64_t* sizes, const int64_t* k, int64_t segments, bool* kept,
+                        float* weights);
 
 }  // namespace mfac::cpu

@@ -1,104 +1,197 @@
-// Mask of the k smallest of n float32 scores, exact, ties to the lower index: no sort and no index array.
+// Masks of the k smallest of n float32 scores, exact, ties to the lower index: no sort, no index array, and two reads of the
+// scores, at the speed of memory.
 //
-// A float maps to an unsigned key of the same order. The k-th smallest key is found digit by digit (11 + 11 + 10 bits):
-// each pass counts the keys that share the digits found so far by their next digit and steps into the bucket that holds
-// rank k. A last pass writes the mask; of the keys equal to the threshold the first in index order are pruned. How many of
-// them each task's range holds is what its last histogram says, so the result does not depend on the number of tasks. Four
-// reads of the scores, one write of the mask.
-#include <array>
-
+//   1  A sample, sorted in part, gives two values low <= high that enclose the k-th smallest with a probability of 99.7 %:
+//      its rank in the sample is known to within three standard deviations.
+//   2  One pass counts the scores below low, equal to low and equal to high, and copies those in between, one in a hundred.
+//      The k-th smallest is low, high, or in the copy. If it is outside, the sample was unlucky and a larger one is drawn,
+//      in the end all scores.
+//   3  One pass writes the mask and zeroes the weights. Of the scores equal to the k-th the first in index order are pruned;
+//      how many of them each task's range holds is known from the second step.
+//
+// Tasks are cut by the number of scores alone and the sample has fixed positions: the same result for any number of threads.
 #include "kernels.h"
+#include "vector.h"
 
 namespace mfac::cpu {
 namespace {
 
-constexpr int64_t kRange = 1 << 16;  // scores per task at least: many times what a histogram takes to clear and add
-constexpr int64_t kTasks = 64;       // at most: their histograms take 1 MiB
-constexpr int kBuckets = 1 << 11;
-constexpr int kLanes = 4;  // histograms side by side, so that equal digits in a row do not wait for each other
+constexpr int64_t kRange = 1 << 16;   // scores per task at least
+constexpr int64_t kTasks = 64;        // at most
+constexpr int64_t kSample = 1 << 16;  // takes as long to sort in part as what lies between low and high, of 25 million
 
-uint32_t key(float score) {
-  uint32_t bits;
-  score += 0.0f;  // -0 and +0 tie
-  std::memcpy(&bits, &score, sizeof bits);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
+struct Count {
+  int64_t below = 0, at_low = 0, at_high = 0;
+  bool nan = false;
+  std::vector<float> between;
+};
 
-using Histogram = std::array<int64_t, kBuckets>;
-
-// Counts the keys of n scores that agree with `prefix` in the bits of `found`, by their digit at `shift`.
-Histogram count_digits(const float* scores, int64_t n, uint32_t found, uint32_t prefix, int shift, uint32_t digit) {
-  std::array<std::array<uint32_t, kBuckets>, kLanes> lanes{};
-  Histogram counts{};
-  const auto count = [&](int64_t i, int lane) {
-    const uint32_t value = key(scores[i]);
-    if ((value & found) == prefix) ++lanes[lane][value >> shift & digit];
-  };
-  constexpr int64_t flush = int64_t{1} << 30;  // before a 32-bit counter can overflow
-  for (int64_t begin = 0; begin < n; begin += flush) {
-    const int64_t end = std::min(n, begin + flush), even = end - (end - begin) % kLanes;
-    for (int64_t i = begin; i < even; i += kLanes)
-      for (int lane = 0; lane < kLanes; ++lane) count(i + lane, lane);
-    for (int64_t i = even; i < end; ++i) count(i, 0);
-    for (auto& lane : lanes) {
-      for (int b = 0; b < kBuckets; ++b) counts[b] += lane[b];
-      lane.fill(0);
+Count count_scores(const float* scores, int64_t n, float low, float high) {
+  constexpr int64_t lanes = kLanes<float>, step = 4 * lanes;
+  using Ints = Few<int32_t, lanes>;  // a comparison yields -1 where it holds
+  Ints below{}, at_low{}, at_high{}, nan{};
+  Count count;
+  std::vector<float> between(step);
+  size_t found = 0;
+  int64_t i = 0;
+  for (; i + step <= n; i += step) {
+    alignas(64) Ints inside[4];
+    Ints any{};
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const Vector<float> x = load<float>(scores + i + v * lanes);
+      below -= x < low;
+      at_low -= x == low;
+      at_high -= x == high;
+      nan |= x != x;
+      any |= inside[v] = (x > low) & (x < high);
+    }
+    uint64_t parts[sizeof any / sizeof(uint64_t)], some = 0;
+    std::memcpy(parts, &any, sizeof any);
+    for (const uint64_t part : parts) some |= part;
+    if (!some) continue;
+    if (between.size() < found + step) between.resize(2 * between.size());
+    const int32_t* flags = reinterpret_cast<const int32_t*>(inside);
+    for (int64_t v = 0; v < step; ++v) {  // no branch: which of them it is cannot be foreseen
+      between[found] = scores[i + v];
+      found -= flags[v];
     }
   }
-  return counts;
+  between.resize(found);
+  count.between = std::move(between);
+  for (int64_t v = 0; v < lanes; ++v) {
+    count.below += below[v];
+    count.at_low += at_low[v];
+    count.at_high += at_high[v];
+    count.nan = count.nan || nan[v];
+  }
+  for (; i < n; ++i) {
+    count.below += scores[i] < low;
+    count.at_low += scores[i] == low;
+    count.at_high += scores[i] == high;
+    count.nan = count.nan || std::isnan(scores[i]);
+    if (low < scores[i] && scores[i] < high) count.between.push_back(scores[i]);
+  }
+  return count;
+}
+
+// kept[i] = scores[i] > threshold, and of the `ties` scores equal to it all but the first `pruned_ties`. Weights, if `zero`,
+// become zero where pruned.
+template <bool zero>
+void write_mask(const float* __restrict scores, int64_t n, float threshold, int64_t ties, int64_t pruned_ties,
+                bool* __restrict kept, float* __restrict weights) {
+  const auto write = [&](int64_t i, bool keep) {
+    kept[i] = keep;
+    if (zero) weights[i] = keep ? weights[i] : 0.0f;
+  };
+  if (pruned_ties <= 0)
+    for (int64_t i = 0; i < n; ++i) write(i, scores[i] >= threshold);
+  else if (pruned_ties >= ties)
+    for (int64_t i = 0; i < n; ++i) write(i, scores[i] > threshold);
+  else
+    for (int64_t i = 0; i < n; ++i) write(i, scores[i] > threshold || (scores[i] == threshold && pruned_ties-- <= 0));
+}
+
+// Two values of the sample that probably enclose the k-th smallest of all, or NaN if the sample holds one.
+std::pair<float, float> bracket(const float* scores, int64_t n, int64_t k, std::vector<float>& sample) {
+  const int64_t count = static_cast<int64_t>(sample.size());
+  const double stride = static_cast<double>(n) / static_cast<double>(count);
+  uint32_t random = 1;
+  for (int64_t i = 0; i < count; ++i) {  // one of each `stride` scores in a row, lest a period in them be met
+    random = random * 1664525u + 1013904223u;
+    const double position = (static_cast<double>(i) + (count < n ? random * 0x1p-32 : 0)) * stride;
+    sample[i] = scores[std::min(n - 1, static_cast<int64_t>(position))];
+    if (std::isnan(sample[i])) return {sample[i], sample[i]};
+  }
+  const double share = static_cast<double>(k) / static_cast<double>(n), rank = share * static_cast<double>(count);
+  const double deviation = count < n ? 3 * std::sqrt(rank * (1 - share)) + 1 : 0;
+  const auto at = [&](double place, auto from) {  // all before `from` are known to be smaller
+    const auto nth = sample.begin() + std::clamp<int64_t>(std::llround(place) - 1, 0, count - 1);
+    std::nth_element(from, nth, sample.end());
+    return nth;
+  };
+  const auto low = at(rank - deviation, sample.begin());
+  const float least = *low;
+  return {least, *at(rank + deviation, low)};
+}
+
+// Where to cut n scores, and for each task's range of them how many are equal to the threshold and how many of these are
+// pruned: all if there are fewer, none if that is not positive.
+struct Cut {
+  explicit Cut(int64_t size) : n(size), tasks(std::clamp<int64_t>(n / kRange, 1, kTasks)), ties(tasks), pruned_ties(tasks) {}
+  int64_t begin(int64_t task) const { return task * n / tasks; }
+
+  int64_t n, tasks;
+  float threshold = -INFINITY;
+  std::vector<int64_t> ties, pruned_ties;
+};
+
+// Fills in the cut below which k scores lie. Returns false if there is a NaN.
+bool find_cut(const float* scores, int64_t k, Cut& cut) {
+  const int64_t n = cut.n;
+  std::vector<Count> counts(cut.tasks);
+  const auto total = [&](const auto& number) {
+    int64_t sum = 0;
+    for (const Count& count : counts) sum += number(count);
+    return sum;
+  };
+  for (int64_t size = std::min(n, kSample); n > 0; size = std::min(n, 8 * size)) {
+    std::vector<float> sample(size), between;
+    const auto [low, high] = bracket(scores, n, k, sample);
+    if (std::isnan(low)) return false;
+    parallel_for(cut.tasks, n / cut.tasks, [&](int64_t task) {
+      counts[task] = count_scores(scores + cut.begin(task), cut.begin(task + 1) - cut.begin(task), low, high);
+    });
+    if (total([](const Count& count) { return count.nan; }) > 0) return false;
+    if (k == 0) return true;
+    for (const Count& count : counts) between.insert(between.end(), count.between.begin(), count.between.end());
+    const int64_t at_low = total([](const Count& count) { return count.at_low; });
+    const int64_t at_high = low < high ? total([](const Count& count) { return count.at_high; }) : 0;
+    const int64_t inside = static_cast<int64_t>(between.size());
+    int64_t left = k - total([](const Count& count) { return count.below; });  // to be pruned of those not below low
+    if (left <= 0 || left > at_low + inside + at_high) continue;               // an unlucky sample
+    if (left <= at_low) {
+      cut.threshold = low;
+      for (int64_t task = 0; task < cut.tasks; ++task) cut.ties[task] = counts[task].at_low;
+    } else if (left > at_low + inside) {
+      cut.threshold = high;
+      left -= at_low + inside;
+      for (int64_t task = 0; task < cut.tasks; ++task) cut.ties[task] = counts[task].at_high;
+    } else {
+      left -= at_low;
+      std::nth_element(between.begin(), between.begin() + left - 1, between.end());
+      cut.threshold = between[left - 1];
+      left -= std::count_if(between.begin(), between.end(), [&](float x) { return x < cut.threshold; });
+      for (int64_t task = 0; task < cut.tasks; ++task)
+        cut.ties[task] = std::count(counts[task].between.begin(), counts[task].between.end(), cut.threshold);
+    }
+    for (int64_t task = 0; task < cut.tasks; left -= cut.ties[task++]) cut.pruned_ties[task] = left;
+    return true;
+  }
+  return true;
 }
 
 }  // namespace
 
-int64_t select_smallest(const float* scores, int64_t n, int64_t k, bool* kept) {
-  const int64_t tasks = std::clamp<int64_t>(n / kRange, 1, kTasks);
-  const auto begin = [&](int64_t task) { return task * n / tasks; };
-  std::vector<Histogram> counts(tasks);
-  const auto count_all = [&](uint32_t found, uint32_t prefix, int shift, uint32_t digit) {
-    parallel_for(tasks, n / tasks, [&](int64_t task) {
-      const int64_t first = begin(task);
-      counts[task] = count_digits(scores + first, begin(task + 1) - first, found, prefix, shift, digit);
-    });
-  };
-
-  // Invariant: the k-th smallest key agrees with `threshold` in the bits of `found`, and among the keys that do, in order,
-  // it is number `rank`, counted from 1.
-  uint32_t threshold = 0, found = 0, bucket = 0;
-  int64_t rank = k;
-  for (const int shift : {21, 10, 0}) {
-    const uint32_t digit = shift == 0 ? 0x3ffu : 0x7ffu;
-    count_all(found, threshold, shift, digit);
-    if (shift == 21) {
-      // NaN has the digits of infinity, or lies beyond: only then is it looked for.
-      int64_t suspects = 0;
-      for (const Histogram& count : counts)
-        for (const int b : {0, 1, 2, 3, 0x7fc, 0x7fd, 0x7fe, 0x7ff}) suspects += count[b];
-      for (int64_t i = 0; suspects > 0 && i < n; ++i)
-        if (std::isnan(scores[i])) return i;
-      if (k == 0 || k == n) {
-        std::fill_n(kept, n, k == 0);
-        return -1;
-      }
-    }
-    for (bucket = 0;; ++bucket) {
-      int64_t in_bucket = 0;
-      for (const Histogram& count : counts) in_bucket += count[bucket];
-      if (rank <= in_bucket) break;
-      rank -= in_bucket;
-    }
-    threshold |= bucket << shift;
-    found |= digit << shift;
+int64_t select_smallest(const float* scores, const int64_t* sizes, const int64_t* k, int64_t segments, bool* kept,
+                        float* weights) {
+  std::vector<Cut> cuts;
+  for (int64_t i = 0, begin = 0; i < segments; begin += sizes[i++]) {
+    cuts.emplace_back(sizes[i]);
+    const float* segment = scores + begin;
+    if (!find_cut(segment, k[i], cuts.back()))
+      return std::find_if(segment, segment + sizes[i], [](float x) { return std::isnan(x); }) - scores;
   }
-
-  std::vector<int64_t> ties(tasks + 1, 0);  // keys equal to the threshold before each task's range
-  for (int64_t task = 0; task < tasks; ++task) ties[task + 1] = ties[task] + counts[task][bucket];
-  parallel_for(tasks, n / tasks, [&](int64_t task) {
-    int64_t left = rank - ties[task];  // equal keys still to be pruned in this range, not positive if none
-    for (int64_t i = begin(task); i < begin(task + 1); ++i) {
-      const uint32_t value = key(scores[i]);
-      kept[i] = value > threshold || (value == threshold && left-- <= 0);
-    }
-  });
+  for (const Cut& cut : cuts) {
+    parallel_for(cut.tasks, cut.n / cut.tasks, [&](int64_t task) {
+      const int64_t first = cut.begin(task), size = cut.begin(task + 1) - first;
+      const auto write = weights ? write_mask<true> : write_mask<false>;
+      write(scores + first, size, cut.threshold, cut.ties[task], cut.pruned_ties[task], kept + first, weights + first);
+    });
+    scores += cut.n;
+    kept += cut.n;
+    weights += weights ? cut.n : 0;
+  }
   return -1;
 }
 
