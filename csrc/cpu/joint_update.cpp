@@ -6,11 +6,15 @@
 //   loss        ½ (λ ‖δ‖² + ‖Gδ‖² / m)
 //
 // (block inverse of F and the push-through identity). The surviving columns are packed as they are read, so the cost falls
-// with the density; weights pruned earlier are zero and drop out. A block with nothing to prune is not read at all.
+// with the density: m |S| min(m, |S|) flops. If |S| < m they are needed four times: then they are copied side by side as each
+// row is read for r, and the rest is done with the copy, in the cache (unless it is too large for that). Weights pruned
+// earlier are zero and drop out. A block with nothing to prune is not read at all.
 #include "kernels.h"
 
 namespace mfac::cpu {
 namespace {
+
+constexpr int64_t kCopy = 16 << 20;  // bytes, for each thread
 
 double norm_squared(const double* x, int64_t n) {
   double sum = 0;
@@ -26,33 +30,40 @@ double joint_update(const Gradients<G>& grads, const bool* kept, float* weights)
   const double damping = grads.damping;
   std::vector<double> losses(grads.blocks(), 0.0);
   for_each_block(grads, [&](int64_t index) {
-    const Block<G> survivors(grads, index, kept);
-    const int64_t width = survivors.width, n = survivors.order(), size = survivors.size();
-    float* w = weights + survivors.begin;
-    const bool* keep = kept + survivors.begin;
-    Buffer<double> x(width), r(m), step(width);
+    const Block<G> whole(grads, index, kept);
+    const int64_t width = whole.width, n = whole.order(), size = whole.size();
+    float* w = weights + whole.begin;
+    const bool* keep = kept + whole.begin;
+    Buffer<double> x(width), r(m);
     for (int64_t c = 0; c < width; ++c) {
       x[c] = keep[c] ? 0.0 : w[c];
       if (!keep[c]) w[c] = 0;
     }
     const double removed = norm_squared(x, width);
     if (removed == 0) return;
-    multiply_rows(survivors, x, 1, r);
+
+    const bool copied = !whole.capacitance() && m * size * static_cast<int64_t>(sizeof(G)) <= kCopy;
+    Buffer<G> copy(copied ? m * size : 0);
+    parallel_for(m, width, [&](int64_t i) {
+      const G* row = whole.row(i);
+      r[i] = dot(row, static_cast<const double*>(x), width);
+      for (int64_t c = 0; copied && c < size; ++c) copy[i * size + c] = row[whole.columns[c]];
+    });
+    const Gradients<G> side_by_side{copy, m, size, size, damping, size};
+    const Block<G> survivors = copied ? Block<G>(side_by_side, 0) : whole;
+
     double gradient_term = norm_squared(r, m), moved = 0;
     if (n > 0) {
-      Buffer<double> l(n * n);
+      Buffer<double> l(n * n), step(survivors.width);
       factor_block(survivors, l);
+      if (survivors.capacitance()) cholesky_solve(l, n, n, r);
+      multiply_columns(survivors, r, 1, step);
+      for (int64_t c = 0; c < size; ++c) x[c] = step[survivors.column(c)];
       if (survivors.capacitance()) {
-        cholesky_solve(l, n, n, r);
-        multiply_columns(survivors, r, 1, step);
-        const double ridge = survivors.ridge();
-        gradient_term = ridge * ridge * norm_squared(r, m);
-        for (int64_t c = 0; c < size; ++c) x[c] = step[survivors.column(c)];
+        gradient_term = survivors.ridge() * survivors.ridge() * norm_squared(r, m);
       } else {
-        multiply_columns(survivors, r, 1, step);
-        for (int64_t c = 0; c < size; ++c) x[c] = step[survivors.column(c)];
         cholesky_solve(l, n, n, x);
-        std::fill_n(static_cast<double*>(step), width, 0.0);
+        std::fill_n(static_cast<double*>(step), survivors.width, 0.0);
         for (int64_t c = 0; c < size; ++c) step[survivors.column(c)] = x[c];
         Buffer<double> moved_rows(m);
         multiply_rows(survivors, step, 1, moved_rows);
@@ -61,7 +72,7 @@ double joint_update(const Gradients<G>& grads, const bool* kept, float* weights)
       }
       moved = norm_squared(x, size);
       for (int64_t c = 0; c < size; ++c) {
-        float& weight = w[survivors.column(c)];
+        float& weight = w[whole.column(c)];
         weight = static_cast<float>(weight + x[c]);
       }
     }
