@@ -1,11 +1,11 @@
-"""Cholesky factors of all blocks. Floor: m B d flops for the lower triangle of the Gram matrix, one read of G.
+"""Cholesky factors of all blocks. Floor: flops of the factor (conftest), one read of G.
 
 The floor takes float32 products; these are float64, of which a core does half as many.
 """
 
 import pytest
 import torch
-from conftest import DAMPING, B
+from conftest import DAMPING, B, factor_flops, widths
 
 from mfac import ops, reference
 
@@ -22,5 +22,5 @@ def test_block_factor(measure, grads, way):
     error = float((factor @ factor.T - exact).norm() / exact.norm())
     measure(
         lambda: WAYS[way].block_factor(grads, DAMPING, B),
-        flops=m * m * d, bytes=4 * m * d, error=error, m=m, d=d, B=B,
+        flops=factor_flops(m, widths(d, B)), bytes=4 * m * d, error=error,
     )  # fmt: skip

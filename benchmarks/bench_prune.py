@@ -1,35 +1,88 @@
-"""A whole prune_step to 80 % on one layer of a million weights.
+"""Whole prune_steps from 50 to 90 % on layers of the size of known networks, and the memory that one takes.
 
-Floor: 2 m² flops per weight for the inverse diagonal; m² more per surviving weight for the joint update, per weight for
-the independent one; one read of G for each of the two.
+Floor: the flops of factor and solve over the half that is left and of the factor over the tenth that survives, and
+one read of G for each of the two.
 """
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import B, diagonal_flops, factor_flops, random_gradients, widths
 
 import mfac
 
+SIZES = {  # d, m, what prune_step may take of its floor
+    "ResNet-20": (270_000, 256, None),
+    "MobileNetV1": (3_200_000, 256, 1.5),
+    "ResNet-50, m=64": (23_000_000, 64, None),
+}
+UPDATES = ["independent", "joint"]
+
 
 @pytest.fixture(scope="module")
-def layer():
+def step(request):
+    """Model, gradients and the masks of a first step to 50 % by magnitude."""
+    d, m, _ = SIZES[request.param]
+    if 4 * m * d > 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        pytest.skip(f"the gradients would take {4 * m * d / 1e9:.1f} GB, more than half of the memory")
     torch.manual_seed(0)
-    return torch.nn.Linear(1000, 1000, bias=False), torch.randn(256, 1_000_000) * 0.01
+    model = torch.nn.Linear(1000, d // 1000, bias=False)
+    masks = mfac.prune_step(model, None, 0.5, criterion="magnitude", update="none").masks
+    return model, random_gradients(m, d), masks
 
 
-@pytest.mark.benchmark(group="prune_step of a million weights to 80 %")
-@pytest.mark.parametrize("update", ["joint", "independent"])
-def test_prune_step(measure, layer, update):
+@pytest.mark.parametrize(
+    ("step", "size", "update"),
+    [
+        pytest.param(size, size, update, id=update, marks=pytest.mark.benchmark(group=f"prune_step, {size}"))
+        for size in SIZES
+        for update in UPDATES
+    ],
+    indirect=["step"],
+)
+def test_prune_step(measure, step, size, update):
     """The error is that of the sparsity."""
-    (model, grads), sparsity = layer, 0.8
-    (m, d), dense = grads.shape, model.weight.detach().clone()
+    (model, grads, masks), (d, m, floors) = step, SIZES[size]
+    dense, half = model.weight.detach().clone(), [n // 2 for n in widths(d, B)]
+    updated = [n // 10 for n in widths(d, B)] if update == "joint" else half
+
+    def prune():
+        return mfac.prune_step(model, grads, 0.9, masks=masks, update=update)
 
     def restore():
         model.load_state_dict({"weight": dense})
 
-    result = mfac.prune_step(model, grads, sparsity, update=update)
+    error = abs(prune().sparsity - 0.9)
     measure(
-        lambda: mfac.prune_step(model, grads, sparsity, update=update), setup=restore,
-        flops=2 * m * m * d + m * m * d * (1 - sparsity if update == "joint" else 1), bytes=2 * 4 * m * d,
-        error=abs(result.sparsity - sparsity), m=m, d=d, B=2000,
+        prune, setup=restore, flops=diagonal_flops(m, half) + factor_flops(m, updated), bytes=2 * 4 * m * d,
+        error=error, targets={"floors": floors} if floors and update == "joint" else {},
     )  # fmt: skip
     restore()
+
+
+MEMORY = """
+import resource, torch, mfac
+from conftest import random_gradients
+mfac.prune_step(torch.nn.Linear(100, 10), torch.randn(8, 1000), 0.5)  # code and thread pools
+model, grads = torch.nn.Linear(1000, 1000, bias=False), random_gradients(256, 1_000_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+result = mfac.prune_step(model, grads, 0.5)
+mfac.prune_step(model, grads, 0.9, masks=result.masks)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.benchmark(group="peak memory beyond 1 GB of gradients")
+def test_memory(measure, benchmark):
+    """Two joint prune_steps of a million weights, 256 gradients, in a process of their own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+
+    def run():
+        command = [sys.executable, "-c", MEMORY]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        benchmark.extra_info["MiB"] = float(done.stdout.split()[-1])
+
+    measure(run, rounds=1, targets={"MiB": 64})

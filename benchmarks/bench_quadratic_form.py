@@ -16,5 +16,5 @@ def test_quadratic_form(measure, grads, weights, way):
     error = float(WAYS[way].quadratic_form(grads, weights, DAMPING, B) / exact - 1)
     measure(
         lambda: WAYS[way].quadratic_form(grads, weights, DAMPING, B),
-        flops=2 * m * d, bytes=4 * m * d, error=abs(error), m=m, d=d, B=B,
+        flops=2 * m * d, bytes=4 * m * d, error=abs(error),
     )  # fmt: skip

@@ -1,11 +1,13 @@
-"""Roofline of this machine, measured in the same run, and the table at the end.
+"""Roofline of this machine, measured in the same run, and the tables at the end.
 
-Every row states the flops and bytes that its work cannot do without. The floor is the larger of flops / (matrix product
-rate) and bytes / (read bandwidth); the share printed is floor / median time. The rate is that of torch's own float32
-matrix product, so a kernel that spends half of a product's flops by symmetry can exceed 100 %.
+Every row states the flops and bytes that its work cannot do without (the counts of one block are below). Its floor is the
+larger of flops / (rate of torch's matrix product in the type of the gradients) and bytes / (read bandwidth), both
+measured just before the row, because shared machines change from minute to minute; the share printed is floor / median
+time. A kernel that spends half of a product's flops by symmetry can exceed 100 %.
 """
 
 import platform
+import statistics
 import time
 from pathlib import Path
 
@@ -15,53 +17,117 @@ import torch
 from mfac import ops
 
 RESULTS = Path(__file__).parent / "results"
-M, B, D, DAMPING, DENSITY = 256, 2000, 200_000, 1e-5, 0.2  # gradients, block size, weights, λ, share kept
+M, B, D, DAMPING, DENSITY = 256, 2000, 1_000_000, 1e-5, 0.2  # gradients, block size, weights, λ, share kept
+WORDS = {
+    "share": ("at least {:.0%} of the floor", "{:.0%}", 1),
+    "recursion": ("at least {:g}x the textbook recursion", "{:.1f}x", 1),
+    "kthvalue": ("at least {:g}x torch.kthvalue and compare", "{:.1f}x", 1),
+    "floors": ("at most {:g}x its floor", "{:.2f}x", -1),
+    "reads": ("at most {:g}x the time to read it once", "{:.2f}x", -1),
+    "MiB": ("at most {:.0f} MiB", "{:.0f} MiB", -1),
+}
+
+
+def widths(d, block_size):
+    """Columns of each block."""
+    return [min(block_size, d - begin) for begin in range(0, d, block_size)]
+
+
+def factor_flops(m, columns):
+    """Gram matrix (lower triangle) and Cholesky factor of blocks of so many columns."""
+    return sum(m * n * min(m, n) + min(m, n) ** 3 / 3 for n in columns)
+
+
+def diagonal_flops(m, columns):
+    """The factor and the triangular solve, with all columns of G or with the identity."""
+    return factor_flops(m, columns) + sum(m * m * n if m <= n else n**3 / 3 for n in columns)
 
 
 @pytest.fixture(scope="session")
 def grads():
     """G [M, D]; the scale of gradients of a trained network."""
-    ops.load()
-    return torch.randn(M, D, generator=torch.Generator().manual_seed(0)) * 0.01
+    return random_gradients(M, D)
 
 
-def _best(function, repeats=5):
+def random_gradients(m, d, dtype=torch.float32):
+    """Normal numbers, made row by row: no second matrix beside this one."""
+    generator = torch.Generator().manual_seed(0)
+    out = torch.empty(m, d, dtype=dtype)
+    for row in out:
+        row.copy_(torch.randn(d, generator=generator).mul_(0.01))
+    return out
+
+
+@pytest.fixture(scope="session")
+def weights():
+    return torch.randn(D, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def kept():
+    return torch.rand(D, generator=torch.Generator().manual_seed(2)) < DENSITY
+
+
+def _median(function, repeats=3):
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         function()
         times.append(time.perf_counter() - start)
-    return min(times)
+    return statistics.median(times)
 
 
-@pytest.fixture(scope="session")
-def weights(grads):
-    return torch.randn(grads.shape[1], generator=torch.Generator().manual_seed(1))
+def _product_rate(dtype):
+    """Flop/s of a matrix product; of a smaller one where the machine has no instructions for the type."""
+    for n in (256, 2048):
+        a = torch.randn(n, n).to(dtype)
+        a @ a
+        rate = 2 * n**3 / _median(lambda a=a: a @ a)
+        if rate < 1e10:
+            break
+    return rate
 
 
-@pytest.fixture(scope="session")
-def kept(grads):
-    return torch.rand(grads.shape[1], generator=torch.Generator().manual_seed(2)) < DENSITY
+class Roofline:
+    """Rates of this machine: latest, and all that were measured in this run."""
+
+    def __init__(self):
+        ops.load()
+        self.big = torch.randn(1 << 26)
+        self.seen = {torch.float32: [], torch.bfloat16: [_product_rate(torch.bfloat16)], "bytes": []}
+
+    def floor(self, flops, bytes, dtype):
+        """Measure again, and return the least seconds that so many flops and bytes can take."""
+        self.seen[torch.float32].append(_product_rate(torch.float32))
+        self.seen["bytes"].append(self.big.numel() * 4 / _median(self.big.sum))
+        rate = max(self.seen[torch.float32][-1], self.seen[dtype][-1])
+        return max(flops / rate, bytes / self.seen["bytes"][-1])
+
+    def __str__(self):
+        single, half, read = (statistics.median(rates) for rates in self.seen.values())
+        return (
+            f"this run, medians: matrix product {single / 1e9:.0f} GFLOP/s in float32, {half / 1e9:.3g} in bfloat16; "
+            f"reading {read / 1e9:.1f} GB/s"
+        )
 
 
 @pytest.fixture(scope="session")
 def roofline(request):
-    """float32 matrix product rate [flop/s] and read bandwidth [byte/s]."""
-    ops.load()
-    a, big = torch.randn(2048, 2048), torch.randn(1 << 26)
-    rates = {"flops": 2 * 2048**3 / _best(lambda: a @ a), "bytes": big.numel() * 4 / _best(big.sum)}
-    request.config.mfac_roofline = rates
-    return rates
+    request.config.mfac_roofline = Roofline()
+    return request.config.mfac_roofline
 
 
 @pytest.fixture
 def measure(benchmark, roofline):
-    """Time a function: measure(f, flops=..., bytes=..., error=..., rounds=...)."""
+    """Time a function: measure(f, flops=..., bytes=..., error=..., targets={word of WORDS: number}, ...)."""
 
-    def run(function, *, flops=0, bytes=0, error=None, rounds=3, setup=None, **sizes):
-        benchmark.extra_info.update(sizes, flops=flops, bytes=bytes, error=error)
-        benchmark.extra_info["floor"] = max(flops / roofline["flops"], bytes / roofline["bytes"])
-        return benchmark.pedantic(function, setup=setup, rounds=rounds, warmup_rounds=1)
+    def run(
+        function, *, flops=0, bytes=0, dtype=torch.float32, error=None, rounds=3, setup=None, targets=None, **extra
+    ):
+        floor = roofline.floor(flops, bytes, dtype)
+        benchmark.extra_info.update(extra, flops=flops, bytes=bytes, error=error, floor=floor, targets=targets or {})
+        benchmark.extra_info["read_s"] = bytes / roofline.seen["bytes"][-1]
+        return benchmark.pedantic(function, setup=setup, rounds=rounds, warmup_rounds=int(rounds > 1))
 
     return run
 
@@ -74,14 +140,40 @@ def _cpu():
         return platform.processor() or platform.machine()
 
 
+def _by(benchmark):
+    return benchmark.param or benchmark.name
+
+
+def _targets(benchmarks):
+    """A row for each target: what was asked, what came, and whether that is enough."""
+    yield "| target | asked | measured | |"
+    yield "|---|---|---:|---|"
+    for b in benchmarks:
+        info, median = b.extra_info, b.stats.median
+        slow = max(x.stats.median for x in benchmarks if x.group == b.group)
+        measured = {
+            "share": info["floor"] / median,
+            "recursion": slow / median,
+            "kthvalue": slow / median,
+            "floors": median / info["floor"] if info["floor"] else 0,
+            "reads": median / info["read_s"] if info["read_s"] else 0,
+            "MiB": info.get("MiB", 0),
+        }
+        for word, number in info["targets"].items():
+            asked, got, sign = WORDS[word]
+            met = "met" if sign * measured[word] >= sign * number else "missed"
+            yield f"| {b.group}, {_by(b)} | {asked.format(number)} | {got.format(measured[word])} | {met} |"
+
+
 def _table(config, benchmarks):
-    rates = config.mfac_roofline
     flags = torch.backends.cpu.get_cpu_capability()
     yield f"{_cpu()}, {torch.get_num_threads()} threads, {flags}, torch {torch.__version__}"
     yield ""
     yield f"m={M}, B={B}, d={D:,} where not said otherwise; λ={DAMPING:g}"
     yield ""
-    yield f"this run: float32 product {rates['flops'] / 1e9:.0f} GFLOP/s, reading {rates['bytes'] / 1e9:.1f} GB/s"
+    yield str(config.mfac_roofline)
+    yield ""
+    yield from _targets(benchmarks)
     yield ""
     yield "| work | by | median | GFLOP/s | GB/s | of floor | against slowest | error |"
     yield "|---|---|---:|---:|---:|---:|---:|---:|"
@@ -92,7 +184,7 @@ def _table(config, benchmarks):
         info, median = b.extra_info, b.stats.median
         error = "" if info["error"] is None else f"{info['error']:.0e}"
         yield (
-            f"| {b.group} | {b.param or b.name} | {median:.4f} s | {info['flops'] / median / 1e9:.1f} "
+            f"| {b.group} | {_by(b)} | {median:.4f} s | {info['flops'] / median / 1e9:.1f} "
             f"| {info['bytes'] / median / 1e9:.2f} | {info['floor'] / median:.0%} | {slowest[b.group] / median:.1f}x "
             f"| {error} |"
         )
@@ -106,7 +198,8 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section("mfac")
     for line in lines:
         terminalreporter.write_line(line)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / ("".join(c if c.isalnum() else "-" for c in _cpu().lower()) + ".md")
-    path.write_text("# make bench\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
-    terminalreporter.write_line(f"written to {path.relative_to(RESULTS.parents[1])}")
+    if not config.option.keyword:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / ("".join(c if c.isalnum() else "-" for c in _cpu().lower()) + ".md")
+        path.write_text("# make bench\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+        terminalreporter.write_line(f"written to {path.relative_to(RESULTS.parents[1])}")

@@ -8,6 +8,8 @@
 #include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
+#include <atomic>
+
 #include "../checks.h"
 #include "kernels.h"
 
@@ -15,9 +17,13 @@ namespace mfac::cpu {
 
 int num_threads() { return at::get_num_threads(); }
 
+// Threads take runs of neighbouring tasks as they become free: on a shared machine one may be far slower than another.
 void run_parallel(int64_t count, Task task, const void* context) {
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) task(context, i);
+  const int64_t threads = std::min<int64_t>(num_threads(), count), run = std::max<int64_t>(1, count / (threads * 16));
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t first; (first = next.fetch_add(run)) < count;)
+      for (int64_t i = first; i < std::min(first + run, count); ++i) task(context, i);
   });
 }
 

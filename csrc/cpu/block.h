@@ -14,17 +14,15 @@
 
 namespace mfac::cpu {
 
-// Lower triangle of a[n, n] = ridge I + Gram matrix of the smaller side; products in T, sums over more than kDepth of them
-// in float64. Returns the trace, an upper bound of the largest eigenvalue.
+// Lower triangle of a[n, n] += Gram matrix of the smaller side over [begin, end) of the longer one; products in T, sums over
+// more than kDepth of them in float64.
 template <typename T, typename G>
-double gram_block(const Block<G>& block, double ridge, double* a) {
+void add_gram(const Block<G>& block, int64_t begin, int64_t end, double* a) {
   const bool capacitance = block.capacitance();
-  const int64_t n = block.order(), long_side = capacitance ? block.size() : block.grads.m;
-  const int64_t panels = ceil_div(n, kPanel<T>);
-  Buffer<T> packed(panels * kPanel<T> * std::min(kDepth, long_side));
-  std::fill_n(a, n * n, 0.0);
-  for (int64_t k = 0; k < long_side; k += kDepth) {
-    const int64_t depth = std::min(kDepth, long_side - k);
+  const int64_t n = block.order(), panels = ceil_div(n, kPanel<T>);
+  Buffer<T> packed(panels * kPanel<T> * std::min(kDepth, end - begin));
+  for (int64_t k = begin; k < end; k += kDepth) {
+    const int64_t depth = std::min(kDepth, end - k);
     if (capacitance)
       parallel_for(panels, depth * kPanel<T>,
                    [&](int64_t j) { pack_columns<T>(block, j * kPanel<T>, k, depth, packed + j * depth * kPanel<T>); });
@@ -35,6 +33,28 @@ double gram_block(const Block<G>& block, double ridge, double* a) {
           pack_row<T>(block, k + r, j * kPanel<T>, packed + (j * depth + r) * kPanel<T>);
       });
     gram<T>(packed, n, depth, 1.0, a, n);
+  }
+}
+
+// Lower triangle of a[n, n] = ridge I + Gram matrix of the smaller side. A long side is cut into up to kSlices slices, for
+// the threads, each with a sum of its own. Returns the trace, an upper bound of the largest eigenvalue.
+template <typename T, typename G>
+double gram_block(const Block<G>& block, double ridge, double* a) {
+  constexpr int64_t kSlices = 8, kSlice = 1 << 14;  // at least so many terms: sums and their addition cost little then
+  const int64_t n = block.order(), terms = std::max(block.grads.m, block.size());
+  const int64_t slices = std::clamp<int64_t>(terms / kSlice, 1, kSlices);
+  std::fill_n(a, n * n, 0.0);
+  if (slices == 1) {
+    add_gram<T>(block, 0, terms, a);
+  } else {
+    const int64_t length = round_up(ceil_div(terms, slices), kDepth);
+    Buffer<double> sums(slices * n * n);
+    parallel_for(slices, n * n * length, [&](int64_t s) {
+      std::fill_n(sums + s * n * n, n * n, 0.0);
+      add_gram<T>(block, s * length, std::min(terms, (s + 1) * length), sums + s * n * n);
+    });
+    for (int64_t s = 0; s < slices; ++s)
+      for (int64_t i = 0; i < n * n; ++i) a[i] += sums[s * n * n + i];
   }
   double trace = 0;
   for (int64_t i = 0; i < n; ++i) trace += a[i * n + i] += ridge;

@@ -50,6 +50,34 @@ struct Block {
   double ridge() const { return static_cast<double>(grads.m) * grads.damping; }
 };
 
+// The columns in use of a block: if there are others between them, copied side by side by copy_row, so that the rest finds
+// them in the cache, in one piece; unless the copy, [m, size], is too large for that.
+template <typename G>
+class SideBySide {
+ public:
+  explicit SideBySide(const Block<G>& block)
+      : source_(block),
+        copied_(!block.dense && block.grads.m * block.size() * static_cast<int64_t>(sizeof(G)) <= kMost),
+        copy_(copied_ ? block.grads.m * block.size() : 0),
+        grads_{copy_, block.grads.m, block.size(), block.size(), block.grads.damping, block.size()},
+        block_(copied_ ? Block<G>(grads_, 0) : block) {}
+  bool copied() const { return copied_; }
+  void copy_row(int64_t r) const {
+    const G* row = source_.row(r);
+    G* out = copy_ + r * source_.size();
+    for (const int32_t c : source_.columns) *out++ = row[c];
+  }
+  const Block<G>& block() const { return block_; }
+
+ private:
+  static constexpr int64_t kMost = 16 << 20;  // bytes, for each thread
+  const Block<G>& source_;
+  bool copied_;
+  Buffer<G> copy_;
+  Gradients<G> grads_;
+  Block<G> block_;
+};
+
 // out[c] = G[r, column c0 + c] for one panel's width of columns in use, 0 past the last of them.
 template <typename T, typename G>
 inline void pack_row(const Block<G>& block, int64_t r, int64_t c0, T* out) {

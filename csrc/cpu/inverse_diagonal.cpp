@@ -51,11 +51,14 @@ double solve_panel(const Block<G>& block, const Triangle<T>& l, int64_t c0, doub
 template <typename G>
 void inverse_diagonal(const Gradients<G>& grads, const bool* active, float* out) {
   for_each_block(grads, [&](int64_t index) {
-    const Block<G> block(grads, index, active);
-    const int64_t n = block.order(), size = block.size();
-    float* diagonal = out + block.begin;
-    std::fill_n(diagonal, block.width, static_cast<float>(1 / grads.damping));
+    const Block<G> whole(grads, index, active);
+    const int64_t n = whole.order(), size = whole.size();
+    float* diagonal = out + whole.begin;
+    std::fill_n(diagonal, whole.width, static_cast<float>(1 / grads.damping));
     if (n == 0) return;
+    const SideBySide<G> packed(whole);
+    if (packed.copied()) parallel_for(grads.m, size, [&](int64_t r) { packed.copy_row(r); });
+    const Block<G>& block = packed.block();
 
     // First all panels in float32, if the factor is good enough for that; then in float64 those that cancelled, or all.
     constexpr int64_t width = kPanel<float>, half = kPanel<double>;
@@ -65,7 +68,7 @@ void inverse_diagonal(const Gradients<G>& grads, const bool* active, float* out)
     const auto store = [&](int64_t c0, int64_t columns, const double* values) {
       using Limits = std::numeric_limits<float>;
       for (int64_t c = 0; c < columns; ++c)
-        diagonal[block.column(c0 + c)] =
+        diagonal[whole.column(c0 + c)] =
             static_cast<float>(std::clamp<double>(values[c], Limits::min(), Limits::max()));
     };
     if (factor_block(block, factor)) {

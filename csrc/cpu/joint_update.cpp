@@ -5,16 +5,13 @@
 //   |S| <  m    δ_S = (mλ I + G_SᵀG_S)⁻¹ G_Sᵀ r                           Gδ = G_S δ_S - r
 //   loss        ½ (λ ‖δ‖² + ‖Gδ‖² / m)
 //
-// (block inverse of F and the push-through identity). The surviving columns are packed as they are read, so the cost falls
-// with the density: m |S| min(m, |S|) flops. If |S| < m they are needed four times: then they are copied side by side as each
-// row is read for r, and the rest is done with the copy, in the cache (unless it is too large for that). Weights pruned
-// earlier are zero and drop out. A block with nothing to prune is not read at all.
+// (block inverse of F and the push-through identity). G comes from memory once: as a row is read for r, its surviving columns
+// are copied side by side, and the rest is done with the copy, in the cache. So the cost falls with the density: m |S|
+// min(m, |S|) flops. Weights pruned earlier are zero and drop out. A block with nothing to prune is not read at all.
 #include "kernels.h"
 
 namespace mfac::cpu {
 namespace {
-
-constexpr int64_t kCopy = 16 << 20;  // bytes, for each thread
 
 double norm_squared(const double* x, int64_t n) {
   double sum = 0;
@@ -42,15 +39,12 @@ double joint_update(const Gradients<G>& grads, const bool* kept, float* weights)
     const double removed = norm_squared(x, width);
     if (removed == 0) return;
 
-    const bool copied = !whole.capacitance() && m * size * static_cast<int64_t>(sizeof(G)) <= kCopy;
-    Buffer<G> copy(copied ? m * size : 0);
+    const SideBySide<G> packed(whole);
     parallel_for(m, width, [&](int64_t i) {
-      const G* row = whole.row(i);
-      r[i] = dot(row, static_cast<const double*>(x), width);
-      for (int64_t c = 0; copied && c < size; ++c) copy[i * size + c] = row[whole.columns[c]];
+      r[i] = dot(whole.row(i), static_cast<const double*>(x), width);
+      if (packed.copied()) packed.copy_row(i);
     });
-    const Gradients<G> side_by_side{copy, m, size, size, damping, size};
-    const Block<G> survivors = copied ? Block<G>(side_by_side, 0) : whole;
+    const Block<G>& survivors = packed.block();
 
     double gradient_term = norm_squared(r, m), moved = 0;
     if (n > 0) {

@@ -118,7 +118,8 @@ std::pair<float, float> bracket(const float* scores, int64_t n, int64_t k, std::
 // Where to cut n scores, and for each task's range of them how many are equal to the threshold and how many of these are
 // pruned: all if there are fewer, none if that is not positive.
 struct Cut {
-  explicit Cut(int64_t size) : n(size), tasks(std::clamp<int64_t>(n / kRange, 1, kTasks)), ties(tasks), pruned_ties(tasks) {}
+  explicit Cut(int64_t size)
+      : n(size), tasks(std::clamp<int64_t>(n / kRange, 1, kTasks)), ties(tasks), pruned_ties(tasks) {}
   int64_t begin(int64_t task) const { return task * n / tasks; }
 
   int64_t n, tasks;
