@@ -8,7 +8,7 @@ BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready-$(subst =,-,$(TORCH))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format gpu clean
+.PHONY: help demo test bench lint format sanitize gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 16
@@ -42,6 +42,11 @@ format: $(READY)  ## ruff and clang-format, in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+
+sanitize: $(READY)  ## the kernels under AddressSanitizer and UndefinedBehaviorSanitizer, for every instruction set
+	MFAC_SANITIZE=address,undefined ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	$(BIN)/python -m pytest -q tests/test_standalone.py
 
 gpu:  ## on a machine with an NVIDIA GPU: build, test and time on CUDA with the torch of .venv if there is one, else of PYTHON
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py

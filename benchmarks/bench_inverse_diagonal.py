@@ -1,4 +1,4 @@
-"""Factor, inverse diagonal and saliency: the published recursion, the reference, the kernel; then other shapes and bfloat16.
+"""Factor, inverse diagonal and saliency: the published recursion, the reference, the kernel, in several shapes.
 
 Floor: flops of factor and triangular solve (conftest), one read of G.
 """
@@ -51,7 +51,7 @@ def test_saliency_bfloat16(measure, grads, weights):
     half, (m, d) = grads.bfloat16(), grads.shape
     measure(
         lambda: saliency("compiled", half, weights, B), flops=diagonal_flops(m, widths(d, B)), bytes=2 * m * d,
-        dtype=torch.bfloat16, error=saliency_error("compiled", half, weights, B, grads),
+        dtype=torch.bfloat16, by="compiled, bfloat16", error=saliency_error("compiled", half, weights, B, grads),
     )  # fmt: skip
 
 
@@ -69,6 +69,6 @@ def test_shapes(measure, weights, shape, way):
     measure(
         lambda: saliency(way, grads, w, block_size), flops=diagonal_flops(m, widths(d, block_size)), bytes=4 * m * d,
         error=saliency_error(way, grads, w, block_size) if block_size <= B else None,
-        rounds=1 if way == "textbook recursion" else 3,
+        rounds=1 if way == "textbook recursion" else 3, by=way,
         targets={"share": share} if way == "compiled" and share else {},
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Roofline of this machine, measured in the same run, and the tables at the end.
 
-Every row states the flops and bytes that its work cannot do without (the counts of one block are below). Its floor is the
+Every row states the flops and bytes that its work cannot do without (the counts of a block are below). Its floor is the
 larger of flops / (rate of torch's matrix product in the type of the gradients) and bytes / (read bandwidth), both
 measured just before the row, because shared machines change from minute to minute; the share printed is floor / median
 time. A kernel that spends half of a product's flops by symmetry can exceed 100 %.
@@ -40,7 +40,7 @@ def factor_flops(m, columns):
 
 def diagonal_flops(m, columns):
     """The factor and the triangular solve, with all columns of G or with the identity."""
-    return factor_flops(m, columns) + sum(m * m * n if m <= n else n**3 / 3 for n in columns)
+    return factor_flops(m, columns) + sum(m * m * n if m < n else n**3 / 3 for n in columns)
 
 
 @pytest.fixture(scope="session")
@@ -122,10 +122,10 @@ def measure(benchmark, roofline):
     """Time a function: measure(f, flops=..., bytes=..., error=..., targets={word of WORDS: number}, ...)."""
 
     def run(
-        function, *, flops=0, bytes=0, dtype=torch.float32, error=None, rounds=3, setup=None, targets=None, **extra
+        function, *, flops=0, bytes=0, dtype=torch.float32, error=None, rounds=3, setup=None, targets=None, by=None
     ):
         floor = roofline.floor(flops, bytes, dtype)
-        benchmark.extra_info.update(extra, flops=flops, bytes=bytes, error=error, floor=floor, targets=targets or {})
+        benchmark.extra_info.update(flops=flops, bytes=bytes, error=error, floor=floor, targets=targets or {}, by=by)
         benchmark.extra_info["read_s"] = bytes / roofline.seen["bytes"][-1]
         return benchmark.pedantic(function, setup=setup, rounds=rounds, warmup_rounds=int(rounds > 1))
 
@@ -141,7 +141,7 @@ def _cpu():
 
 
 def _by(benchmark):
-    return benchmark.param or benchmark.name
+    return benchmark.extra_info["by"] or benchmark.param
 
 
 def _targets(benchmarks):

@@ -12,7 +12,7 @@
 #include "cpu/bindings.h"
 
 TORCH_LIBRARY(mfac, m) {
-  // [ceil(d/B), s, s] float64: lower Cholesky factors of mλ I + G Gᵀ (m <= columns in use) or mλ I + GᵀG, zero-padded.
+  // [ceil(d/B), s, s] float64: lower Cholesky factors of mλ I + G Gᵀ (m < columns in use) or mλ I + GᵀG, zero-padded.
   m.def("block_factor(Tensor grads, float damping, int block_size, Tensor? active=None) -> Tensor");
   // [d] float32: diagonal of F⁻¹.
   m.def("inverse_diagonal(Tensor grads, float damping, int block_size, Tensor? active=None) -> Tensor");

@@ -142,7 +142,7 @@ class Fisher:
             wanted, inverse = torch.unique(torch.cat([i[where], j[where]]), return_inverse=True)
             left, right = inverse.split(len(where))
             used = active[wanted - start][:, None]
-            if m <= int(active.sum()):
+            if m < int(active.sum()):
                 z = torch.linalg.solve_triangular(factor, self.grads[:, wanted].double(), upper=False).T * used
                 dot = (z[left] * z[right]).sum(1)
                 out[where] = ((i[where] == j[where]).double() - dot) / self.damping

@@ -89,7 +89,7 @@ def load() -> None:
 
 
 def block_factor(grads: Tensor, damping: float, block_size: int, active: Tensor | None = None) -> Tensor:
-    """Cholesky factor of every block: of mλ I + G Gᵀ where m <= columns in use, else of mλ I + GᵀG.
+    """Cholesky factor of every block: of mλ I + G Gᵀ where m < columns in use, else of mλ I + GᵀG.
 
     Returns:
         [ceil(d/B), s, s] float64 with s = min(m, B, d), each lower triangular and padded with zeros.
@@ -192,8 +192,8 @@ def select_smallest(
 ) -> Tensor:
     """Mask of the k smallest of n float32 scores, exact, ties to the lower index; NaN raises ValueError.
 
-    With ``sizes``, of segments that follow each other and sum to n, the ``k[i]`` smallest of each. ``weights`` [n] float32,
-    if given, is the only tensor written: it becomes zero where pruned, in the pass that writes the mask.
+    With ``sizes``, of segments that follow each other and sum to n, the ``k[i]`` smallest of each. ``weights`` [n]
+    float32, if given, is the only tensor written: it becomes zero where pruned, in the pass that writes the mask.
 
     Returns:
         [n] bool, False for the k smallest.

@@ -305,12 +305,9 @@ def _select(
     kernels: ModuleType,
     weights: Tensor | None,
 ) -> Tensor:
-    """Mask of all weights: the lowest round(sparsity · n) of each group pruned, what was pruned before among them.
-
-    The ``weights``, unless None, become zero where pruned.
-    """
+    """Mask of all weights: the lowest round(sparsity · n) of each group pruned, and zeroed in weights if given."""
     if active is not None:
-        scores.masked_fill_(~active, -torch.inf)
+        scores.masked_fill_(~active, -torch.inf)  # what was pruned before is so again
     totals = [sum(sizes[name] for name in names) for names, _ in groups]
     counts = [round(sparsity * n) for (_, sparsity), n in zip(groups, totals, strict=True)]
     order = [name for names, _ in groups for name in names]

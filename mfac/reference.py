@@ -21,11 +21,12 @@ def _blocks(d: int, block_size: int) -> Iterator[slice]:
 
 
 def _capacitance_side(g: Tensor) -> bool:
-    return g.shape[0] <= g.shape[1]
+    """Whether there are fewer gradients than columns; with as many, 1 - ‖L⁻¹g‖² would cancel in every column."""
+    return g.shape[0] < g.shape[1]
 
 
 def _factor(g: Tensor, damping: float) -> Tensor:
-    """Lower Cholesky factor of mλ I + G Gᵀ (m <= columns) or of mλ I + GᵀG, for one block."""
+    """Lower Cholesky factor of mλ I + G Gᵀ (m < columns) or of mλ I + GᵀG, for one block."""
     m = g.shape[0]
     gram = g @ g.T if _capacitance_side(g) else g.T @ g
     gram.diagonal().add_(m * damping)

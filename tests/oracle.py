@@ -21,9 +21,12 @@ TOLERANCE = {
 }
 
 # (m, d, B): both sides, B = d, one row, one column left in the last block, nothing a multiple of a tile of any width.
+# The last line is more than one step deep and high.
 SHAPES = [(1, 5, 3), (7, 100, 33), (64, 129, 64), (50, 301, 100), (65, 101, 50), (99, 97, 97), (97, 99, 99), (33, 1, 1)]
+SHAPES += [(150, 301, 300), (140, 131, 131)]
 KINDS = ["random", "collinear", "near parallel", "low rank", "sparse", "mixed scale"]
 DAMPINGS = [1e-8, 1e-5, 1e-2]
+SCALES = [1e-12, 1e-6, 1e-3, 1.0, 1e6]
 
 
 def gradients(m: int, d: int, kind: str = "random", scale: float = 1.0, seed: int = 0) -> Tensor:
@@ -74,4 +77,4 @@ def error(out: Tensor, exact: Tensor) -> float:
 def well_posed(dense: Tensor) -> bool:
     """Whether the float64 inverse is good enough to compare with."""
     values = torch.linalg.eigvalsh(dense)
-    return float(values[-1] / values[0]) < 1e10
+    return 0 < float(values[-1] / values[0]) < 1e10

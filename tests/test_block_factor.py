@@ -18,7 +18,7 @@ def test_reproduces_the_small_matrix(shape, kind, backend):
         assert factor.shape == (-(-d // block_size), s, s) and factor.dtype == torch.float64
         for l, start in zip(factor, range(0, d, block_size), strict=True):
             g = grads[:, start : start + block_size].double()
-            a = (g @ g.T if m <= g.shape[1] else g.T @ g) + m * damping * torch.eye(min(g.shape)).double()
+            a = (g @ g.T if m < g.shape[1] else g.T @ g) + m * damping * torch.eye(min(g.shape)).double()
             n = len(a)
             assert torch.equal(l, l.tril()) and not l[n:].any() and (l.diagonal()[:n] > 0).all()
             assert oracle.error((l @ l.T)[:n, :n], a) < TOLERANCE["factor"]

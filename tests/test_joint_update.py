@@ -55,18 +55,3 @@ def test_weights_of_any_stride(backend):
     BACKENDS[backend].joint_update(grads, expected, kept, 1e-3, 25)
     BACKENDS[backend].joint_update(grads, out[::2], kept, 1e-3, 25)
     assert torch.equal(out[::2], expected) and torch.equal(out[1::2], base[1::2])
-
-
-def test_threads():
-    grads, weights, before = oracle.gradients(64, 3000), torch.randn(3000), torch.get_num_threads()
-    kept = torch.arange(3000) % 3 == 0
-    try:
-        for block_size in (200, 3000):
-            results = []
-            for threads in (1, 2, 3, 8):
-                torch.set_num_threads(threads)
-                out = weights.clone()
-                results.append((out, BACKENDS["compiled"].joint_update(grads, out, kept, 1e-5, block_size)))
-            assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
-    finally:
-        torch.set_num_threads(before)

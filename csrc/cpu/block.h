@@ -1,9 +1,10 @@
 // One block of the Fisher, and what all ops do with it.
 //
-//   capacitance side (m <= n)   A = mλ I + G Gᵀ, [m, m]      F⁻¹ x = (x - Gᵀ A⁻¹ G x) / λ
-//   Fisher side      (n <  m)   A = mλ I + GᵀG,  [n, n]      F⁻¹ x = m A⁻¹ x
+//   capacitance side (m < n)    A = mλ I + G Gᵀ, [m, m]      F⁻¹ x = (x - Gᵀ A⁻¹ G x) / λ
+//   Fisher side      (n <= m)   A = mλ I + GᵀG,  [n, n]      F⁻¹ x = m A⁻¹ x
 //
-// with n the number of columns in use. A = L Lᵀ is float64 whatever the gradients are.
+// with n the number of columns in use. (At m = n the rows may span all directions, and the difference in the first line cancel
+// in each of them.) A = L Lᵀ is float64 whatever the gradients are.
 #pragma once
 
 #include <limits>

@@ -8,6 +8,9 @@
 
 namespace mfac::cpu {
 
+// Columns per step of the factorisation, and of that of its diagonal blocks: multiples of every kRows.
+constexpr int64_t kCholesky = 48, kDiagonal = round_up(12, kRows);
+
 // A = L Lᵀ in place: the lower triangle of A[n, n] (row stride lda) becomes L; the rest is not touched. Returns the smallest
 // pivot min L_ii², or a value <= 0 (or NaN) at the first pivot that is not positive, with A then in no useful state.
 // Right-looking, kStep columns at a time; their diagonal block is done the same way by smaller steps.
@@ -33,7 +36,7 @@ double cholesky(double* a, int64_t n, int64_t lda) {
     Triangle<double> diagonal(kStep);
     for (int64_t k = 0; k < n; k += kStep) {
       const int64_t end = std::min(n, k + kStep), depth = end - k, padded = round_up(depth, kRows), below = n - end;
-      const double pivot = cholesky<kStep == kCholesky ? kCholesky / 4 : 1>(a + k * lda + k, depth, lda);
+      const double pivot = cholesky<kStep == kCholesky ? kDiagonal : 1>(a + k * lda + k, depth, lda);
       if (!(pivot > 0)) return pivot;
       smallest = std::min(smallest, pivot);
       if (below == 0) break;

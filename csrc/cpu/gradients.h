@@ -45,7 +45,7 @@ struct Block {
   int64_t column(int64_t c) const { return dense ? c : columns[c]; }
   const G* row(int64_t r) const { return grads.data + r * grads.stride + begin; }
   bool last() const { return begin + width == grads.d; }
-  bool capacitance() const { return grads.m <= size(); }
+  bool capacitance() const { return grads.m < size(); }
   int64_t order() const { return std::min(grads.m, size()); }  // of A
   double ridge() const { return static_cast<double>(grads.m) * grads.damping; }
 };

@@ -3,7 +3,7 @@
 //   capacitance side   [F⁻¹]_ii = (1 - ‖L⁻¹ g_i‖²) / λ      g_i = column i of G
 //   Fisher side        [F⁻¹]_ii = m ‖L⁻¹ e_i‖²              e_i = column i of the identity
 //
-// m² flops per weight for the factor and as many for the solve (m <= B). Columns are solved kPanel at a time in a panel
+// m² flops per weight for the factor and as many for the solve (m < B). Columns are solved kPanel at a time in a panel
 // that stays in L1 and is never stored. 1 - ‖.‖² loses digits where the data constrain a weight far more than λ does: a
 // panel in which it falls below kCancellation is done again in float64, from a float64 factor. 1/F_ii <= [F⁻¹]_ii <= 1/λ
 // bounds the result throughout.

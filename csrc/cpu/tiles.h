@@ -21,7 +21,7 @@
 #include "parallel.h"
 #include "vector.h"
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(MFAC_VECTOR_BYTES)
 #define MFAC_KEEP_IN_REGISTER(x) asm("" : "+v"(x))
 #elif defined(__aarch64__)
 #define MFAC_KEEP_IN_REGISTER(x) asm("" : "+w"(x))
@@ -31,14 +31,12 @@
 
 namespace mfac::cpu {
 
-#if defined(__AVX512F__)
-constexpr int kRows = 8;  // 8 x 3 accumulators of 32 registers
-#elif defined(__AVX__)
-constexpr int kRows = 4;  // 4 x 3 accumulators of 16 registers, 3 for the panel, 1 for the broadcast
-#elif defined(__aarch64__)
-constexpr int kRows = 6;  // 6 x 3 accumulators of 32 registers
+// Rows of a tile: 3 accumulators for each fill the registers, of which AVX-512 and aarch64 have 32 and AVX2 and SSE 16 (and
+// with SSE it must divide the panel width, which is 6 in double).
+#if defined(__aarch64__)
+constexpr int kRows = 6;
 #else
-constexpr int kRows = 2;  // SSE: must divide the panel width, which is 6 in double
+constexpr int kRows = kVectorBytes / 8;
 #endif
 constexpr int kVectors = 3;  // vectors per panel row
 template <typename T>
@@ -47,10 +45,9 @@ constexpr int kPanel = kVectors * kLanes<T>;
 // Depth of a panel that is multiplied in one go: it and the panel it meets take 24 KiB of L1.
 constexpr int64_t kDepth = 12 * 1024 / (kVectors * kVectorBytes);
 constexpr int64_t kPartial = 32;  // terms summed in one register before the sum is added to the others: rounding errors
-constexpr int64_t kCholesky = 48;  // columns per step of the Cholesky factorisation: a multiple of every kRows
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Uninitialised, 64-byte aligned scratch memory.
 template <typename T>

@@ -14,7 +14,9 @@
 
 namespace mfac::cpu {
 
-#if defined(__AVX512F__)
+#if defined(MFAC_VECTOR_BYTES)  // a test that runs the shapes of another machine
+constexpr int kVectorBytes = MFAC_VECTOR_BYTES;
+#elif defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX__)
 constexpr int kVectorBytes = 32;
@@ -40,8 +42,10 @@ template <typename E, int count>
 using Few __attribute__((vector_size(count * sizeof(E)))) = E;
 
 inline Vector<double> widen(Few<float, kLanes<double>> x) {
-#if defined(__AVX512F__)
-  return _mm512_cvtps_pd(x);
+#if defined(MFAC_VECTOR_BYTES)
+  return __builtin_convertvector(x, Vector<double>);
+#elif defined(__AVX512F__)
+  return _mm512_maskz_cvtps_pd(-1, x);  // _mm512_cvtps_pd draws a false warning from GCC 12
 #elif defined(__AVX__)
   return _mm256_cvtps_pd(x);  // GCC makes four instructions of __builtin_convertvector
 #else

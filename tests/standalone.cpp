@@ -1,0 +1,91 @@
+// The CPU kernels as a plain shared library, without torch, for test_standalone.py: any instruction set, any sanitizer.
+#include <atomic>
+#include <stdexcept>
+#include <thread>
+
+#include "../csrc/cpu/block_factor.cpp"
+#include "../csrc/cpu/independent_update.cpp"
+#include "../csrc/cpu/inverse_diagonal.cpp"
+#include "../csrc/cpu/inverse_product.cpp"
+#include "../csrc/cpu/joint_update.cpp"
+#include "../csrc/cpu/quadratic_form.cpp"
+#include "../csrc/cpu/select_smallest.cpp"
+
+namespace mfac::cpu {
+
+static int threads = 1;
+static thread_local bool inside = false;
+
+int num_threads() { return threads; }
+
+void run_parallel(int64_t count, Task task, const void* context) {
+  std::atomic<int64_t> next{0};
+  const bool nested = inside;
+  const auto work = [&] {
+    inside = true;
+    for (int64_t i; (i = next++) < count;) task(context, i);
+    inside = nested;
+  };
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads && !nested; ++i) others.emplace_back(work);
+  work();
+  for (std::thread& other : others) other.join();
+}
+
+}  // namespace mfac::cpu
+
+using namespace mfac::cpu;
+
+namespace {
+
+template <typename F>
+void dispatch(bool half, const void* data, int64_t m, int64_t d, double damping, int64_t block_size, const F& f) {
+  block_size = std::min(block_size, d);
+  if (half)
+    f(Gradients<BFloat16>{static_cast<const BFloat16*>(data), m, d, d, damping, block_size});
+  else
+    f(Gradients<float>{static_cast<const float*>(data), m, d, d, damping, block_size});
+}
+
+}  // namespace
+
+extern "C" {
+
+void set_threads(int count) { threads = count; }
+int vector_bytes() { return kVectorBytes; }
+
+void run_block_factor(bool half, const void* data, int64_t m, int64_t d, double damping, int64_t block_size,
+                      const bool* active, double* factor) {
+  dispatch(half, data, m, d, damping, block_size, [&](const auto& g) { block_factor(g, active, factor); });
+}
+void run_inverse_diagonal(bool half, const void* data, int64_t m, int64_t d, double damping, int64_t block_size,
+                          const bool* active, float* out) {
+  dispatch(half, data, m, d, damping, block_size, [&](const auto& g) { inverse_diagonal(g, active, out); });
+}
+void run_inverse_product(bool half, const void* data, int64_t m, int64_t d, double damping, int64_t block_size,
+                         const bool* active, const double* factor, const float* x, int64_t k, float* out) {
+  dispatch(half, data, m, d, damping, block_size,
+           [&](const auto& g) { inverse_product(g, active, factor, x, k, out); });
+}
+double run_joint_update(bool half, const void* data, int64_t m, int64_t d, double damping, int64_t block_size,
+                        const bool* kept, float* weights) {
+  double loss = 0;
+  dispatch(half, data, m, d, damping, block_size, [&](const auto& g) { loss = joint_update(g, kept, weights); });
+  return loss;
+}
+void run_independent_update(bool half, const void* data, int64_t m, int64_t d, double damping, int64_t block_size,
+                            const bool* active, const bool* kept, const float* diagonal, float* weights) {
+  dispatch(half, data, m, d, damping, block_size,
+           [&](const auto& g) { independent_update(g, active, kept, diagonal, weights); });
+}
+double run_quadratic_form(bool half, const void* data, int64_t m, int64_t d, double damping, int64_t block_size,
+                          const float* x) {
+  double value = 0;
+  dispatch(half, data, m, d, damping, block_size, [&](const auto& g) { value = quadratic_form(g, x); });
+  return value;
+}
+int64_t run_select_smallest(const float* scores, const int64_t* sizes, const int64_t* k, int64_t segments, bool* kept,
+                            float* weights) {
+  return select_smallest(scores, sizes, k, segments, kept, weights);
+}
+}

@@ -1,0 +1,120 @@
+"""The CPU kernels compiled without torch, for every instruction set that they know, against the reference.
+
+`make sanitize` runs this file with the kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+"""
+
+import ctypes
+import os
+import platform
+import subprocess
+from ctypes import c_bool, c_double, c_int64, c_void_p
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+from oracle import TOLERANCE
+
+from mfac import reference
+
+SOURCE = Path(__file__).with_name("standalone.cpp")
+SANITIZE = os.environ.get("MFAC_SANITIZE", "")  # what -fsanitize is given
+X86 = platform.machine() in ("x86_64", "AMD64")
+BUILDS = {  # flags, bytes of a vector
+    "SSE2": ("-march=x86-64", 16),
+    "AVX2": ("-march=x86-64-v3", 32),
+    "AVX-512": ("-march=x86-64-v4", 64),
+    "AVX-512's tiles on AVX2": ("-march=x86-64-v3 -DMFAC_VECTOR_BYTES=64 -Wno-psabi", 64),
+}
+NEEDS = {
+    "AVX2": {"avx2", "fma"},
+    "AVX-512's tiles on AVX2": {"avx2", "fma"},
+    "AVX-512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"},
+}
+SHAPES = [(1, 5, 3), (50, 301, 100), (65, 101, 50), (99, 97, 97), (150, 301, 300), (140, 131, 131)]
+
+
+class Kernels:
+    """The functions of standalone.cpp with torch tensors in and out."""
+
+    def __init__(self, path):
+        self.library = ctypes.CDLL(str(path))
+        self.library.run_joint_update.restype = self.library.run_quadratic_form.restype = c_double
+        self.library.run_select_smallest.restype = c_int64
+
+    def call(self, name, grads, damping, block_size, *rest):
+        assert grads.is_contiguous()
+        head = (c_bool(grads.dtype == torch.bfloat16), c_void_p(grads.data_ptr()), *map(c_int64, grads.shape))
+        tail = [a if isinstance(a, c_int64) else c_void_p(None if a is None else a.data_ptr()) for a in rest]
+        return getattr(self.library, f"run_{name}")(*head, c_double(damping), c_int64(block_size), *tail)
+
+
+@pytest.fixture(scope="module", params=BUILDS if X86 else ["native"])
+def kernels(request, tmp_path_factory):
+    arch, width = BUILDS.get(request.param, ("-march=native", 16))
+    library = tmp_path_factory.mktemp("standalone") / "kernels.so"
+    flags = ["-std=c++20", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-pthread"]
+    flags += ["-O1", "-g", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else ["-O2"]
+    command = [os.environ.get("CXX", "g++"), *flags, *arch.split(), str(SOURCE), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    available = set(Path("/proc/cpuinfo").read_text().split()) if X86 else set()
+    if missing := NEEDS.get(request.param, set()) - available:
+        pytest.skip(f"compiled; this processor cannot run it: no {', '.join(sorted(missing))}")
+    out = Kernels(library)
+    assert out.library.vector_bytes() == width
+    return out
+
+
+@pytest.mark.parametrize("kind", ["random", "collinear"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_op(kernels, shape, dtype, kind):
+    (m, d, block_size), damping = shape, 1e-3
+    grads = oracle.gradients(m, d, kind).to(dtype)
+    active, kept, weights = torch.rand(d) < 0.7, torch.rand(d) < 0.4, torch.randn(d)
+    for threads, mask in ((1, None), (3, active)):
+        kernels.library.set_threads(threads)
+        arguments = (grads, damping, block_size)
+        right = reference.block_factor(*arguments, mask)
+        factor = torch.empty_like(right)
+        kernels.call("block_factor", *arguments, mask, factor)
+        assert oracle.error(factor @ factor.mT, right @ right.mT) < TOLERANCE["factor"]
+
+        exact, diagonal = reference.inverse_diagonal(*arguments, mask), torch.empty(d)
+        kernels.call("inverse_diagonal", *arguments, mask, diagonal)
+        assert float((diagonal / exact - 1).abs().max()) < TOLERANCE["diagonal"]
+
+        x, product = torch.randn(3, d), torch.empty(3, d)
+        kernels.call("inverse_product", *arguments, mask, factor, x, c_int64(3), product)
+        exact = reference.inverse_product(grads, right, x, damping, block_size, mask)
+        assert oracle.error(product, exact) < TOLERANCE["product"]
+
+        new, exact = weights.clone(), weights.clone()
+        kernels.call("independent_update", *arguments, mask, kept, diagonal, new)
+        reference.independent_update(grads, exact, kept, diagonal, damping, block_size, mask)
+        assert oracle.error(new, exact) < TOLERANCE["update"]
+
+        new, exact = weights.clone(), weights.clone()
+        loss = kernels.call("joint_update", *arguments, kept, new)
+        assert loss == pytest.approx(
+            float(reference.joint_update(grads, exact, kept, damping, block_size)), rel=TOLERANCE["loss"]
+        )
+        assert oracle.error(new, exact) < TOLERANCE["update"]
+
+        form = kernels.call("quadratic_form", *arguments, weights)
+        right = float(reference.quadratic_form(grads, weights, damping, block_size))
+        assert form == pytest.approx(right, rel=TOLERANCE["form"])
+
+
+@pytest.mark.parametrize("n", [0, 1, 31, 1000, 200_003])
+@pytest.mark.parametrize("distinct", [3, None])
+def test_selection(kernels, n, distinct):
+    scores = torch.randn(n) if distinct is None else torch.randint(distinct, (n,)).float()
+    for k in {0, n // 3, n}:
+        kept, weights = torch.empty(n, dtype=torch.bool), torch.ones(n)
+        arrays = [(c_int64 * 1)(value) for value in (n, k)]
+        pointers = [c_void_p(x.data_ptr()) for x in (kept, weights)]
+        assert kernels.library.run_select_smallest(c_void_p(scores.data_ptr()), *arrays, c_int64(1), *pointers) == -1
+        assert torch.equal(kept, reference.select_smallest(scores, k))
+        assert torch.equal(weights, kept.float())
