@@ -36,14 +36,14 @@ bench: $(READY)  ## speed of textbook recursion, reference and kernels, against 
 lint: $(READY)  ## ruff and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
 
 format: $(READY)  ## ruff and clang-format, in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
 
-sanitize: $(READY)  ## the kernels under AddressSanitizer and UndefinedBehaviorSanitizer, for every instruction set
+sanitize: $(READY)  ## the kernels under AddressSanitizer and UndefinedBehaviorSanitizer, for each instruction set that runs here
 	MFAC_SANITIZE=address,undefined ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	$(BIN)/python -m pytest -q tests/test_standalone.py

@@ -44,11 +44,12 @@ inline void check_selection(const at::Tensor& scores, at::IntArrayRef k, const a
                     " segments, got ", k);
   int64_t total = 0;
   for (size_t i = 0; i < k.size(); ++i) {
-    TORCH_CHECK_VALUE(segments[i] >= 0, "sizes: expected numbers >= 0, got ", segments);
+    TORCH_CHECK_VALUE(0 <= segments[i] && segments[i] <= n - total, "sizes: expected numbers >= 0 that sum to ", n,
+                      ", got ", segments);
     TORCH_CHECK_VALUE(0 <= k[i] && k[i] <= segments[i], "k: expected 0 to ", segments[i], ", got ", k[i]);
     total += segments[i];
   }
-  TORCH_CHECK_VALUE(total == n, "sizes: expected numbers that sum to ", n, ", got ", segments);
+  TORCH_CHECK_VALUE(total == n, "sizes: expected numbers >= 0 that sum to ", n, ", got ", segments);
   if (!weights) return;
   TORCH_CHECK_VALUE(weights->sizes() == scores.sizes(), "weights: expected shape ", scores.sizes(), ", got ",
                     weights->sizes());

@@ -190,13 +190,17 @@ def _fake_quadratic_form(grads, x, damping, block_size):
 def select_smallest(
     scores: Tensor, k: int | list[int], sizes: list[int] | None = None, weights: Tensor | None = None
 ) -> Tensor:
-    """Mask of the k smallest of n float32 scores, exact, ties to the lower index; NaN raises ValueError.
+    """Mask of the k smallest of n float32 scores, exact, ties to the lower index.
 
     With ``sizes``, of segments that follow each other and sum to n, the ``k[i]`` smallest of each. ``weights`` [n]
     float32, if given, is the only tensor written: it becomes zero where pruned, in the pass that writes the mask.
 
     Returns:
         [n] bool, False for the k smallest.
+
+    Raises:
+        TypeError: If scores or weights are not float32.
+        ValueError: If there is a NaN, k is not in [0, n], or shapes and sizes do not fit; nothing is written then.
     """
     return torch.ops.mfac.select_smallest(scores, k, sizes, weights)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -178,7 +179,15 @@ class Pruner:
 
         Returns:
             What the update did, or None if none was due or the sparsity does not rise.
+
+        Raises:
+            TypeError: If the time is not a number.
+            ValueError: If it is not finite.
         """
+        if time is not None and (isinstance(time, bool) or not isinstance(time, (int, float))):
+            raise TypeError(f"time: expected a number or None, got {time!r}")
+        if time is not None and not math.isfinite(time):
+            raise ValueError(f"time: expected a finite number, got {time!r}")
         self._calls += 1
         time = self._calls if time is None else time
         self.apply_masks()

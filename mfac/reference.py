@@ -158,11 +158,15 @@ def select_smallest(
     k = [k] if isinstance(k, int) else k
     if len(k) != len(sizes):
         raise ValueError(f"k: expected one number for each of the {len(sizes)} segments, got {k}")
+    if min(sizes, default=0) < 0 or sum(sizes) != len(scores):
+        raise ValueError(f"sizes: expected numbers >= 0 that sum to {len(scores)}, got {sizes}")
     for count, size in zip(k, sizes, strict=True):
         if not 0 <= count <= size:
             raise ValueError(f"k: expected 0 to {size}, got {count}")
-    if sum(sizes) != len(scores):
-        raise ValueError(f"sizes: expected numbers that sum to {len(scores)}, got {sizes}")
+    if weights is not None and weights.shape != scores.shape:
+        raise ValueError(f"weights: expected shape {list(scores.shape)}, got {list(weights.shape)}")
+    if weights is not None and weights.dtype != torch.float32:
+        raise TypeError(f"weights: expected float32, got {weights.dtype}")
     if scores.isnan().any():
         raise ValueError(f"scores: expected no NaN, got one at index {int(scores.isnan().nonzero()[0])}")
     kept = torch.ones(len(scores), dtype=torch.bool, device=scores.device)

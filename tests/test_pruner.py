@@ -324,3 +324,10 @@ def test_bad_input(unchanged, change, error, message):
 def test_bad_model(model):
     with pytest.raises(ValueError, match="model: expected"):
         make(model)
+
+
+@pytest.mark.parametrize(("time", "error"), [("a", TypeError), (True, TypeError), (math.nan, ValueError)])
+def test_bad_time(model, unchanged, time, error):
+    pruner = make(model)
+    with unchanged(model), pytest.raises(error, match="time: expected a .*number.*, got"):
+        pruner.step(time)

@@ -96,7 +96,13 @@ def test_k_out_of_range(k, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sizes_that_do_not_fit(backend):
-    with pytest.raises(ValueError, match=r"sizes: expected numbers that sum to 10, got \[4, 5\]"):
+    with pytest.raises(ValueError, match=r"sizes: expected numbers >= 0 that sum to 10, got \[4, 5\]"):
         BACKENDS[backend].select_smallest(torch.ones(10), [1, 1], [4, 5])
+    with pytest.raises(ValueError, match="sizes: expected numbers >= 0 that sum to 10"):
+        BACKENDS[backend].select_smallest(torch.ones(10), [1, 1, 1], [2**63 - 1, 2**63 - 1, 12])
+    with pytest.raises(ValueError, match=r"weights: expected shape \[10\], got \[9\]"):
+        BACKENDS[backend].select_smallest(torch.ones(10), 1, None, torch.ones(9))
+    with pytest.raises(TypeError, match="weights: expected float32, got"):
+        BACKENDS[backend].select_smallest(torch.ones(10), 1, None, torch.ones(10).double())
     with pytest.raises(ValueError, match="k: expected one number for each of the 2 segments"):
         BACKENDS[backend].select_smallest(torch.ones(10), [1], [5, 5])

@@ -31,7 +31,7 @@ NEEDS = {
     "AVX-512's tiles on AVX2": {"avx2", "fma"},
     "AVX-512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"},
 }
-SHAPES = [(1, 5, 3), (50, 301, 100), (65, 101, 50), (99, 97, 97), (150, 301, 300), (140, 131, 131)]
+SHAPES = [(1, 5, 3), (50, 301, 100), (65, 101, 50), (99, 97, 97), (260, 301, 300), (140, 131, 131), (5, 40_000, 40_000)]
 
 
 class Kernels:
@@ -118,3 +118,7 @@ def test_selection(kernels, n, distinct):
         assert kernels.library.run_select_smallest(c_void_p(scores.data_ptr()), *arrays, c_int64(1), *pointers) == -1
         assert torch.equal(kept, reference.select_smallest(scores, k))
         assert torch.equal(weights, kept.float())
+        kept.logical_not_()
+        pointers[1] = c_void_p(None)  # no weights
+        assert kernels.library.run_select_smallest(c_void_p(scores.data_ptr()), *arrays, c_int64(1), *pointers) == -1
+        assert torch.equal(kept, weights.bool())

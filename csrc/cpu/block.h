@@ -3,7 +3,7 @@
 //   capacitance side (m < n)    A = mλ I + G Gᵀ, [m, m]      F⁻¹ x = (x - Gᵀ A⁻¹ G x) / λ
 //   Fisher side      (n <= m)   A = mλ I + GᵀG,  [n, n]      F⁻¹ x = m A⁻¹ x
 //
-// with n the number of columns in use. (At m = n the rows may span all directions, and the difference in the first line cancel
+// with n the number of columns in use. (At m = n the rows may span all directions, and the difference in the first line cancels
 // in each of them.) A = L Lᵀ is float64 whatever the gradients are.
 #pragma once
 
@@ -42,8 +42,9 @@ void add_gram(const Block<G>& block, int64_t begin, int64_t end, double* a) {
 template <typename T, typename G>
 double gram_block(const Block<G>& block, double ridge, double* a) {
   constexpr int64_t kSlices = 8, kSlice = 1 << 14;  // at least so many terms: sums and their addition cost little then
+  constexpr int64_t kSmall = 512;                   // a larger matrix has work for the threads, and sums take memory
   const int64_t n = block.order(), terms = std::max(block.grads.m, block.size());
-  const int64_t slices = std::clamp<int64_t>(terms / kSlice, 1, kSlices);
+  const int64_t slices = n <= kSmall ? std::clamp<int64_t>(terms / kSlice, 1, kSlices) : 1;
   std::fill_n(a, n * n, 0.0);
   if (slices == 1) {
     add_gram<T>(block, 0, terms, a);
@@ -85,28 +86,33 @@ double factor_double(const Block<G>& block, double* l) {
   throw std::runtime_error("mfac: the gradients of a block have no Cholesky factor; expected finite numbers");
 }
 
-// Cholesky factor of A into l[n, n] (row-major, lower triangle; above it zero), from float32 products if those are
-// good enough, else from float64 ones. Returns whether float32 is good enough for substitutions with it, too. The ridge is
-// a lower bound of the smallest eigenvalue, and mostly tells enough.
+struct Precision {
+  bool exact_factor;  // from float64 products
+  bool float_solve;   // float32 is good enough for substitutions with it
+};
+
+// Cholesky factor of A into l[n, n] (row-major, lower triangle; above it zero), from float32 products if those are good
+// enough, else from float64 ones. The ridge is a lower bound of the smallest eigenvalue, and mostly tells enough.
 template <typename G>
-bool factor_block(const Block<G>& block, double* l) {
+Precision factor_block(const Block<G>& block, double* l) {
   const int64_t n = block.order();
   const double terms = static_cast<double>(std::max(block.grads.m, block.size()));
   const double range = kProductRange * std::sqrt(std::min(1.0, terms / kLongSum) * static_cast<double>(n));
   const double ridge = block.ridge();
   double trace = gram_block<float>(block, ridge, l), smallest = 0;
   if (cholesky(l, n, n) > 0) smallest = ridge * range >= trace ? ridge : smallest_eigenvalue(l, n);
-  if (!(smallest * range >= trace)) {
+  const bool exact = !(smallest * range >= trace);
+  if (exact) {
     trace = factor_double(block, l);
     smallest = smallest_eigenvalue(l, n);
   }
-  return smallest * kSolveRange >= trace;
+  return {exact, smallest * kSolveRange >= trace};
 }
 
 // The two passes over a block, G x and Gᵀ t, are bound by memory. The second finds the block in the cache, if it fits, and
 // fetches the next one meanwhile.
 constexpr int64_t kStrip = 512;  // columns of some rows of G and of a vector that stay in L1
-constexpr int64_t kUnroll = 4;   // vectors of float64 per step: at least one line of G
+constexpr int64_t kUnroll = 4;   // vectors of float64 per step: a line of G, half or two
 constexpr int64_t kStepColumns = kUnroll * kLanes<double>;
 
 // sum_c g[c] x[c]
@@ -153,7 +159,7 @@ void add_rows(const Block<G>& block, int64_t r, int64_t c0, int64_t columns, con
   int64_t c = 0;
   for (; c + kStepColumns <= columns; c += kStepColumns) {
 #pragma GCC unroll 4
-    for (int i = 0; i < rows; ++i) __builtin_prefetch(source[i] + ahead + c, 0, 2);
+    for (int i = 0; i < rows; ++i) prefetch(source[i] + ahead + c, kStepColumns);
 #pragma GCC unroll 4
     for (int64_t u = c; u < c + kStepColumns; u += lanes) {
       Vector<double> sum = load<double>(out + u);

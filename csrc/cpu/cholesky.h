@@ -32,25 +32,26 @@ double cholesky(double* a, int64_t n, int64_t lda) {
     }
     return smallest;
   } else {
+    static_assert(kStep % kRows == 0);
     Buffer<double> panels(round_up(n, width) * kStep);
     Triangle<double> diagonal(kStep);
     for (int64_t k = 0; k < n; k += kStep) {
-      const int64_t end = std::min(n, k + kStep), depth = end - k, padded = round_up(depth, kRows), below = n - end;
+      const int64_t end = std::min(n, k + kStep), depth = end - k, below = n - end;
       const double pivot = cholesky<kStep == kCholesky ? kDiagonal : 1>(a + k * lda + k, depth, lda);
       if (!(pivot > 0)) return pivot;
       smallest = std::min(smallest, pivot);
-      if (below == 0) break;
+      if (below == 0) break;  // from here on depth is kStep
       diagonal.pack(a + k * lda + k, depth, lda);
       // Rows below the diagonal block, transposed into panels, are solved there and are then the operand of the update.
       parallel_for(ceil_div(below, width), width * depth * depth, [&](int64_t j) {
-        double *panel = panels + j * padded * width, *rows = a + (end + j * width) * lda + k;
+        double *panel = panels + j * depth * width, *rows = a + (end + j * width) * lda + k;
         const int64_t columns = std::min(width, below - j * width);
-        if (columns < width || depth < padded) std::fill_n(panel, padded * width, 0.0);
+        if (columns < width) std::fill_n(panel, depth * width, 0.0);
         transpose_copy(rows, lda, columns, depth, panel, width);
         solve<double>(diagonal, panel, nullptr);
         transpose_copy(panel, width, depth, columns, rows, lda);
       });
-      gram<double>(panels, below, padded, -1.0, a + end * lda + end, lda);
+      gram<double>(panels, below, depth, -1.0, a + end * lda + end, lda);
     }
     return smallest;
   }

@@ -1,5 +1,6 @@
 // The gradients as the kernels read them: a block of columns of G[m, d], element types, and the two ways in which a piece of
-// it becomes panels (tiles.h). G is converted and laid out while it is read; no second [m, columns] matrix ever exists.
+// it becomes panels (tiles.h). G is converted and laid out while it is read; a second [m, columns] matrix exists
+// only of survivors, and only if it is small (SideBySide).
 //
 // Rows of a block are far apart in memory, so the processor cannot foresee which lines come next: whoever works on a piece
 // prefetches the one after it.
@@ -61,6 +62,7 @@ class SideBySide {
         copy_(copied_ ? block.grads.m * block.size() : 0),
         grads_{copy_, block.grads.m, block.size(), block.size(), block.grads.damping, block.size()},
         block_(copied_ ? Block<G>(grads_, 0) : block) {}
+  SideBySide(const SideBySide&) = delete;  // block_ refers to grads_
   bool copied() const { return copied_; }
   void copy_row(int64_t r) const {
     const G* row = source_.row(r);

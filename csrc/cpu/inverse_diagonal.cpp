@@ -4,7 +4,7 @@
 //   Fisher side        [F⁻¹]_ii = m ‖L⁻¹ e_i‖²              e_i = column i of the identity
 //
 // m² flops per weight for the factor and as many for the solve (m < B). Columns are solved kPanel at a time in a panel
-// that stays in L1 and is never stored. 1 - ‖.‖² loses digits where the data constrain a weight far more than λ does: a
+// that stays in L1 or L2 and is never stored. 1 - ‖.‖² loses digits where the data constrain a weight far more than λ does: a
 // panel in which it falls below kCancellation is done again in float64, from a float64 factor. 1/F_ii <= [F⁻¹]_ii <= 1/λ
 // bounds the result throughout.
 #include "kernels.h"
@@ -71,7 +71,8 @@ void inverse_diagonal(const Gradients<G>& grads, const bool* active, float* out)
         diagonal[whole.column(c0 + c)] =
             static_cast<float>(std::clamp<double>(values[c], Limits::min(), Limits::max()));
     };
-    if (factor_block(block, factor)) {
+    const Precision precision = factor_block(block, factor);
+    if (precision.float_solve) {
       Triangle<float> l(n);
       l.pack(factor, n, n);
       parallel_for(panels, n * n * width, [&](int64_t j) {
@@ -81,7 +82,7 @@ void inverse_diagonal(const Gradients<G>& grads, const bool* active, float* out)
       });
     }
     if (std::count(done.begin(), done.end(), 1) == panels) return;
-    factor_double(block, factor);
+    if (!precision.exact_factor) factor_double(block, factor);
     Triangle<double> l(n);
     l.pack(factor, n, n);
     parallel_for(2 * panels, n * n * half, [&](int64_t j) {

@@ -5,11 +5,10 @@
 
 namespace mfac::cpu {
 
-constexpr int64_t kVectorsAtOnce = 16;  // their share of a block stays in L2
-
 template <typename G>
 void inverse_product(const Gradients<G>& grads, const bool* active, const double* factor, const float* x, int64_t k,
                      float* out) {
+  constexpr int64_t kVectorsAtOnce = 16;  // their share of a block stays in L2
   const int64_t s = grads.order();
   for_each_block(grads, [&](int64_t index) {
     const Block<G> block(grads, index, active);

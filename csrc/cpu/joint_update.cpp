@@ -1,8 +1,8 @@
 // Joint update: with S the kept and Q the pruned weights of a block, minimise ½ δᵀFδ subject to δ_Q = -w_Q:
 //
 //   r = G_Q w_Q
-//   |S| >= m    δ_S = G_Sᵀ y,              y = (mλ I + G_S G_Sᵀ)⁻¹ r      Gδ = -mλ y
-//   |S| <  m    δ_S = (mλ I + G_SᵀG_S)⁻¹ G_Sᵀ r                           Gδ = G_S δ_S - r
+//   |S| > m     δ_S = G_Sᵀ y,              y = (mλ I + G_S G_Sᵀ)⁻¹ r      Gδ = -mλ y
+//   |S| <= m    δ_S = (mλ I + G_SᵀG_S)⁻¹ G_Sᵀ r                           Gδ = G_S δ_S - r
 //   loss        ½ (λ ‖δ‖² + ‖Gδ‖² / m)
 //
 // (block inverse of F and the push-through identity). G comes from memory once: as a row is read for r, its surviving columns
@@ -32,10 +32,7 @@ double joint_update(const Gradients<G>& grads, const bool* kept, float* weights)
     float* w = weights + whole.begin;
     const bool* keep = kept + whole.begin;
     Buffer<double> x(width), r(m);
-    for (int64_t c = 0; c < width; ++c) {
-      x[c] = keep[c] ? 0.0 : w[c];
-      if (!keep[c]) w[c] = 0;
-    }
+    for (int64_t c = 0; c < width; ++c) x[c] = keep[c] ? 0.0 : w[c];
     const double removed = norm_squared(x, width);
     if (removed == 0) return;
 
@@ -70,6 +67,8 @@ double joint_update(const Gradients<G>& grads, const bool* kept, float* weights)
         weight = static_cast<float>(weight + x[c]);
       }
     }
+    for (int64_t c = 0; c < width; ++c)
+      if (!keep[c]) w[c] = 0;
     losses[index] = 0.5 * (damping * (removed + moved) + gradient_term / static_cast<double>(m));
   });
   double loss = 0;

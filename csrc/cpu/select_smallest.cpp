@@ -79,7 +79,7 @@ Count count_scores(const float* scores, int64_t n, float low, float high) {
 // become zero where pruned.
 template <bool zero>
 void write_mask(const float* __restrict scores, int64_t n, float threshold, int64_t ties, int64_t pruned_ties,
-                bool* __restrict kept, float* __restrict weights) {
+                bool* __restrict kept, float* weights) {
   const auto write = [&](int64_t i, bool keep) {
     kept[i] = keep;
     if (zero) weights[i] = keep ? weights[i] : 0.0f;
@@ -110,9 +110,11 @@ std::pair<float, float> bracket(const float* scores, int64_t n, int64_t k, std::
     std::nth_element(from, nth, sample.end());
     return nth;
   };
-  const auto low = at(rank - deviation, sample.begin());
-  const float least = *low;
-  return {least, *at(rank + deviation, low)};
+  const bool all = count == n, from_least = !all && rank - deviation < 1,
+             to_greatest = !all && rank + deviation > count;
+  const auto low = from_least ? sample.begin() : at(rank - deviation, sample.begin());
+  const float least = from_least ? -INFINITY : *low;
+  return {least, to_greatest ? INFINITY : *at(rank + deviation, low)};
 }
 
 // Where to cut n scores, and for each task's range of them how many are equal to the threshold and how many of these are
@@ -140,7 +142,7 @@ bool find_cut(const float* scores, int64_t k, Cut& cut) {
     std::vector<float> sample(size), between;
     const auto [low, high] = bracket(scores, n, k, sample);
     if (std::isnan(low)) return false;
-    parallel_for(cut.tasks, n / cut.tasks, [&](int64_t task) {
+    parallel_for(cut.tasks, n / cut.tasks, [&, low = low, high = high](int64_t task) {
       counts[task] = count_scores(scores + cut.begin(task), cut.begin(task + 1) - cut.begin(task), low, high);
     });
     if (total([](const Count& count) { return count.nan; }) > 0) return false;
@@ -187,7 +189,8 @@ int64_t select_smallest(const float* scores, const int64_t* sizes, const int64_t
     parallel_for(cut.tasks, cut.n / cut.tasks, [&](int64_t task) {
       const int64_t first = cut.begin(task), size = cut.begin(task + 1) - first;
       const auto write = weights ? write_mask<true> : write_mask<false>;
-      write(scores + first, size, cut.threshold, cut.ties[task], cut.pruned_ties[task], kept + first, weights + first);
+      write(scores + first, size, cut.threshold, cut.ties[task], cut.pruned_ties[task], kept + first,
+            weights ? weights + first : nullptr);
     });
     scores += cut.n;
     kept += cut.n;

@@ -175,7 +175,7 @@ class Triangle {
 };
 
 // panel <- L⁻¹ panel, from row group `first` on (rows before it are known to be zero); norms[c] = ‖column c‖² of the
-// result. The panel has round_up(n, kRows) rows, those past n zero. Substitution goes by steps of kDepth rows: what is
+// result. The panel has round_up(n, kRows) rows, those past n zero. Substitution goes by steps of at most kDepth rows: what is
 // known is taken off a whole step before the step itself is solved, so that the two pieces of the panel that meet stay in
 // L1 while L streams past, once.
 template <typename T>

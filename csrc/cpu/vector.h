@@ -94,7 +94,12 @@ inline void transpose(Vector<T> (&x)[kLanes<T>]) {
   constexpr int lanes = kLanes<T>;
   const auto interleave = []<int... i>(std::integer_sequence<int, i...>, Vector<T> a, Vector<T> b, auto high) {
     constexpr int from = high() ? lanes / 2 : 0;
+#if __has_builtin(__builtin_shufflevector)
     return __builtin_shufflevector(a, b, (from + i / 2 + (i % 2 ? lanes : 0))...);
+#else  // GCC 11
+    using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+    return __builtin_shuffle(a, b, Few<Index, lanes>{(from + i / 2 + (i % 2 ? lanes : 0))...});
+#endif
   };
   for (int round = 1; round < lanes; round *= 2) {
     Vector<T> y[lanes];
