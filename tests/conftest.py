@@ -20,6 +20,20 @@ def one_thread():
 
 
 @pytest.fixture
+def thread_counts():
+    """A function that yields 1, 2, 3 and 8, each after torch has been set to so many threads."""
+    before = torch.get_num_threads()
+
+    def each():
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            yield threads
+
+    yield each
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def unchanged():
     """A context manager that fails if the body, even one that raises, leaves a trace on model, tensors or random state.
 

@@ -33,16 +33,10 @@ def run(name, grads, block_size):
 
 @pytest.mark.parametrize("name", sorted(set(ops._FAKES) - {"select_smallest"}))  # which has a test of its own
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_same_bits(name, shape):
+def test_same_bits(name, shape, thread_counts):
     m, d, block_size = shape
-    grads, before = oracle.gradients(m, d), torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            results.append(run(name, grads, block_size))
-    finally:
-        torch.set_num_threads(before)
+    grads = oracle.gradients(m, d)
+    results = [run(name, grads, block_size) for _ in thread_counts()]
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

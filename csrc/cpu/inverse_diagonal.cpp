@@ -5,8 +5,8 @@
 //
 // m² flops per weight for the factor and as many for the solve (m < B). Columns are solved kPanel at a time in a panel
 // that stays in L1 or L2 and is never stored. 1 - ‖.‖² loses digits where the data constrain a weight far more than λ does: a
-// panel in which it falls below kCancellation is done again in float64, from a float64 factor. 1/F_ii <= [F⁻¹]_ii <= 1/λ
-// bounds the result throughout.
+// panel in which it falls below kCancellation is done again in float64, from a float64 factor, and 1/F_ii <= [F⁻¹]_ii bounds
+// what is left of it. On the Fisher side, where nothing cancels, 1/λ is the bound.
 #include "kernels.h"
 
 namespace mfac::cpu {

@@ -11,7 +11,6 @@
 //
 // Tasks are cut by the number of scores alone and the sample has fixed positions: the same result for any number of threads.
 #include "kernels.h"
-#include "vector.h"
 
 namespace mfac::cpu {
 namespace {
@@ -92,7 +91,8 @@ void write_mask(const float* __restrict scores, int64_t n, float threshold, int6
     for (int64_t i = 0; i < n; ++i) write(i, scores[i] > threshold || (scores[i] == threshold && pruned_ties-- <= 0));
 }
 
-// Two values of the sample that probably enclose the k-th smallest of all, or NaN if the sample holds one.
+// Two values of the sample that probably enclose the k-th smallest of all (infinite where the sample does not reach far
+// enough), or NaN if the sample holds one.
 std::pair<float, float> bracket(const float* scores, int64_t n, int64_t k, std::vector<float>& sample) {
   const int64_t count = static_cast<int64_t>(sample.size());
   const double stride = static_cast<double>(n) / static_cast<double>(count);
