@@ -34,6 +34,21 @@ inline void check_active(const std::optional<at::Tensor>& active, const at::Tens
   if (active) check_vector(*active, "active", at::kBool, grads);
 }
 
+inline void check_groups(const at::Tensor& groups, const at::Tensor& subsets, const at::Tensor& grads) {
+  const auto check = [&](const at::Tensor& x, const char* name, int64_t least, int64_t end) {
+    TORCH_CHECK_VALUE(x.dim() == 2, name, ": expected two dimensions, got shape ", x.sizes());
+    TORCH_CHECK_TYPE(x.scalar_type() == at::kLong, name, ": expected int64, got ", x.scalar_type());
+    TORCH_CHECK_VALUE(x.device() == grads.device(), name, ": expected on ", grads.device(), " like grads, got ",
+                      x.device());
+    if (x.numel() == 0) return;
+    const int64_t low = x.min().item<int64_t>(), high = x.max().item<int64_t>();
+    TORCH_CHECK_VALUE(least <= low && high < end, name, ": expected numbers in [", least, ", ", end, "), got ", low,
+                      " to ", high);
+  };
+  check(groups, "groups", -1, grads.size(1));
+  check(subsets, "subsets", 0, groups.size(1));
+}
+
 inline void check_selection(const at::Tensor& scores, at::IntArrayRef k, const at::OptionalIntArrayRef& sizes,
                             const std::optional<at::Tensor>& weights) {
   TORCH_CHECK_VALUE(scores.dim() == 1, "scores: expected one dimension, got shape ", scores.sizes());

@@ -29,6 +29,11 @@ TORCH_LIBRARY(mfac, m) {
       "block_size, Tensor? active=None) -> ()");
   // ½ xᵀFx for x [d] float32; a float64 scalar.
   m.def("quadratic_form(Tensor grads, Tensor x, float damping, int block_size) -> Tensor");
+  // [n, k] float32: ½ w_Qᵀ ([F⁻¹]_QQ)⁻¹ w_Q for the k subsets Q of each of n groups of weights [d] float32. groups [n, P] int64
+  // are positions in [0, d), -1 for none; subsets [k, s] int64 are places in [0, P).
+  m.def(
+      "group_saliency(Tensor grads, Tensor weights, Tensor groups, Tensor subsets, float damping, int block_size, "
+      "Tensor? active=None) -> Tensor");
   // [n] bool, False for the k smallest of scores [n] float32, ties to the lower index; or for the k[i] smallest of each of
   // the segments of sizes[i] scores that follow each other. weights [n] float32, if given the only tensor written: zero where
   // pruned. NaN is an error.

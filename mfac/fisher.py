@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import re
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -19,11 +23,14 @@ class Fisher:
     Args:
         grads: G [m, d], float32 or bfloat16, one gradient per row; or a :class:`GradientBuffer`. Never written. Not
             copied either, unless its columns are apart in memory (stride(1) != 1, as in a transpose): then once, here.
-        damping: λ in [1e-30, 1e30]. Not its inverse, and not relative to anything.
+        damping: λ in [1e-30, 1e30], not its inverse; or ``"<number>*mean"``: that number times ``mean_square``.
         block_size: B, columns per block; ``None`` for the full matrix.
         active: [d] bool; columns that are not active count as if their gradients were zero (weights pruned before),
             in every method.
         backend: ``"auto"``, ``"compiled"`` or ``"reference"``.
+
+    Attributes:
+        mean_square: Mean of the squares of all gradients, which is the mean diagonal of (1/m) GᵀG.
 
     Raises:
         TypeError: If ``grads`` is not such a tensor or buffer, ``active`` not a bool tensor, or a number is not one.
@@ -43,24 +50,47 @@ class Fisher:
     def __init__(
         self,
         grads: Tensor | GradientBuffer,
-        damping: float = 1e-5,
-        block_size: int | None = 2000,
+        damping: float | str = "1e-2*mean",
+        block_size: int | None = 256,
         *,
         active: Tensor | None = None,
         backend: str = "auto",
     ) -> None:
         """Check the arguments; nothing is computed yet."""
         grads = grads.tensor if isinstance(grads, GradientBuffer) else grads
-        check_gradients(grads)
-        d = grads.shape[1]
-        check_fisher_settings(damping, block_size)
+        self.mean_square = check_gradients(grads)
         self.grads = grads.detach() if grads.stride(1) == 1 else grads.detach().contiguous()
+        self._set(active, damping, block_size)
+        self.kernels: ModuleType = ops.select_backend(backend, grads.device)
+
+    def replace(self, **changes: Tensor | float | int | None) -> Fisher:
+        """Return a Fisher of the same gradients, which are shared and not checked again.
+
+        Args:
+            changes: ``active``, ``damping`` or ``block_size``.
+
+        Returns:
+            A new object.
+
+        Raises:
+            TypeError: If one is of the wrong type.
+            ValueError: If one is out of range, or of the wrong shape or device.
+        """
+        other = copy.copy(self)
+        other._set(**{"active": self._active, "damping": self.damping, "block_size": self.block_size, **changes})
+        return other
+
+    def _set(self, active: Tensor | None, damping: float | str, block_size: int | None) -> None:
+        factor = check_fisher_settings(damping, block_size)
+        if isinstance(damping, str):
+            if not self.mean_square > 0:
+                raise ValueError(f"damping: {damping!r} is relative to the gradients, which are zero; give a number")
+            damping = min(max(factor * self.mean_square, 1e-30), 1e30)
         if active is not None:
             self._check_vector("active", active, torch.bool)
         self.damping = float(damping)
-        self.block_size = min(block_size or d, d)
+        self.block_size = min(block_size or self.grads.shape[1], self.grads.shape[1])
         self._active = active
-        self._kernels = ops.select_backend(backend, grads.device)
         self._factor: Tensor | None = None
 
     @property
@@ -72,17 +102,17 @@ class Fisher:
     @property
     def backend(self) -> str:
         """``"compiled"`` or ``"reference"``: what computes."""
-        return "compiled" if self._kernels is ops else "reference"
+        return "compiled" if self.kernels is ops else "reference"
 
     def factor(self) -> Tensor:
         """Return the Cholesky factors [blocks, s, s] float64, s = min(m, B); computed at first use and kept."""
         if self._factor is None:
-            self._factor = self._kernels.block_factor(self.grads, self.damping, self.block_size, self._active)
+            self._factor = self.kernels.block_factor(self.grads, self.damping, self.block_size, self._active)
         return self._factor
 
     def inverse_diagonal(self) -> Tensor:
         """Return diag(F⁻¹), [d] float32, positive."""
-        return self._kernels.inverse_diagonal(self.grads, self.damping, self.block_size, self._active)
+        return self.kernels.inverse_diagonal(self.grads, self.damping, self.block_size, self._active)
 
     def inverse_product(self, x: Tensor) -> Tensor:
         """Return F⁻¹ x.
@@ -104,7 +134,7 @@ class Fisher:
             raise ValueError(
                 f"x: expected shape [{d}] or [k, {d}] on {self.grads.device}, got {list(x.shape)} on {x.device}"
             )
-        return self._kernels.inverse_product(
+        return self.kernels.inverse_product(
             self.grads, self.factor(), x.float(), self.damping, self.block_size, self._active
         )
 
@@ -175,10 +205,10 @@ class Fisher:
         self._check_vector("weights", weights, torch.float32)
         self._check_vector("kept", kept, torch.bool)
         if self._active is None:
-            return float(self._kernels.joint_update(self.grads, weights, kept, self.damping, self.block_size))
+            return float(self.kernels.joint_update(self.grads, weights, kept, self.damping, self.block_size))
         new = torch.where(self._active, weights, 0)
         alone = torch.where(self._active | kept, 0, weights)  # inactive weights that go
-        loss = self._kernels.joint_update(self.grads, new, kept & self._active, self.damping, self.block_size)
+        loss = self.kernels.joint_update(self.grads, new, kept & self._active, self.damping, self.block_size)
         weights.copy_(torch.where(kept & ~self._active, weights, new))
         return float(loss) + 0.5 * self.damping * float(alone.double().square().sum())
 
@@ -197,8 +227,28 @@ class Fisher:
         self._check_vector("weights", weights, torch.float32)
         self._check_vector("kept", kept, torch.bool)
         self._check_vector("inverse_diagonal", inverse_diagonal, torch.float32)
-        self._kernels.independent_update(
+        self.kernels.independent_update(
             self.grads, weights, kept, inverse_diagonal, self.damping, self.block_size, self._active
+        )
+
+    def group_saliency(self, weights: Tensor, groups: Tensor, subsets: Tensor) -> Tensor:
+        """Return ½ w_Qᵀ ([F⁻¹]_QQ)⁻¹ w_Q for subsets Q of groups of weights: the cost of pruning Q together.
+
+        Args:
+            weights: [d] float32.
+            groups: [n, P] int64, positions in [0, d), or -1 for none.
+            subsets: [k, s] int64, places in [0, P).
+
+        Returns:
+            [n, k] float32.
+
+        Raises:
+            TypeError: If weights are not a float32 tensor.
+            ValueError: If a shape, device or position is wrong.
+        """
+        self._check_vector("weights", weights, torch.float32)
+        return self.kernels.group_saliency(
+            self.grads, weights, groups, subsets, self.damping, self.block_size, self._active
         )
 
     def quadratic_form(self, x: Tensor) -> float:
@@ -216,9 +266,9 @@ class Fisher:
         """
         self._check_vector("x", x, torch.float32)
         if self._active is None:
-            return float(self._kernels.quadratic_form(self.grads, x, self.damping, self.block_size))
+            return float(self.kernels.quadratic_form(self.grads, x, self.damping, self.block_size))
         inside, outside = torch.where(self._active, x, 0), torch.where(self._active, 0, x)
-        data = float(self._kernels.quadratic_form(self.grads, inside, self.damping, self.block_size))
+        data = float(self.kernels.quadratic_form(self.grads, inside, self.damping, self.block_size))
         return data + 0.5 * self.damping * float(outside.double().square().sum())
 
     def _check_vector(self, name: str, x: Tensor, dtype: torch.dtype) -> None:
@@ -231,11 +281,14 @@ class Fisher:
             raise ValueError(f"{name}: expected shape [{d}] on {device}, got {list(x.shape)} on {x.device}")
 
 
-def check_gradients(grads: Tensor) -> None:
+def check_gradients(grads: Tensor) -> float:
     """Check that ``grads`` is a finite [m, d] matrix.
 
     Args:
         grads: What the user gave.
+
+    Returns:
+        The mean of the squares.
 
     Raises:
         TypeError: If it is not a tensor of float32 or bfloat16.
@@ -249,32 +302,47 @@ def check_gradients(grads: Tensor) -> None:
         )
     if grads.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"grads: expected float32 or bfloat16, got {grads.dtype}")
-    # NaN and infinity survive a sum, which runs at memory speed; only a suspect row is looked at number by number. Row
-    # by row, because a sum of bfloat16 in float32 first casts all that it is given.
-    sums = torch.stack([row.sum(dtype=torch.float32) for row in grads.detach()])
-    suspects = torch.nonzero(~torch.isfinite(sums)).flatten().tolist()
+    # NaN and infinity survive a norm, which runs at memory speed; only a suspect row is looked at number by number.
+    norms = torch.stack([torch.linalg.vector_norm(row, dtype=torch.float32) for row in grads.detach()]).double()
+    suspects = torch.nonzero(~torch.isfinite(norms)).flatten().tolist()
     bad = [row for row in suspects if not torch.isfinite(grads[row]).all()]
     if bad:
         raise ValueError(f"grads: expected finite numbers, got NaN or infinity in {len(bad)} rows, the first {bad[0]}")
+    for row in suspects:  # squares past float32
+        norms[row] = grads[row].double().norm()
+    return float(norms.square().sum() / grads.numel())
 
 
-def check_fisher_settings(damping: float, block_size: int | None) -> None:
+def check_fisher_settings(damping: float | str, block_size: int | None) -> float:
     """Check damping and block size.
 
     Args:
-        damping: λ in [1e-30, 1e30], so that neither it nor 1/λ leaves float32.
+        damping: λ in [1e-30, 1e30], so that neither it nor 1/λ leaves float32; or ``"<number>*mean"``.
         block_size: B >= 1, or None.
+
+    Returns:
+        The damping, or its factor if it is relative.
 
     Raises:
         TypeError: If one is not a number of its kind.
-        ValueError: If one is out of range.
+        ValueError: If one is out of range, or the string is another.
     """
-    if isinstance(damping, bool) or not isinstance(damping, (int, float)):
+    value = damping
+    if isinstance(damping, str):
+        match = re.fullmatch(r"\s*(\d*\.?\d*(?:[eE][+-]?\d+)?)\s*\*\s*mean\s*", damping)
+        try:
+            value = float(match[1]) if match else float("nan")
+        except ValueError:
+            value = float("nan")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"damping: expected a number, got {damping!r}")
-    if not 1e-30 <= damping <= 1e30:
-        raise ValueError(f"damping: expected a number in [1e-30, 1e30], got {damping!r}")
+    if not 1e-30 <= value <= 1e30:
+        also = ", or such a number times the mean square of the gradients, as in '1e-2*mean'"
+        also = also if isinstance(damping, str) else ""
+        raise ValueError(f"damping: expected a number in [1e-30, 1e30]{also}, got {damping!r}")
     if block_size is not None:
         if isinstance(block_size, bool) or not isinstance(block_size, int):
             raise TypeError(f"block_size: expected an int or None, got {block_size!r}")
         if block_size < 1:
             raise ValueError(f"block_size: expected >= 1 or None, got {block_size}")
+    return value

@@ -187,6 +187,32 @@ def _fake_quadratic_form(grads, x, damping, block_size):
     return grads.new_empty((), dtype=torch.float64)
 
 
+def group_saliency(
+    grads: Tensor,
+    weights: Tensor,
+    groups: Tensor,
+    subsets: Tensor,
+    damping: float,
+    block_size: int,
+    active: Tensor | None = None,
+) -> Tensor:
+    """½ w_Qᵀ ([F⁻¹]_QQ)⁻¹ w_Q, what it costs to prune the weights Q together, for k subsets Q of each of n groups.
+
+    ``weights`` [d] float32; ``groups`` [n, P] int64, positions in [0, d) or -1 for none; ``subsets`` [k, s] int64,
+    places in [0, P). Members of a group that lie in different blocks do not interact. 2 m min(m, B) flops per weight
+    and s³/6 per subset.
+
+    Returns:
+        [n, k] float32.
+    """
+    return torch.ops.mfac.group_saliency(grads, weights, groups, subsets, damping, block_size, active)
+
+
+@_fake
+def _fake_group_saliency(grads, weights, groups, subsets, damping, block_size, active=None):
+    return grads.new_empty((groups.shape[0], subsets.shape[0]), dtype=torch.float32)
+
+
 def select_smallest(
     scores: Tensor, k: int | list[int], sizes: list[int] | None = None, weights: Tensor | None = None
 ) -> Tensor:

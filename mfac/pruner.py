@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mfac.fisher import check_fisher_settings
-from mfac.gradients import GradientBuffer, collect_gradients, cycle
+from mfac.collect import GradientSource
+from mfac.gradients import GradientBuffer
 from mfac.ops import BACKENDS
 from mfac.parameters import prunable_parameters
-from mfac.prune import PruneResult, check_choices, prune_step, sparsity_groups
-from mfac.schedule import Schedule
+from mfac.patterns import parse_pattern
+from mfac.quadratic import check_settings
+from mfac.result import PruneResult
+from mfac.schedule import Schedule, between
+from mfac.selection import sparsity_groups
+from mfac.step import check_method, prune_step
 
 
 class Pruner:
@@ -26,7 +30,7 @@ class Pruner:
     due. Nothing is hooked into the model, so copies, compiled and saved models are ordinary ones. Parameters are looked
     up by name at each use: the model may be moved to another device or have them replaced.
 
-    Each update may be split into R ``recomputations``: R steps at equal ratios of the remaining weights, with fresh
+    Each update may be split into R ``recomputations``: R steps at equal ratios of the remaining weights, with new
     gradients at each. A big jump at once defeats every quadratic model; with R = 8 most of the accuracy survives.
 
     Args:
@@ -43,14 +47,18 @@ class Pruner:
         frequency: Time between updates.
         schedule: ``"cubic"``, ``"linear"`` or ``"inverse_cubic"``.
         recomputations: R >= 1.
-        num_grads: m gradients for each recomputation.
+        num_grads: m gradients of the Fisher.
+        refresh: How many of them are new at each recomputation but the first of an update, the others being kept from
+            the ones before (rolling gradients); None: all.
         params: What to prune; see :func:`prunable_parameters`.
-        damping: λ in [1e-30, 1e30].
-        block_size: Columns per block of the Fisher; None for the full matrix.
+        damping: See :func:`prune_step`, as for the next four.
+        block_size: Columns per block of the Fisher.
+        pattern: How weights group.
         scope: ``"global"`` or ``"layer"``.
         update: ``"joint"``, ``"independent"`` or ``"none"``.
         criterion: ``"fisher"``, or ``"magnitude"``, which needs neither batches nor buffer, and then updates nothing;
             given one of them, it makes the ``update``.
+        substeps: Sub-steps of selection and update under the same gradients.
         dtype: Type of collected gradients.
         buffer: A :class:`GradientBuffer` that the training loop feeds, in place of ``batches``.
         backend: ``"auto"``, ``"compiled"`` or ``"reference"``.
@@ -94,35 +102,33 @@ class Pruner:
         schedule: str = "cubic",
         recomputations: int = 1,
         num_grads: int = 256,
+        refresh: int | None = None,
         params: str | Iterable[str] | None = None,
-        damping: float = 1e-5,
-        block_size: int | None = 2000,
+        damping: float | str = "1e-2*mean",
+        block_size: int | str | None = 256,
+        pattern: str | Sequence[int] = "unstructured",
         scope: str = "global",
         update: str = "joint",
         criterion: str = "fisher",
+        substeps: int = 8,
         dtype: torch.dtype = torch.float32,
         buffer: GradientBuffer | None = None,
         backend: str = "auto",
         progress: bool = False,
     ) -> None:
         """Check the arguments; the model is not touched."""
-        check_choices(scope, update, criterion)
-        check_fisher_settings(damping, block_size)
+        check_method(scope, update, criterion, substeps)
+        check_settings(damping, block_size)
+        parse_pattern(pattern)
         given = (batches is not None) + (buffer is not None)
         if given > 1 or (given == 0 and criterion == "fisher"):
             wanted = "exactly one of them for criterion='fisher'" if criterion == "fisher" else "at most one of them"
             raise ValueError(f"batches, buffer: expected {wanted}, got {'both' if given else 'neither'}")
-        if batches is not None and not callable(loss_fn):
-            raise TypeError(f"loss_fn: expected a function with batches, got {loss_fn!r}")
-        for name, value in (("recomputations", recomputations), ("num_grads", num_grads)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise TypeError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
+        if isinstance(recomputations, bool) or not isinstance(recomputations, int) or recomputations < 1:
+            raise ValueError(f"recomputations: expected an int >= 1, got {recomputations!r}")
+        self._source = None if batches is None else GradientSource(batches, loss_fn, num_grads, refresh, dtype)
         if buffer is not None and not isinstance(buffer, GradientBuffer):
             raise TypeError(f"buffer: expected a GradientBuffer, got {type(buffer).__name__}")
-        if batches is not None and not isinstance(batches, Iterable):
-            raise TypeError(f"batches: expected an iterable of batches, got {type(batches).__name__}")
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
         if buffer is not None and recomputations > 1:
@@ -145,14 +151,11 @@ class Pruner:
         self._schedules = {
             key: Schedule(initial_sparsity, value, start, end, frequency, schedule) for key, value in final.items()
         }
-        self._model, self._loss_fn, self._buffer = model, loss_fn, buffer
-        self._batches = None if batches is None else cycle(batches)
-        self._recomputations, self._num_grads, self._dtype, self._progress = recomputations, num_grads, dtype, progress
+        self._model, self._buffer, self._recomputations, self._progress = model, buffer, recomputations, progress
         self._options = {
-            "damping": damping, "block_size": block_size, "scope": scope, "update": update, "criterion": criterion,
-            "backend": backend,
+            "damping": damping, "block_size": block_size, "pattern": pattern, "scope": scope, "update": update,
+            "criterion": criterion, "substeps": substeps, "backend": backend,
         }  # fmt: skip
-        self._random = torch.Generator().manual_seed(torch.initial_seed())
         self._calls = 0
         self._last: float | None = None
         self._reached = dict.fromkeys(self._schedules, 0.0)
@@ -215,9 +218,11 @@ class Pruner:
     def _prune(self, target: dict[str | None, float]) -> PruneResult:
         """Prune to the target by steps at equal ratios of the remaining weights."""
         origin = dict(self._reached)
+        if self._source is not None:
+            self._source.restart()  # since the last update the model has been trained
         for r in range(1, self._recomputations + 1):
             share = r / self._recomputations
-            now = {key: _between(origin[key], target[key], share) for key in target}
+            now = {key: between(origin[key], target[key], share) for key in target}
             grads = self._gradients()
             sparsity = now[None] if None in now else now
             result = prune_step(
@@ -227,23 +232,13 @@ class Pruner:
         return result
 
     def _gradients(self) -> GradientBuffer | None:
-        if self._batches is None and self._buffer is None:
-            return None
-        if self._buffer is not None:
-            if len(self._buffer) < self._buffer.num_grads:
-                warnings.warn(
-                    f"buffer: only {len(self._buffer)} of {self._buffer.num_grads} gradients so far", stacklevel=4
-                )
-            return self._buffer
-        # A loader shuffles by torch's random state, which is put back afterwards: without a seed of its own, every
-        # collection would see the same batches.
-        seed = int(torch.randint(2**62, (), generator=self._random))
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            return collect_gradients(
-                self._model, self._batches, self._loss_fn, self._num_grads,
-                params=self._names, dtype=self._dtype, progress=self._progress,
-            )  # fmt: skip
+        if self._source is not None:
+            return self._source.collect(self._model, self._names, self._progress)
+        if self._buffer is not None and len(self._buffer) < self._buffer.num_grads:
+            warnings.warn(
+                f"buffer: only {len(self._buffer)} of {self._buffer.num_grads} gradients so far", stacklevel=4
+            )
+        return self._buffer
 
     def state_dict(self) -> dict[str, Any]:
         """Return masks, progress and random state, for :meth:`load_state_dict` of a Pruner with the same arguments."""
@@ -252,7 +247,7 @@ class Pruner:
             "calls": self._calls,
             "last": self._last,
             "reached": dict(self._reached),
-            "random": self._random.get_state(),
+            "random": None if self._source is None else self._source.get_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -278,17 +273,8 @@ class Pruner:
             raise ValueError(
                 f"state: expected sparsities for {sorted(self._schedules)}, got {sorted(state['reached'])}"
             )
-        self._random.set_state(state["random"].cpu())  # wherever the file was loaded to
+        if self._source is not None and state["random"] is not None:
+            self._source.set_state(state["random"])
         self.masks = {name: mask.to(params[name].device, copy=True) for name, mask in state["masks"].items()}
         self._calls, self._last, self._reached = state["calls"], state["last"], dict(state["reached"])
         self.apply_masks()
-
-
-def _between(start: float, end: float, share: float) -> float:
-    """Sparsity after `share` of the way, in equal ratios of the density; linear if nothing is to remain."""
-    if share == 1:
-        return end
-    if end == 1:
-        return start + (end - start) * share
-    between = 1 - (1 - start) * ((1 - end) / (1 - start)) ** share
-    return min(max(start, between), end)  # whatever the rounding

@@ -150,6 +150,41 @@ def quadratic_form(grads: Tensor, x: Tensor, damping: float, block_size: int) ->
     return 0.5 * total
 
 
+def group_saliency(
+    grads: Tensor,
+    weights: Tensor,
+    groups: Tensor,
+    subsets: Tensor,
+    damping: float,
+    block_size: int,
+    active: Tensor | None = None,
+) -> Tensor:
+    """Saliency of weights that go together; see :func:`mfac.ops.group_saliency`."""
+    m, d = grads.shape
+    out = torch.zeros(len(groups), len(subsets), dtype=torch.float64, device=grads.device)
+    for block in _blocks(d, block_size):
+        g, columns = _used(grads, block, active)
+        place = torch.full((d + 1,), -1, device=grads.device)  # of a column among those in use; the last is for -1
+        place[columns] = torch.arange(len(columns), device=grads.device)
+        where = torch.nonzero((place[groups] >= 0).any(1)).flatten()
+        if len(where) == 0:
+            continue
+        factor = _factor(g, damping)
+        side = g if _capacitance_side(g) else torch.eye(len(columns), dtype=g.dtype, device=g.device)
+        z = torch.linalg.solve_triangular(factor, side, upper=False).T
+        for k, subset in enumerate(subsets):
+            positions = place[groups[where][:, subset]]
+            inside = positions >= 0
+            part = z[positions] * inside[..., None]
+            inverse = part @ part.mT
+            eye = torch.eye(len(subset), dtype=g.dtype, device=g.device)
+            inverse = (eye - inverse) / damping if _capacitance_side(g) else m * inverse + eye * ~inside[..., None]
+            w = torch.where(inside, weights.double()[groups[where][:, subset]], 0)
+            scores = (w * torch.linalg.solve(inverse, w)).sum(1)
+            out[where, k] += 0.5 * scores
+    return out.float()
+
+
 def select_smallest(
     scores: Tensor, k: int | list[int], sizes: list[int] | None = None, weights: Tensor | None = None
 ) -> Tensor:

@@ -85,3 +85,21 @@ class Schedule:
             return False
         # Epochs as floats: 0.2 + 0.1 > 0.3, and without the allowance for rounding the update at 0.3 would be missed.
         return time >= self.end or time - last >= self.frequency * (1 - 1e-9)
+
+
+def between(start: float, end: float, share: float) -> float:
+    """Return the sparsity after a share of the way, in equal ratios of the density; linear if nothing is to remain.
+
+    Args:
+        start: Sparsity to start from.
+        end: Sparsity to reach, >= ``start``.
+        share: In [0, 1].
+
+    Returns:
+        A sparsity in [``start``, ``end``], exactly ``end`` for ``share=1``.
+    """
+    if share == 1:
+        return end
+    if end == 1:
+        return start + (end - start) * share
+    return min(max(start, 1 - (1 - start) * ((1 - end) / (1 - start)) ** share), end)  # whatever the rounding

@@ -17,6 +17,7 @@ ARGUMENTS = {
     "joint_update": (GRADS, torch.randn(20), KEPT, 1e-3, 8),
     "independent_update": (GRADS, torch.randn(20), KEPT, torch.rand(20) + 1, 1e-3, 8, None),
     "quadratic_form": (GRADS, torch.randn(20), 1e-3, 8),
+    "group_saliency": (GRADS, torch.randn(20), torch.arange(20).view(5, 4), torch.tensor([[0, 1]]), 1e-3, 8, KEPT),
     "select_smallest": (torch.randn(30), [11, 3], [20, 10], torch.randn(30)),
 }
 

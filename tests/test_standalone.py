@@ -102,6 +102,15 @@ def test_every_op(kernels, shape, dtype, kind):
         )
         assert oracle.error(new, exact) < TOLERANCE["update"]
 
+        groups, subsets = torch.full((-(-d // 6), 6), -1), torch.tensor([[0, 1, 2], [1, 3, 5]])
+        groups.view(-1)[:d] = torch.randperm(d)
+        cost, sizes = torch.empty(len(groups), 2), [c_int64(n) for n in (*groups.shape, *subsets.shape)]
+        kernels.call(
+            "group_saliency", *arguments, mask, weights, groups, *sizes[:2], subsets, *sizes[2:], cost,
+        )  # fmt: skip
+        exact = reference.group_saliency(grads, weights, groups, subsets, damping, block_size, mask)
+        assert float((cost - exact).abs().max()) <= TOLERANCE["group"] * float(exact.max())
+
         form = kernels.call("quadratic_form", *arguments, weights)
         right = float(reference.quadratic_form(grads, weights, damping, block_size))
         assert form == pytest.approx(right, rel=TOLERANCE["form"])

@@ -28,6 +28,9 @@ def run(name, grads, block_size):
     if name == "independent_update":
         ops.independent_update(grads, weights, kept, torch.full((d,), 1e4), 1e-5, block_size, active)
         return [weights]
+    if name == "group_saliency":
+        groups, subsets = torch.arange(d // 4 * 4).view(-1, 4).flip(0), torch.tensor([[0, 1], [2, 3]])
+        return [ops.group_saliency(grads, weights, groups, subsets, 1e-5, block_size, mask) for mask in (None, active)]
     return [ops.quadratic_form(grads, weights, 1e-5, block_size)]
 
 

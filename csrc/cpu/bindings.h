@@ -133,6 +133,23 @@ Tensor quadratic_form_op(const Tensor& grads, const Tensor& x, double damping, i
   return at::scalar_tensor(value, grads.options().dtype(at::kDouble));
 }
 
+Tensor group_saliency_op(const Tensor& grads, const Tensor& weights, const Tensor& groups, const Tensor& subsets,
+                         double damping, int64_t block_size, const OptionalTensor& active) {
+  check_grads(grads, damping, block_size);
+  check_active(active, grads);
+  check_vector(weights, "weights", at::kFloat, grads);
+  check_groups(groups, subsets, grads);
+  const Tensor w = weights.contiguous(), positions = groups.contiguous(), members = subsets.contiguous();
+  const OptionalTensor mask = contiguous(active);
+  Tensor out = at::empty({groups.size(0), subsets.size(0)}, grads.options().dtype(at::kFloat));
+  const Groups described{positions.const_data_ptr<int64_t>(), groups.size(0),  groups.size(1),
+                         members.const_data_ptr<int64_t>(),   subsets.size(0), subsets.size(1)};
+  dispatch(grads, damping, block_size, [&](const auto& g) {
+    group_saliency(g, mask_pointer(mask), w.const_data_ptr<float>(), described, out.mutable_data_ptr<float>());
+  });
+  return out;
+}
+
 Tensor select_smallest_op(const Tensor& scores, at::IntArrayRef k, at::OptionalIntArrayRef sizes,
                           const std::optional<Tensor>& weights) {
   check_selection(scores, k, sizes, weights);
@@ -156,6 +173,7 @@ TORCH_LIBRARY_IMPL(mfac, CPU, m) {
   m.impl("joint_update", joint_update_op);
   m.impl("independent_update", independent_update_op);
   m.impl("quadratic_form", quadratic_form_op);
+  m.impl("group_saliency", group_saliency_op);
   m.impl("select_smallest", select_smallest_op);
 }
 

@@ -32,6 +32,19 @@ void independent_update(const Gradients<G>& grads, const bool* active, const boo
 template <typename G>
 double quadratic_form(const Gradients<G>& grads, const float* x);
 
+// Weights that go together, and the subsets of a group that are weighed against each other (group_saliency.cpp).
+struct Groups {
+  const int64_t* positions;  // [count, size] in [0, d), or -1: the group has fewer members
+  int64_t count, size;
+  const int64_t* members;  // [subsets, subset_size] in [0, size)
+  int64_t subsets, subset_size;
+};
+
+// out[count, subsets] = ½ w_Qᵀ ([F⁻¹]_QQ)⁻¹ w_Q for every subset Q of every group.
+template <typename G>
+void group_saliency(const Gradients<G>& grads, const bool* active, const float* weights, const Groups& groups,
+                    float* out);
+
 // For each segment i of sizes[i] scores, one after another: kept = false for the k[i] smallest, ties to the lower index;
 // weights, unless null, become zero there. Returns the position of a NaN, with nothing written, or -1.
 int64_t select_smallest(const float* scores, const int64_t* sizes, const int64_t* k, int64_t segments, bool* kept,

@@ -12,10 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from mfac.prune import UPDATES
+from mfac.patterns import parse_pattern
 from mfac.pruner import Pruner
+from mfac.quadratic import check_settings
 from mfac.recipe.load import Item
 from mfac.schedule import CURVES
+from mfac.step import UPDATES
 
 _OTHER_WORK = ("Quantization", "Distillation")  # modifiers of these kinds are left out with a warning
 
@@ -169,8 +171,14 @@ class MagnitudePruning(Modifier):
         self.update_frequency = _positive("update_frequency", self.update_frequency)
         if self.inter_func not in CURVES:
             raise ValueError(f"inter_func must be one of {', '.join(CURVES)}, got {self.inter_func!r}")
-        if self.mask_type != "unstructured":
-            raise ValueError(f"mask_type must be unstructured (others are not supported yet), got {self.mask_type!r}")
+        if isinstance(self.mask_type, int):  # YAML reads 2:4 as 2 * 60 + 4
+            self.mask_type = f"{self.mask_type // 60}:{self.mask_type % 60}"
+        try:
+            self.mask_type = parse_pattern("2:4" if self.mask_type == "tensorrt" else self.mask_type).name
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"mask_type must be unstructured, block4, tensorrt or N:M; {str(error).removeprefix('pattern: ')}"
+            ) from None
         if self.leave_enabled is not True:
             raise ValueError(f"leave_enabled must be True (masks are always kept), got {self.leave_enabled!r}")
         if self.score_type not in self.score_types:
@@ -234,6 +242,7 @@ class MagnitudePruning(Modifier):
             end=end,
             frequency=self.update_frequency,
             schedule=self.inter_func,
+            pattern=self.mask_type,
             criterion=self.criterion,
             progress=progress,
             **self.options(),
@@ -251,8 +260,9 @@ class GlobalMagnitudePruning(MagnitudePruning):
 class MFACPruning(MagnitudePruning):
     """Prune by the empirical Fisher, updating the weights that stay.
 
-    `num_recomputations` and `update` are extensions of the format. A single jump from 35 % to 95 % takes any quadratic
-    model of the loss far beyond where it holds; new gradients on the way, by default 8 times, keep it valid.
+    `num_recomputations`, `num_substeps` and `update` are extensions of the format, as are `auto` and `<number>*mean`
+    for `damp`, and `auto` for `fisher_block_size`. A single jump from 35 % to 95 % takes any quadratic model of the
+    loss far beyond where it holds; new gradients on the way, by default 8 times, keep it valid.
     """
 
     criterion: ClassVar[str] = "fisher"
@@ -262,6 +272,7 @@ class MFACPruning(MagnitudePruning):
     damp: Any = 1e-5
     fisher_block_size: Any = 2000  # None: the full matrix
     num_recomputations: Any = 8
+    num_substeps: Any = 4
     update: str = "joint"
     available_devices: Any = None
     use_gradient_buffering: Any = None
@@ -298,8 +309,12 @@ class MFACPruning(MagnitudePruning):
             )
         self.num_grads = _count("num_grads", self.num_grads)
         self.num_recomputations = _count("num_recomputations", self.num_recomputations)
-        self.damp = _positive("damp", self.damp)
-        if self.fisher_block_size is not None:
+        self.num_substeps = _count("num_substeps", self.num_substeps)
+        if isinstance(self.damp, str) and ("mean" in self.damp or self.damp == "auto"):
+            check_settings(self.damp, None)
+        else:
+            self.damp = _positive("damp", self.damp)
+        if self.fisher_block_size not in (None, "auto"):
             self.fisher_block_size = _count("fisher_block_size", self.fisher_block_size)
         if self.update not in UPDATES:
             raise ValueError(f"update must be one of {', '.join(UPDATES)}, got {self.update!r}")
@@ -322,6 +337,7 @@ class MFACPruning(MagnitudePruning):
             "damping": self.damp,
             "block_size": self.fisher_block_size,
             "recomputations": self.num_recomputations,
+            "substeps": self.num_substeps,
             "update": self.update,
         }
 

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mfac._build import cache_dir
-from mfac.prune import PruneResult
+from mfac.result import PruneResult
 from mfac.vision.data import load_data
 from mfac.vision.loop import evaluate, fit
 from mfac.vision.models import MobileNetV1

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from mfac.prune import PruneResult
+from mfac.result import PruneResult
 from mfac.vision.data import Batches, Data
 
 

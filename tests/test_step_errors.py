@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_prune import BACKENDS, LAYERS, D, make_model
+from test_step import BACKENDS, LAYERS, D, make_model
 from torch import nn
 
 from mfac import GradientBuffer, prune_step
@@ -38,7 +38,11 @@ OTHER = GradientBuffer(2, {"0.weight": torch.zeros(8, 5)})
         ({"damping": -1.0}, ValueError, "damping: expected a number in .*, got -1.0"),
         ({"damping": math.nan}, ValueError, "damping: .* got nan"),
         ({"damping": math.inf}, ValueError, "damping: .* got inf"),
-        ({"damping": "1e-7"}, TypeError, "damping: expected a number, got '1e-7'"),
+        ({"damping": "1e-7"}, ValueError, "damping: expected a number .*, as in '1e-2[*]mean', got '1e-7'"),
+        ({"block_size": "all"}, ValueError, "block_size: expected an int, None or 'auto', got 'all'"),
+        ({"substeps": 0}, ValueError, "substeps: expected >= 1, got 0"),
+        ({"substeps": 1.0}, TypeError, "substeps: expected an int, got 1.0"),
+        ({"pattern": "4:2"}, ValueError, "pattern: expected N:M with 1 <= N < M"),
         ({"block_size": 0}, ValueError, "block_size: expected >= 1 or None, got 0"),
         ({"block_size": 2e3}, TypeError, "block_size: expected an int or None, got 2000.0"),
         ({"scope": "model"}, ValueError, "scope: expected one of global, layer, got 'model'"),

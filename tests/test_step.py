@@ -74,7 +74,7 @@ def test_against_dense(m, share, backend):
     masks = masks_of(share) if share < 1 else None
     active = None if masks is None else flat(masks.values())
     kept, weights, loss = dense_prune(grads, weights_of(model), 0.6, active)
-    result = prune_step(model, grads, 0.6, damping=DAMPING, block_size=BLOCK, masks=masks, backend=backend)
+    result = prune_step(model, grads, 0.6, damping=DAMPING, block_size=BLOCK, masks=masks, backend=backend, substeps=1)
     assert torch.equal(flat(result.masks.values()), kept)
     assert oracle.error(weights_of(model), weights) < TOLERANCE["update"]
     assert result.predicted_loss_increase == pytest.approx(loss, rel=TOLERANCE["loss"])
@@ -102,7 +102,9 @@ def test_joint_beats_the_others():
     """All three make the same mask; joint is the minimum of the predicted loss, by far."""
     grads, results = oracle.gradients(12, D), {}
     for update in ("joint", "independent", "none"):
-        results[update] = prune_step(make_model(), grads, 0.4, damping=DAMPING, block_size=None, update=update)
+        results[update] = prune_step(
+            make_model(), grads, 0.4, damping=DAMPING, block_size=None, update=update, substeps=1
+        )
     masks = [flat(result.masks.values()) for result in results.values()]
     assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0], masks[2])
     losses = {update: result.predicted_loss_increase for update, result in results.items()}
@@ -113,7 +115,7 @@ def test_independent_is_the_published_formula():
     """δ = -F⁻¹ u with u_i = w_i / [F⁻¹]_ii on the pruned weights, then zeros."""
     model, grads = make_model(), oracle.gradients(12, D)
     before = weights_of(model).double()
-    result = prune_step(model, grads, 0.3, damping=DAMPING, block_size=BLOCK, update="independent")
+    result = prune_step(model, grads, 0.3, damping=DAMPING, block_size=BLOCK, update="independent", substeps=1)
     kept, inverse = flat(result.masks.values()), oracle.inverse(oracle.fisher(grads, DAMPING, BLOCK))
     u = torch.where(kept, 0, before / inverse.diagonal())
     assert oracle.error(weights_of(model), torch.where(kept, before - inverse @ u, 0)) < TOLERANCE["update"]
@@ -196,7 +198,7 @@ def test_ties_go_to_the_lower_index(criterion, backend):
     model = make_model()
     for name in LAYERS:
         nn.init.constant_(model.get_parameter(name), -0.5)
-    result = prune_step(model, torch.zeros(2, D), 0.6, criterion=criterion, backend=backend)
+    result = prune_step(model, torch.zeros(2, D), 0.6, criterion=criterion, damping=1e-5, backend=backend)
     assert torch.equal(flat(result.masks.values()), torch.arange(D) >= 43)
 
 
@@ -382,5 +384,6 @@ def test_result_as_text():
     ]
     assert len({len(line) for line in lines[:4]}) == 1
     assert lines[4] == f"predicted loss increase {result.predicted_loss_increase:.4g}"
-    assert lines[5].endswith("s (reference)") and "total" in lines[5] and len(lines) == 6
+    assert lines[5] == f"damping {result.damping:.2e}, block size 256"
+    assert lines[6].endswith("s (reference)") and "total" in lines[6] and len(lines) == 7
     assert "predicted" not in str(prune_step(model, None, 0.9, criterion="magnitude"))

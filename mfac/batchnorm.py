@@ -1,0 +1,74 @@
+"""BatchNorm statistics of a pruned model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from mfac.collect import cycle, forward
+
+_NORMS = torch.nn.modules.batchnorm._BatchNorm
+
+
+def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any], num_batches: int = 64) -> None:
+    """Set the running mean and variance of every BatchNorm layer to those of some batches.
+
+    Pruning changes the distribution of every layer's outputs, and in eval mode BatchNorm goes on with the statistics
+    of the dense model: a loss of accuracy that costs no more than a few forward passes to undo. Nothing else is
+    changed: modes, momentum, weights and random state are as before.
+
+    Args:
+        model: Any module; one without BatchNorm is left alone.
+        batches: As for :func:`mfac.collect_gradients`; targets are not used.
+        num_batches: How many; each counts the same. Some thousand samples in all are enough.
+
+    Raises:
+        TypeError: If ``batches`` cannot be iterated or a batch is neither a pair nor a dict.
+        ValueError: If ``num_batches`` < 1, or there are no batches.
+        RuntimeError: If the statistics are not finite; they are as before then, as after any other error.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
+        >>> reestimate_batchnorm(model, [(torch.randn(32, 4) + 3, None)], 1)
+        >>> [round(float(x), 1) for x in model(torch.randn(10_000, 4) + 3).detach().var(0)]
+        [1.0, 1.0]
+    """
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches: expected an iterable of batches, got {type(batches).__name__}")
+    if isinstance(num_batches, bool) or not isinstance(num_batches, int) or num_batches < 1:
+        raise ValueError(f"num_batches: expected an int >= 1, got {num_batches!r}")
+    layers = [layer for layer in model.modules() if isinstance(layer, _NORMS) and layer.running_mean is not None]
+    if not layers:
+        return
+    modes = {module: module.training for module in model.modules()}
+    momenta = [layer.momentum for layer in layers]
+    before = [{name: x.clone() for name, x in layer.named_buffers(recurse=False)} for layer in layers]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        try:
+            model.eval()
+            for layer in layers:
+                layer.train()
+                layer.reset_running_stats()
+                layer.momentum = None  # the mean of all batches
+            source = cycle(batches)
+            for _ in range(num_batches):
+                forward(model, next(source))
+            if not all(torch.isfinite(layer.running_var).all() for layer in layers):
+                raise RuntimeError("model: the statistics of BatchNorm are not finite; is the model or its input NaN?")
+            for layer, state in zip(layers, before, strict=True):
+                if layer.num_batches_tracked is not None:
+                    layer.num_batches_tracked.copy_(state["num_batches_tracked"])
+        except BaseException:
+            for layer, state in zip(layers, before, strict=True):
+                for name, x in state.items():
+                    getattr(layer, name).copy_(x)
+            raise
+        finally:
+            for layer, momentum in zip(layers, momenta, strict=True):
+                layer.momentum = momentum
+            for module, training in modes.items():
+                module.training = training

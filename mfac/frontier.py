@@ -1,0 +1,176 @@
+"""Predicted loss over sparsity, from one set of gradients and without touching the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mfac.gradients import GradientBuffer
+from mfac.patterns import parse_pattern
+from mfac.quadratic import check_settings, choose_settings, prune_vector
+from mfac.result import write_csv
+from mfac.step import Problem, check_method
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """One point of a :class:`Frontier`.
+
+    Attributes:
+        pattern: As given.
+        target: Sparsity as given.
+        sparsity: Share of zeros over all chosen parameters.
+        predicted_loss_increase: ½ δᵀFδ of the step that leads there.
+    """
+
+    pattern: str
+    target: float
+    sparsity: float
+    predicted_loss_increase: float
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """What :func:`frontier` found; ``print`` shows it as a table.
+
+    Attributes:
+        points: In the order of patterns, then sparsities.
+        damping: λ.
+        block_size: B.
+    """
+
+    points: list[FrontierPoint]
+    damping: float
+    block_size: int
+
+    def __str__(self) -> str:
+        """Return the table."""
+        width = max(len("pattern"), *(len(point.pattern) for point in self.points))
+        lines = [f"{'pattern':<{width}} {'target':>8} {'sparsity':>9} {'predicted loss increase':>24}"]
+        for point in self.points:
+            lines.append(
+                f"{point.pattern:<{width}} {point.target:>8.2%} {point.sparsity:>9.2%} "
+                f"{point.predicted_loss_increase:>24.4g}"
+            )
+        return "\n".join(lines)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the points as a CSV file, a row each.
+
+        Args:
+            path: The file.
+        """
+        write_csv(path, FrontierPoint, self.points)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw predicted loss increase over sparsity, a line per pattern.
+
+        Args:
+            path: The image to write.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("the plot needs matplotlib; install it with: pip install matplotlib") from error
+        figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+        axes = figure.subplots()
+        for pattern in dict.fromkeys(point.pattern for point in self.points):
+            mine = [point for point in self.points if point.pattern == pattern]
+            line = ([p.sparsity for p in mine], [p.predicted_loss_increase for p in mine])
+            axes.plot([100 * x for x in line[0]], line[1], "o-", label=pattern)
+        axes.set_yscale("log")
+        axes.set_xlabel("sparsity, %")
+        axes.set_ylabel("predicted loss increase ½ δᵀFδ")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(path)
+
+
+def frontier(
+    model: nn.Module,
+    grads: GradientBuffer | Tensor | Sequence[Mapping[str, Tensor]],
+    sparsities: Iterable[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
+    patterns: Iterable[str | Sequence[int]] = ("unstructured",),
+    *,
+    params: str | Iterable[str] | None = None,
+    damping: float | str = "1e-2*mean",
+    block_size: int | str | None = 256,
+    scope: str = "global",
+    update: str = "joint",
+    criterion: str = "fisher",
+    substeps: int = 8,
+    masks: Mapping[str, Tensor] | None = None,
+    backend: str = "auto",
+    progress: bool = False,
+) -> Frontier:
+    """Predict what pruning costs, over sparsities and patterns, from one set of gradients; the model is not touched.
+
+    Each point is the step that :func:`prune_step` would make. The quadratic model is good for small steps: it tells
+    patterns and sparsities apart, and falls short of the loss itself far out. Gradients of batches of n samples make
+    the prediction n times too small, everywhere alike.
+
+    Args:
+        model: Any module.
+        grads: See :func:`prune_step`, as for all that is not said here.
+        sparsities: Shares of zeros. For a pattern that allows less (2:4 allows 0.5), those above are left out.
+        patterns: ``"unstructured"``, ``"N:M"``, ``"block4"`` or ``[rows, cols]``.
+        params: What to prune.
+        damping: λ, relative, or ``"auto"``: chosen once, for the first pattern at its highest sparsity.
+        block_size: B, None or ``"auto"``.
+        scope: ``"global"`` or ``"layer"``.
+        update: ``"joint"``, ``"independent"`` or ``"none"``.
+        criterion: ``"fisher"`` or ``"magnitude"``.
+        substeps: Sub-steps of each step.
+        masks: Of an earlier step.
+        backend: What computes.
+        progress: Show a progress bar.
+
+    Returns:
+        The points.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a value is wrong, there are no gradients, or no sparsity is within what a pattern allows.
+
+    Example:
+        >>> points = frontier(nn.Linear(8, 8), torch.randn(16, 64), [0.25, 0.5], ["unstructured", "2:4"]).points
+        >>> [(point.pattern, point.sparsity) for point in points]
+        [('unstructured', 0.25), ('unstructured', 0.5), ('2:4', 0.25), ('2:4', 0.5)]
+    """
+    if grads is None:
+        raise ValueError("grads: expected gradients, got None")
+    method = check_method(scope, update, criterion, substeps)
+    check_settings(damping, block_size)
+    wanted = sorted(set(sparsities))
+    plan = []
+    for pattern in patterns:
+        parsed = parse_pattern(pattern)
+        within = [sparsity for sparsity in wanted if sparsity <= parsed.most + 1e-9]
+        if not within:
+            raise ValueError(f"sparsities: expected some up to {parsed.most:g} for {parsed.name}, got {wanted}")
+        plan += [(pattern, parsed.name, sparsity) for sparsity in within]
+    if not plan:
+        raise ValueError("patterns: expected at least one, got none")
+    problem, points, fisher = None, [], None
+    with torch.no_grad(), tqdm(total=len(plan), desc="frontier", disable=not progress) as bar:
+        first = max(sparsity for pattern, name, sparsity in plan if name == plan[0][1])
+        for pattern, name, sparsity in [(*plan[0][:2], first), *plan]:
+            problem = Problem(model, grads, sparsity, params, pattern, scope, masks, criterion, backend)
+            weights = problem.weights()
+            if fisher is None:
+                fisher, _ = choose_settings(
+                    problem.fisher, weights, problem.active, problem.selection, method, damping, block_size
+                )
+                continue
+            kept, loss = prune_vector(weights, problem.active, fisher, problem.selection, method)
+            points.append(FrontierPoint(name, sparsity, 1 - int(kept.sum()) / len(kept), loss))
+            bar.update()
+    return Frontier(points, fisher.damping, fisher.block_size)

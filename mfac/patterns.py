@@ -1,0 +1,119 @@
+"""Patterns: which weights are pruned together."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MOST_SUBSETS = 5000
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """How the weights of a layer group.
+
+    A group is a rectangle of ``rows`` output by ``cols`` input channels, at one position of the kernel for a
+    convolution. Of each group that is pruned, ``pruned`` weights go: all of a block, M - N of an N:M group. Weights
+    of the last rows and columns that make no whole group stay dense.
+
+    Attributes:
+        name: What the user wrote.
+        rows: Output channels of a group.
+        cols: Input channels of a group.
+        pruned: Weights of a group that go.
+    """
+
+    name: str
+    rows: int = 1
+    cols: int = 1
+    pruned: int = 1
+
+    @property
+    def size(self) -> int:
+        """P, weights of a group."""
+        return self.rows * self.cols
+
+    @property
+    def most(self) -> float:
+        """The largest share of zeros in whole groups."""
+        return self.pruned / self.size
+
+    def subsets(self) -> Tensor:
+        """Return the ways to prune a group, [k, pruned] int64, places in [0, P)."""
+        return torch.tensor(list(itertools.combinations(range(self.size), self.pruned)))
+
+    def groups(self, shape: Sequence[int]) -> Tensor:
+        """Return the positions of the weights of every whole group in the flattened weight.
+
+        Args:
+            shape: Of the weight, [out, in, ...]; groups of more than one weight need two dimensions or more.
+
+        Returns:
+            [n, P] int64; n = 0 if none fits.
+        """
+        if self.size == 1:
+            return torch.arange(math.prod(shape))[:, None]
+        if len(shape) < 2:
+            return torch.empty(0, self.size, dtype=torch.long)
+        down, across = shape[0] // self.rows, shape[1] // self.cols
+        index = torch.arange(math.prod(shape)).view(shape[0], shape[1], -1)
+        whole = index[: down * self.rows, : across * self.cols]
+        tiles = whole.reshape(down, self.rows, across, self.cols, index.shape[2])
+        return tiles.permute(0, 2, 4, 1, 3).reshape(-1, self.size)
+
+
+UNSTRUCTURED = Pattern("unstructured")
+
+
+def parse_pattern(pattern: str | Sequence[int]) -> Pattern:
+    """Understand what the user wrote.
+
+    Args:
+        pattern: ``"unstructured"``; ``"N:M"``: of M neighbouring input channels N weights are kept; ``"block4"``:
+            blocks of 4 neighbouring input channels; or ``[rows, cols]``: blocks of output by input channels.
+
+    Returns:
+        The pattern.
+
+    Raises:
+        TypeError: If it is neither a string nor two integers.
+        ValueError: If it is another word, N is not below M, or N of M in more ways than can be tried.
+
+    Example:
+        >>> parse_pattern("2:4").subsets().tolist()
+        [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
+        >>> parse_pattern([2, 2]).groups((4, 2)).tolist()
+        [[0, 1, 2, 3], [4, 5, 6, 7]]
+    """
+    known = "expected 'unstructured', 'N:M' such as '2:4', 'block4' or [rows, cols]"
+    if isinstance(pattern, str):
+        if pattern == "unstructured":
+            return UNSTRUCTURED
+        if pattern == "block4":
+            return Pattern(pattern, 1, 4, 4)
+        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", pattern)
+        if not match:
+            raise ValueError(f"pattern: {known}, got {pattern!r}")
+        keep, size = map(int, match.groups())
+        if not 1 <= keep < size:
+            raise ValueError(f"pattern: expected N:M with 1 <= N < M (N kept of M), got {pattern!r}")
+        if math.comb(size, keep) > _MOST_SUBSETS:
+            raise ValueError(
+                f"pattern: {pattern} allows {math.comb(size, keep)} ways to prune a group, all of which are tried; "
+                f"expected at most {_MOST_SUBSETS}"
+            )
+        return Pattern(f"{keep}:{size}", 1, size, size - keep)
+    if not isinstance(pattern, Sequence) or len(pattern) != 2:
+        raise TypeError(f"pattern: {known}, got {pattern!r}")
+    if any(isinstance(x, bool) or not isinstance(x, int) for x in pattern):
+        raise TypeError(f"pattern: {known}, got {pattern!r}")
+    rows, cols = pattern
+    if rows < 1 or cols < 1:
+        raise ValueError(f"pattern: expected [rows, cols] >= 1, got {list(pattern)}")
+    return Pattern(f"[{rows}, {cols}]", rows, cols, rows * cols)

@@ -1,0 +1,150 @@
+"""Sub-steps under one Fisher, and the automatic choice of damping and block size."""
+
+import warnings
+
+import oracle
+import pytest
+import torch
+from oracle import BACKENDS, TOLERANCE
+from torch import nn
+
+import mfac
+from mfac.quadratic import BLOCK_SIZES, DAMPINGS
+
+
+def linear(inputs=12, outputs=10):
+    torch.manual_seed(0)
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("block_size", [30, 120])
+def test_substeps_are_exact(block_size, backend):
+    """However the mask came about, the weights and the loss are those of the joint update from the start, F dense."""
+    model, grads = linear(), oracle.gradients(50, 120)
+    before = model.weight.detach().flatten().clone()
+    result = mfac.prune_step(
+        model, grads, 0.7, damping=1e-3, block_size=block_size, substeps=5, backend=backend
+    )  # fmt: skip
+    dense, kept = oracle.fisher(grads, 1e-3, block_size), result.masks["weight"].flatten()
+    step = oracle.joint_step(dense, before, kept)
+    assert oracle.error(model.weight.detach().flatten(), before.double() + step) < TOLERANCE["update"]
+    assert result.predicted_loss_increase == pytest.approx(0.5 * float(step @ dense @ step), rel=TOLERANCE["loss"])
+    assert int(kept.sum()) == 36
+
+
+def test_substeps_choose_better():
+    """On correlated weights the mask of many sub-steps costs less than that of one, by the quadratic model itself."""
+    generator = torch.Generator().manual_seed(1)
+    grads = torch.randn(200, 20, generator=generator) @ torch.randn(20, 120, generator=generator)
+    grads += 0.3 * torch.randn(200, 120, generator=generator)
+    losses = [
+        mfac.prune_step(linear(), grads, 0.7, damping=1e-3, block_size=None, substeps=s).predicted_loss_increase
+        for s in (1, 4, 32)
+    ]
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_more_substeps_than_weights():
+    model = linear(3, 2)
+    assert mfac.prune_step(model, oracle.gradients(8, 6), 0.5, substeps=50).sparsity == 0.5
+    assert int((model.weight == 0).sum()) == 3
+
+
+def test_substeps_after_masks():
+    model, grads = linear(), oracle.gradients(50, 120)
+    masks = mfac.prune_step(model, grads, 0.3).masks
+    result = mfac.prune_step(model, grads, 0.8, masks=masks, substeps=6)
+    assert result.sparsity == pytest.approx(0.8) and not (result.masks["weight"] & ~masks["weight"]).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_auto_takes_the_best_of_its_table(backend):
+    """The scores are those of steps made by hand from three quarters of the gradients; the lowest wins."""
+    grads, options = oracle.gradients(40, 120), {"substeps": 2, "backend": backend}
+    result = mfac.prune_step(linear(), grads, 0.6, damping="auto", block_size="auto", **options)
+    fit, rest = grads[:30], grads[30:]
+    best = min(result.candidates, key=lambda c: c.score)
+    scale = float(fit.square().mean())
+    tried = [(round(c.damping / scale, 6), c.block_size) for c in result.candidates]
+    assert tried[0] == (1e-2, 64) and len(set(tried)) == len(tried) >= len(DAMPINGS)
+    for candidate in result.candidates:
+        model = linear()
+        before = model.weight.detach().flatten().clone()
+        options |= {"damping": candidate.damping, "block_size": candidate.block_size}
+        mfac.prune_step(model, fit, 0.6, **options)
+        score = 0.5 * float((rest @ (model.weight.detach().flatten() - before)).square().mean())
+        assert candidate.score == pytest.approx(score, rel=1e-3)
+    assert result.block_size == best.block_size
+    assert result.damping / float(grads.square().mean()) == pytest.approx(best.damping / scale, rel=1e-5)
+
+
+def test_auto_looks_at_the_neighbours_of_the_best():
+    """All block sizes at one damping, all dampings at the best of them, and the sizes next to it at the best
+    damping."""
+    torch.manual_seed(0)
+    grads = oracle.gradients(40, 600)
+    result = mfac.prune_step(linear(20, 30), grads, 0.6, damping="auto", block_size="auto", substeps=1)
+    scale = float(grads[:30].square().mean())
+    tried = {(float(f"{c.damping / scale:.3g}"), c.block_size): c.score for c in result.candidates}
+    sizes, dampings = [b for b in BLOCK_SIZES if b < 600], [float(d.split("*")[0]) for d in DAMPINGS]
+    first = min(sizes, key=lambda b: tried[1e-2, b])
+    assert set(tried) >= {(d, first) for d in dampings}
+    damping = min(dampings, key=lambda d: tried[d, first])
+    assert set(tried) >= {(damping, b) for b in sizes if b in (first // 2, first, first * 2)}
+    assert result.block_size == min(tried, key=tried.get)[1]
+
+
+def test_auto_for_one_of_the_two():
+    grads = oracle.gradients(40, 120)
+    result = mfac.prune_step(linear(), grads, 0.6, damping="auto", block_size=30)
+    assert result.block_size == 30 and len(result.candidates) == len(DAMPINGS)
+    result = mfac.prune_step(linear(), grads, 0.6, damping=1e-3, block_size="auto")
+    assert result.damping == 1e-3 and {c.damping for c in result.candidates} == {1e-3}
+    result = mfac.prune_step(linear(5, 4), oracle.gradients(4, 20), 0.6, damping="auto", block_size="auto")
+    assert result.block_size == 20  # all there are
+
+
+def test_auto_needs_four(unchanged):
+    model = linear()
+    with unchanged(model), pytest.raises(ValueError, match="grads: 'auto' needs at least 4 gradients; got 3"):
+        mfac.prune_step(model, oracle.gradients(3, 120), 0.5, damping="auto")
+
+
+def test_relative_damping():
+    grads = oracle.gradients(20, 120, scale=1e-4)
+    result = mfac.prune_step(linear(), grads, 0.5, damping="3e-2*mean")
+    assert result.damping == pytest.approx(3e-2 * float(grads.square().mean()), rel=1e-5)
+
+
+def test_relative_damping_makes_the_scale_of_the_loss_irrelevant():
+    grads, masks = oracle.gradients(20, 120), []
+    for scale in (2.0**-20, 1.0, 2.0**20):  # exact in float32
+        masks.append(mfac.prune_step(linear(), grads * scale, 0.5).masks["weight"])
+    assert torch.equal(masks[0], masks[1]) and torch.equal(masks[1], masks[2])
+
+
+@pytest.mark.parametrize(
+    ("damping", "message"),
+    [
+        (1e-15, "damping: 1e-15 is .* of the trace of a block .*, too little for float64; try damping='1e-2[*]mean'"),
+        (1e6, "damping: 1e[+]06 is .* times the mean square of the gradients: little but magnitudes counts"),
+    ],
+)
+def test_ill_conditioned(damping, message):
+    with pytest.warns(UserWarning, match=message):
+        mfac.prune_step(linear(), oracle.gradients(20, 120), 0.5, damping=damping)
+
+
+def test_no_warning_for_usual_dampings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for damping in (1e-8, 1e-5, 1e-2, 1.0, "1e-3*mean", "auto"):
+            mfac.prune_step(linear(), oracle.gradients(20, 120), 0.5, damping=damping)
+
+
+def test_gradients_that_leave_no_finite_step(unchanged):
+    model = linear()
+    grads = torch.full((8, 120), 1e38) * torch.randn(8, 120).sign()
+    with unchanged(model), pytest.raises(RuntimeError, match="no candidate gives a finite step"):
+        mfac.prune_step(model, grads, 0.5, damping="auto", block_size=30)
