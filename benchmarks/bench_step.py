@@ -1,4 +1,5 @@
-"""Whole prune_steps from 50 to 90 % on layers of the size of known networks, and the memory that one takes.
+"""Whole prune_steps of one sub-step from 50 to 90 % on layers of the size of known networks, and the memory that one
+takes.
 
 Floor: the flops of factor and solve over the half that is left and of the factor over the tenth that survives, and
 one read of G for each of the two.
@@ -10,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import B, diagonal_flops, factor_flops, random_gradients, widths
+from conftest import DAMPING, B, diagonal_flops, factor_flops, random_gradients, widths
 
 import mfac
 
@@ -50,7 +51,9 @@ def test_prune_step(measure, step, size, update):
     updated = [n // 10 for n in widths(d, B)] if update == "joint" else half
 
     def prune():
-        return mfac.prune_step(model, grads, 0.9, masks=masks, update=update)
+        return mfac.prune_step(
+            model, grads, 0.9, masks=masks, update=update, substeps=1, damping=DAMPING, block_size=B
+        )  # fmt: skip
 
     def restore():
         model.load_state_dict({"weight": dense})
@@ -71,8 +74,8 @@ model, grads = torch.nn.Linear(1000, 1000, bias=False), random_gradients(256, 1_
 def peak():  # of this process only: ru_maxrss would remember that of the parent
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 before = peak()
-result = mfac.prune_step(model, grads, 0.5)
-mfac.prune_step(model, grads, 0.9, masks=result.masks)
+result = mfac.prune_step(model, grads, 0.5, block_size=2000)
+mfac.prune_step(model, grads, 0.9, masks=result.masks, block_size=2000)
 print((peak() - before) / 1024)
 """
 

@@ -88,7 +88,8 @@ def test_a_shuffling_loader_gives_new_batches_each_time():
 def test_auto_is_chosen_once_for_the_final_sparsity():
     batches = make_batches(20)
     result = mfac.prune(
-        make_model(), batches, LOSS, 0.8, num_grads=8, recomputations=3, refresh=4, progress=False
+        make_model(), batches, LOSS, 0.8, num_grads=8, recomputations=3, refresh=4, progress=False,
+        damping="auto", block_size="auto",
     )  # fmt: skip
     assert len(result.candidates) >= 2 + 3  # 64 and 128 of 180 weights, and the other dampings
     assert len({s.block_size for s in result.steps}) == 1

@@ -30,10 +30,10 @@ import mfac
 M = 256  # gradients of 32 images
 REFRESH = M // 4
 PUBLISHED = {"damping": 1e-5, "block_size": 2000, "substeps": 1}
-METHODS = {  # options of mfac.prune; those not named are the defaults of prune_step
+METHODS = {  # options of mfac.prune; those not named are its defaults
     "independent": {"update": "independent", "refresh": M, **PUBLISHED},
-    "joint": {"refresh": M, "damping": "1e-2*mean", "block_size": 256},
-    "rolling": {"refresh": REFRESH, "damping": "1e-2*mean", "block_size": 256},
+    "joint": {"refresh": M},
+    "rolling": {"refresh": REFRESH},
     "auto": {"refresh": REFRESH, "damping": "auto", "block_size": "auto"},
 }
 LABELS = {
@@ -70,15 +70,16 @@ class Bench:
     def run(self, method: str, sparsity: float, recomputations: int, seed: int) -> dict:
         """Prune and measure."""
         model = load_model(self.checkpoint)
+        grads = self.gradients(seed) if recomputations == 1 and method != "magnitude" else None
         began = time.perf_counter()
         if method == "magnitude":
             result = mfac.prune_step(model, None, sparsity, criterion="magnitude")
         elif recomputations == 1:  # the same as mfac.prune, from gradients that all methods share
             options = {key: value for key, value in METHODS[method].items() if key != "refresh"}
-            result = mfac.prune_step(model, self.gradients(seed), sparsity, **options)
+            result = mfac.prune_step(model, grads, sparsity, **options)
         else:
             batches = endless_batches(*self.train, seed)
-            options = {"substeps": 8, **METHODS[method], "recomputations": recomputations}
+            options = {**METHODS[method], "recomputations": recomputations}
             result = mfac.prune(model, batches, F.cross_entropy, sparsity, num_grads=M, progress=False, **options)
         seconds = time.perf_counter() - began
         return {**self.measured(model, seed), "seconds": seconds, "damping": result.damping, "B": result.block_size}
@@ -97,7 +98,8 @@ class Bench:
             mfac.prune_step(model, grads, sparsity, pattern=pattern)
         else:
             single_saliencies(model, grads, sparsity, pattern, rule)
-        return {**self.measured(model, seed), "seconds": time.perf_counter() - began}
+        seconds = time.perf_counter() - began
+        return {**self.measured(model, seed), "seconds": seconds}
 
 
 def single_saliencies(model: nn.Module, grads: mfac.GradientBuffer, sparsity: float, pattern: str, rule: str) -> None:
