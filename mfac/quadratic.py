@@ -72,7 +72,7 @@ def prune_vector(
     before, first = weights.clone(), fisher.replace(active=active)
     kept, loss = active, 0.0
     seconds = {} if seconds is None else seconds
-    for substep in range(1, method.substeps + 1):
+    for left in range(method.substeps, 0, -1):
         model, diagonal = fisher.replace(active=kept), None
         with timed(seconds, "saliency"):
             if method.update == "independent" or (method.criterion == "fisher" and selection.positions is None):
@@ -80,7 +80,7 @@ def prune_vector(
             scores = saliencies(weights, model, selection, method.criterion, diagonal)
         with timed(seconds, "selection"):
             zeroed = weights if method.update == "none" else None
-            kept = selection.select(scores, kept, substep / method.substeps, fisher.kernels, zeroed)
+            kept = selection.select(scores, kept, 1 / left, fisher.kernels, zeroed)  # equal ratios of density
             del scores
         with timed(seconds, "update"):
             if method.update == "joint":

@@ -10,6 +10,7 @@ from torch import nn
 
 import mfac
 from mfac.quadratic import BLOCK_SIZES, DAMPINGS
+from mfac.selection import Selection
 
 
 def linear(inputs=12, outputs=10):
@@ -43,6 +44,23 @@ def test_substeps_choose_better():
         for s in (1, 4, 32)
     ]
     assert losses[0] > losses[1] > losses[2]
+
+
+def test_substeps_are_equal_ratios_of_the_density(monkeypatch):
+    """From 120 weights to 30 in four: each keeps the same share, 0.25 ** 0.25, of those before."""
+    select, counts = Selection.select, []
+
+    def spy(*args):
+        kept = select(*args)
+        counts.append(int(kept.sum()))
+        return kept
+
+    monkeypatch.setattr(Selection, "select", spy)
+    mfac.prune_step(linear(), oracle.gradients(50, 120), 0.75, substeps=4)
+    assert counts == [85, 60, 42, 30]
+    counts.clear()
+    mfac.prune_step(linear(), oracle.gradients(50, 120), 0.25, pattern="2:4", substeps=2)  # half of the 30 groups
+    assert counts == [120 - 2 * 8, 120 - 2 * 15]
 
 
 def test_more_substeps_than_weights():
