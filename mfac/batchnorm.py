@@ -60,8 +60,10 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any], num_batches: 
             if not all(torch.isfinite(layer.running_var).all() for layer in layers):
                 raise RuntimeError("model: the statistics of BatchNorm are not finite; is the model or its input NaN?")
             for layer, state in zip(layers, before, strict=True):
-                if layer.num_batches_tracked is not None:
-                    layer.num_batches_tracked.copy_(state["num_batches_tracked"])
+                if layer.num_batches_tracked == 0:  # not run in eval mode: as it was
+                    layer.running_mean.copy_(state["running_mean"])
+                    layer.running_var.copy_(state["running_var"])
+                layer.num_batches_tracked.copy_(state["num_batches_tracked"])
         except BaseException:
             for layer, state in zip(layers, before, strict=True):
                 for name, x in state.items():

@@ -70,7 +70,11 @@ def collect_gradients(
         chosen = prunable_parameters(model, params)
         buffer = GradientBuffer(num_grads, chosen, dtype)
     else:
-        chosen = {name: model.get_parameter(name) for name in buffer.names}
+        if not isinstance(buffer, GradientBuffer):
+            raise TypeError(f"buffer: expected a GradientBuffer, got {type(buffer).__name__}")
+        if params is not None:
+            raise ValueError("params: expected None with a buffer, which has its own")
+        chosen = prunable_parameters(model, buffer.names)
         _check_num_grads(num_grads)
         if num_grads > buffer.num_grads:
             raise ValueError(f"num_grads: expected at most the {buffer.num_grads} rows of the buffer, got {num_grads}")
@@ -182,7 +186,7 @@ def mean_loss(
     Returns:
         The mean over the batches.
     """
-    with _evaluation(model, ()), torch.no_grad():
+    with _evaluation(model, model.parameters()), torch.no_grad():
         return sum(float(_loss(model, next(batches), loss_fn, False)) for _ in range(num_batches)) / num_batches
 
 
@@ -235,7 +239,6 @@ class GradientSource:
         self.batches = cycle(batches, num_grads if announce else None)
         self._random = torch.Generator().manual_seed(torch.initial_seed())
         self._buffer: GradientBuffer | None = None
-        self._rolling = False  # whether its rows are worth keeping
 
     def collect(self, model: nn.Module, params: list[str], progress: bool = False) -> GradientBuffer:
         """Return the ring after renewing its rows: all at first, then ``refresh``.
@@ -248,16 +251,13 @@ class GradientSource:
         Returns:
             A full buffer, the same one each time.
         """
-        device = next(model.parameters()).device
-        if self._buffer is not None and (self._buffer.device != device or self._buffer.names != params):
-            self._buffer = None  # the model has been moved
-        count = self.refresh if self._buffer is not None and self._rolling else self.num_grads
+        count = self.num_grads if self._buffer is None else self.refresh
         with self._seeded():
             self._buffer = collect_gradients(
                 model, self.batches, self._loss_fn, count,
-                params=params, dtype=self.dtype, buffer=self._buffer, progress=progress,
+                params=params if self._buffer is None else None, dtype=self.dtype, buffer=self._buffer,
+                progress=progress,
             )  # fmt: skip
-        self._rolling = True
         return self._buffer
 
     def loss(self, model: nn.Module, num_batches: int) -> float:
@@ -272,9 +272,9 @@ class GradientSource:
             torch.default_generator.manual_seed(seed)
             yield
 
-    def restart(self) -> None:
-        """Renew all rows at the next collection."""
-        self._rolling = False
+    def release(self) -> None:
+        """Free the ring: all rows are new at the next collection."""
+        self._buffer = None
 
     def get_state(self) -> Tensor:
         """Return the random state."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mfac import ops
 from mfac.gradients import GradientBuffer
+from mfac.reference import check_groups
 
 
 class Fisher:
@@ -243,10 +244,11 @@ class Fisher:
             [n, k] float32.
 
         Raises:
-            TypeError: If weights are not a float32 tensor.
+            TypeError: If one is not a tensor of its type.
             ValueError: If a shape, device or position is wrong.
         """
         self._check_vector("weights", weights, torch.float32)
+        check_groups(groups, subsets, self.grads)
         return self.kernels.group_saliency(
             self.grads, weights, groups, subsets, self.damping, self.block_size, self._active
         )

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mfac.gradients import GradientBuffer
+from mfac.parameters import names_of
 from mfac.patterns import parse_pattern
 from mfac.quadratic import check_settings, choose_settings, prune_vector
 from mfac.result import write_csv
+from mfac.selection import share_of_zeros
 from mfac.step import Problem, check_method
 
 
@@ -149,9 +151,10 @@ def frontier(
         raise ValueError("grads: expected gradients, got None")
     method = check_method(scope, update, criterion, substeps)
     check_settings(damping, block_size)
-    wanted = sorted(set(sparsities))
+    params = names_of(params)
+    wanted = sorted({share_of_zeros(sparsity, "sparsities") for sparsity in sparsities})
     plan = []
-    for pattern in patterns:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
         parsed = parse_pattern(pattern)
         within = [sparsity for sparsity in wanted if sparsity <= parsed.most + 1e-9]
         if not within:
@@ -163,7 +166,10 @@ def frontier(
     with torch.no_grad(), tqdm(total=len(plan), desc="frontier", disable=not progress) as bar:
         first = max(sparsity for pattern, name, sparsity in plan if name == plan[0][1])
         for pattern, name, sparsity in [(*plan[0][:2], first), *plan]:
-            problem = Problem(model, grads, sparsity, params, pattern, scope, masks, criterion, backend)
+            problem = Problem(
+                model, grads, sparsity, params=params, pattern=pattern, scope=scope, masks=masks, criterion=criterion,
+                backend=backend,
+            )  # fmt: skip
             weights = problem.weights()
             if fisher is None:
                 fisher, _ = choose_settings(

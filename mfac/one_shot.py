@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mfac import ops
 from mfac.batchnorm import reestimate_batchnorm
 from mfac.collect import GradientSource
-from mfac.parameters import prunable_parameters
-from mfac.patterns import parse_pattern
+from mfac.parameters import names_of, prunable_parameters
 from mfac.quadratic import Candidate, check_settings, choose_settings, timed
 from mfac.result import PruneResult, PruneStep
 from mfac.schedule import between
-from mfac.selection import sparsity_groups
+from mfac.selection import Selection
 from mfac.step import Problem, check_method, prune_step
 
 
@@ -94,15 +96,16 @@ def prune(
     began = time.perf_counter()
     method = check_method(scope, update, criterion, substeps)
     check_settings(damping, block_size)
-    parse_pattern(pattern)
     for name, value, least in (("recomputations", recomputations, 1), ("batchnorm_batches", batchnorm_batches, 0)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}: expected an int, got {value!r}")
         if value < least:
             raise ValueError(f"{name}: expected >= {least}, got {value}")
-    params = params if params is None or isinstance(params, str) else list(params)
-    names = list(prunable_parameters(model, params))
-    sparsity_groups(names, sparsity, scope)
+    params = names_of(params)
+    chosen = prunable_parameters(model, params)
+    names = list(chosen)
+    Selection(chosen, sparsity, scope, pattern, params or ())  # checks
+    ops.select_backend(backend, next(iter(chosen.values())).device)
     refresh = max(1, num_grads // 4) if refresh is None and isinstance(num_grads, int) else refresh
     source = GradientSource(batches, loss_fn, num_grads, refresh, dtype, announce=True)
 
@@ -117,17 +120,20 @@ def prune(
     with tqdm(total=recomputations, desc="pruning", disable=not progress) as bar:
         start = time.perf_counter()
         buffer = source.collect(model, names, progress)
+        collected = time.perf_counter()
         if "auto" in (damping, block_size):
             with timed(seconds, "settings"), torch.no_grad():
-                problem = Problem(model, buffer, sparsity, params, pattern, scope, None, criterion, backend)
+                problem = Problem(
+                    model, buffer, sparsity, params=params, pattern=pattern, scope=scope, masks=None,
+                    criterion=criterion, backend=backend,
+                )  # fmt: skip
                 fisher, candidates = choose_settings(
                     problem.fisher, problem.weights(), None, problem.selection, method, damping, block_size, progress
                 )
             damping = f"{fisher.damping / fisher.mean_square!r}*mean" if damping == "auto" else damping
             block_size = fisher.block_size
         for r in range(1, recomputations + 1):
-            collected, fresh = time.perf_counter(), num_grads if r == 1 else source.refresh
-            loss, samples = buffer.loss, buffer.samples
+            fresh, loss, samples = num_grads if r == 1 else source.refresh, buffer.loss, buffer.samples
             share = r / recomputations
             now = (
                 {key: between(0, value, share) for key, value in sparsity.items()}
@@ -143,11 +149,9 @@ def prune(
                 seconds[stage] = seconds.get(stage, 0.0) + value
             if r < recomputations:
                 buffer = source.collect(model, names, progress)
-                after = buffer.loss
+                collected, after = time.perf_counter(), buffer.loss
             else:
-                if batchnorm_batches:
-                    reestimate_batchnorm(model, source.batches, batchnorm_batches)
-                after = source.loss(model, source.refresh)
+                after = _finish(model, source, batchnorm_batches)
             steps.append(
                 PruneStep(
                     sparsity=result.sparsity,
@@ -166,3 +170,14 @@ def prune(
     seconds["total"] = time.perf_counter() - began
     result.steps, result.candidates, result.seconds = steps, candidates, seconds
     return result
+
+
+def _finish(model: nn.Module, source: GradientSource, batchnorm_batches: int) -> float:
+    """Re-estimate BatchNorm if asked for and measure the loss; what has been pruned is not lost if the batches end."""
+    try:
+        if batchnorm_batches:
+            reestimate_batchnorm(model, source.batches, batchnorm_batches)
+        return source.loss(model, source.refresh)
+    except ValueError as error:
+        warnings.warn(f"pruned, but not measured or without new BatchNorm statistics: {error}", stacklevel=3)
+        return math.nan

@@ -50,9 +50,7 @@ def prunable_parameters(model: nn.Module, params: str | Iterable[str] | None = N
 
     groups = {"__ALL__": list(every), "__ALL_PRUNABLE__": list(prunable)}
     chosen: set[str] = set()
-    if not isinstance(params, Iterable):
-        raise TypeError(f"params: expected names of parameters or None, got {params!r}")
-    for entry in [params] if isinstance(params, str) else params:
+    for entry in names_of(params):
         found = matching_names(entry, every) or groups.get(entry)
         if not found:
             raise ValueError(f"params: {entry!r} matches no parameter of the model, which has {_shorten(every)}")
@@ -60,6 +58,25 @@ def prunable_parameters(model: nn.Module, params: str | Iterable[str] | None = N
     if not chosen:
         raise ValueError("params: expected at least one name, got none")
     return {name: p for name, p in every.items() if name in chosen}
+
+
+def names_of(params: str | Iterable[str] | None) -> list[str] | None:
+    """Return what the user wrote to choose parameters as a list.
+
+    Args:
+        params: See :func:`prunable_parameters`; an iterator is used up.
+
+    Returns:
+        The entries, or None.
+
+    Raises:
+        TypeError: If it cannot be iterated.
+    """
+    if params is None:
+        return None
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params: expected names of parameters or None, got {params!r}")
+    return [params] if isinstance(params, str) else list(params)
 
 
 def matching_names(entry: str, names: Iterable[str]) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _MOST_SUBSETS = 5000
+_MOST_WEIGHTS = 1024  # of a block, whose P² elements of F⁻¹ are formed
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Pattern:
     def most(self) -> float:
         """The largest share of zeros in whole groups."""
         return self.pruned / self.size
+
+    @property
+    def ways(self) -> int:
+        """k, the number of ways to prune a group."""
+        return math.comb(self.size, self.pruned)
 
     def subsets(self) -> Tensor:
         """Return the ways to prune a group, [k, pruned] int64, places in [0, P)."""
@@ -103,6 +109,8 @@ def parse_pattern(pattern: str | Sequence[int]) -> Pattern:
         keep, size = map(int, match.groups())
         if not 1 <= keep < size:
             raise ValueError(f"pattern: expected N:M with 1 <= N < M (N kept of M), got {pattern!r}")
+        if size > _MOST_WEIGHTS:
+            raise ValueError(f"pattern: expected N:M with M <= {_MOST_WEIGHTS}, got {pattern!r}")
         if math.comb(size, keep) > _MOST_SUBSETS:
             raise ValueError(
                 f"pattern: {pattern} allows {math.comb(size, keep)} ways to prune a group, all of which are tried; "
@@ -116,4 +124,6 @@ def parse_pattern(pattern: str | Sequence[int]) -> Pattern:
     rows, cols = pattern
     if rows < 1 or cols < 1:
         raise ValueError(f"pattern: expected [rows, cols] >= 1, got {list(pattern)}")
+    if rows * cols > _MOST_WEIGHTS:
+        raise ValueError(f"pattern: expected blocks of at most {_MOST_WEIGHTS} weights, got {list(pattern)}")
     return Pattern(f"[{rows}, {cols}]", rows, cols, rows * cols)

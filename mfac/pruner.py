@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from mfac.collect import GradientSource
 from mfac.gradients import GradientBuffer
 from mfac.ops import BACKENDS
-from mfac.parameters import prunable_parameters
-from mfac.patterns import parse_pattern
+from mfac.parameters import names_of, prunable_parameters
 from mfac.quadratic import check_settings
 from mfac.result import PruneResult
 from mfac.schedule import Schedule, between
-from mfac.selection import sparsity_groups
-from mfac.step import check_method, prune_step
+from mfac.selection import Selection, sparsity_groups
+from mfac.step import Problem, check_method, prune_problem
 
 
 class Pruner:
@@ -117,13 +116,12 @@ class Pruner:
         progress: bool = False,
     ) -> None:
         """Check the arguments; the model is not touched."""
-        check_method(scope, update, criterion, substeps)
+        method = check_method(scope, update, criterion, substeps)
         check_settings(damping, block_size)
-        parse_pattern(pattern)
-        given = (batches is not None) + (buffer is not None)
-        if given > 1 or (given == 0 and criterion == "fisher"):
+        sources = (batches is not None) + (buffer is not None)
+        if sources > 1 or (sources == 0 and criterion == "fisher"):
             wanted = "exactly one of them for criterion='fisher'" if criterion == "fisher" else "at most one of them"
-            raise ValueError(f"batches, buffer: expected {wanted}, got {'both' if given else 'neither'}")
+            raise ValueError(f"batches, buffer: expected {wanted}, got {'both' if sources else 'neither'}")
         if isinstance(recomputations, bool) or not isinstance(recomputations, int) or recomputations < 1:
             raise ValueError(f"recomputations: expected an int >= 1, got {recomputations!r}")
         self._source = None if batches is None else GradientSource(batches, loss_fn, num_grads, refresh, dtype)
@@ -135,13 +133,14 @@ class Pruner:
             raise ValueError(
                 f"recomputations: expected 1 with a buffer (fresh gradients need batches), got {recomputations}"
             )
-        if params is None and buffer is not None:
-            params = buffer.names
-        self._names = list(prunable_parameters(model, params))
+        given = names_of(params)
+        self._names = list(prunable_parameters(model, buffer.names if given is None and buffer is not None else given))
         groups = sparsity_groups(self._names, sparsity, scope)
-        if params is None and isinstance(sparsity, Mapping):
+        if given is None and buffer is None and isinstance(sparsity, Mapping):
             named = {name for names, _ in groups for name in names}
             self._names = [name for name in self._names if name in named]
+        self._named, self._model = given or [], model
+        Selection(self._params, sparsity, scope, pattern, self._named)  # checks
         if buffer is not None and self._names != buffer.names:
             raise ValueError(
                 f"params: expected those of the buffer, {', '.join(buffer.names[:8])}; got {', '.join(self._names[:8])}"
@@ -151,11 +150,9 @@ class Pruner:
         self._schedules = {
             key: Schedule(initial_sparsity, value, start, end, frequency, schedule) for key, value in final.items()
         }
-        self._model, self._buffer, self._recomputations, self._progress = model, buffer, recomputations, progress
-        self._options = {
-            "damping": damping, "block_size": block_size, "pattern": pattern, "scope": scope, "update": update,
-            "criterion": criterion, "substeps": substeps, "backend": backend,
-        }  # fmt: skip
+        self._buffer, self._recomputations, self._progress = buffer, recomputations, progress
+        self._method, self._settings = method, (damping, block_size)
+        self._options = {"pattern": pattern, "scope": scope, "criterion": criterion, "backend": backend}
         self._calls = 0
         self._last: float | None = None
         self._reached = dict.fromkeys(self._schedules, 0.0)
@@ -218,17 +215,19 @@ class Pruner:
     def _prune(self, target: dict[str | None, float]) -> PruneResult:
         """Prune to the target by steps at equal ratios of the remaining weights."""
         origin = dict(self._reached)
-        if self._source is not None:
-            self._source.restart()  # since the last update the model has been trained
-        for r in range(1, self._recomputations + 1):
-            share = r / self._recomputations
-            now = {key: between(origin[key], target[key], share) for key in target}
-            grads = self._gradients()
-            sparsity = now[None] if None in now else now
-            result = prune_step(
-                self._model, grads, sparsity, params=self._names, masks=self.masks or None, **self._options
-            )
-            self.masks, self._reached = result.masks, now
+        try:
+            for r in range(1, self._recomputations + 1):
+                share = r / self._recomputations
+                now = {key: between(origin[key], target[key], share) for key in target}
+                problem = Problem(
+                    self._model, self._gradients(), now[None] if None in now else now,
+                    params=self._names, named=self._named, masks=self.masks or None, **self._options,
+                )  # fmt: skip
+                result = prune_problem(problem, self._method, *self._settings)
+                self.masks, self._reached = result.masks, now
+        finally:
+            if self._source is not None:
+                self._source.release()  # memory; and until the next update the model is trained
         return result
 
     def _gradients(self) -> GradientBuffer | None:

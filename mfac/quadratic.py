@@ -58,6 +58,9 @@ def prune_vector(
     point is the same one, restricted to the weights that are left: later sub-steps know what earlier ones did, no
     gradient is needed for it, their losses add up, and the end is the joint update of the last mask.
 
+    Sub-step k ends at 1 - (1 - k/S)² of the way, in the logarithm of the density: smaller steps towards the end,
+    where each weight counts more.
+
     Args:
         weights: [d] float32; zero where not active.
         active: [d] bool, the weights not pruned before; None: all.
@@ -80,13 +83,15 @@ def prune_vector(
             scores = saliencies(weights, model, selection, method.criterion, diagonal)
         with timed(seconds, "selection"):
             zeroed = weights if method.update == "none" else None
-            kept = selection.select(scores, kept, 1 / left, fisher.kernels, zeroed)  # equal ratios of density
+            kept = selection.select(scores, kept, 1 - (1 - 1 / left) ** 2, fisher.kernels, zeroed)
             del scores
         with timed(seconds, "update"):
             if method.update == "joint":
                 loss += model.joint_update(weights, kept)
             elif method.update == "independent":
                 model.independent_update(weights, kept, diagonal)
+            if left > 1 and not torch.isfinite(weights).all():
+                break  # the caller says so
     if method.update != "joint":
         loss = first.quadratic_form(weights - before)
     return kept, loss

@@ -150,6 +150,20 @@ def quadratic_form(grads: Tensor, x: Tensor, damping: float, block_size: int) ->
     return 0.5 * total
 
 
+def check_groups(groups: Tensor, subsets: Tensor, grads: Tensor) -> None:
+    """The checks of csrc/checks.h."""
+    for x, name, least, end in ((groups, "groups", -1, grads.shape[1]), (subsets, "subsets", 0, None)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if x.dim() != 2:
+            raise ValueError(f"{name}: expected two dimensions, got shape {list(x.shape)}")
+        if x.dtype != torch.long:
+            raise TypeError(f"{name}: expected int64, got {x.dtype}")
+        end = groups.shape[1] if end is None else end
+        if x.numel() and not (least <= x.min() and x.max() < end):
+            raise ValueError(f"{name}: expected numbers in [{least}, {end}), got {int(x.min())} to {int(x.max())}")
+
+
 def group_saliency(
     grads: Tensor,
     weights: Tensor,
@@ -161,19 +175,26 @@ def group_saliency(
 ) -> Tensor:
     """Saliency of weights that go together; see :func:`mfac.ops.group_saliency`."""
     m, d = grads.shape
+    check_groups(groups, subsets, grads)
     out = torch.zeros(len(groups), len(subsets), dtype=torch.float64, device=grads.device)
+    size, blocks = groups.shape[1], torch.where(groups < 0, -1, groups // block_size).flatten()
+    blocks, order = torch.sort(blocks, stable=True)  # the members of the groups, by block
+    bounds = torch.searchsorted(blocks, torch.arange(-(-d // block_size) + 1, device=grads.device)).tolist()
     for block in _blocks(d, block_size):
         g, columns = _used(grads, block, active)
-        place = torch.full((d + 1,), -1, device=grads.device)  # of a column among those in use; the last is for -1
-        place[columns] = torch.arange(len(columns), device=grads.device)
-        where = torch.nonzero((place[groups] >= 0).any(1)).flatten()
-        if len(where) == 0:
+        here = order[bounds[block.start // block_size] : bounds[block.start // block_size + 1]]
+        where = torch.unique(here // size)
+        if len(where) == 0 or len(columns) == 0:
             continue
+        place = torch.full((block.stop - block.start + 1,), -1, device=grads.device)  # of a column among those in use
+        place[columns - block.start] = torch.arange(len(columns), device=grads.device)
+        local = groups[where] - block.start
+        local = place[torch.where((local >= 0) & (local < len(place) - 1) & (groups[where] >= 0), local, -1)]
         factor = _factor(g, damping)
         side = g if _capacitance_side(g) else torch.eye(len(columns), dtype=g.dtype, device=g.device)
         z = torch.linalg.solve_triangular(factor, side, upper=False).T
         for k, subset in enumerate(subsets):
-            positions = place[groups[where][:, subset]]
+            positions = local[:, subset]
             inside = positions >= 0
             part = z[positions] * inside[..., None]
             inverse = part @ part.mT

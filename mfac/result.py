@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -105,12 +106,13 @@ class PruneResult:
         return out
 
     def to_json(self, path: str | Path) -> None:
-        """Write :meth:`to_dict` as a JSON file.
+        """Write :meth:`to_dict` as a JSON file; null for what is not finite.
 
         Args:
             path: The file.
         """
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(_plain(self.to_dict()), indent=2, allow_nan=False)
+        Path(path).write_text(text + "\n", encoding="utf-8")
 
     def to_csv(self, path: str | Path) -> None:
         """Write the steps as a CSV file, a row each.
@@ -119,6 +121,14 @@ class PruneResult:
             path: The file.
         """
         write_csv(path, PruneStep, self.steps)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_csv(path: str | Path, kind: type, rows: Sequence[Any]) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from mfac.parameters import matching_names
-from mfac.patterns import Pattern
+from mfac.patterns import parse_pattern
 from mfac.schedule import between
+
+_MOST_BYTES = 8e9  # of the scores of all ways to prune all groups
 
 
 def sparsity_groups(
@@ -43,15 +45,28 @@ def sparsity_groups(
                 if name in taken:
                     raise ValueError(f"sparsity: {name!r} is matched by both {taken[name]!r} and {key!r}")
                 taken[name] = key
-            groups.append((found, _share(value, f"sparsity[{key!r}]")))
+            groups.append((found, share_of_zeros(value, f"sparsity[{key!r}]")))
     else:
-        groups.append((names, _share(sparsity, "sparsity")))
+        groups.append((names, share_of_zeros(sparsity, "sparsity")))
     if scope == "layer":
         groups = [([name], value) for found, value in groups for name in found]
     return groups
 
 
-def _share(value: float, name: str) -> float:
+def share_of_zeros(value: float, name: str) -> float:
+    """Check a sparsity.
+
+    Args:
+        value: What the user gave.
+        name: Of the argument.
+
+    Returns:
+        A float in [0, 1].
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is not in [0, 1].
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number in [0, 1], got {value!r}")
     if not 0 <= value <= 1:
@@ -67,24 +82,30 @@ class Selection:
 
     Args:
         chosen: Name to parameter, in the order of the flat vector.
-        segments: From :func:`sparsity_groups`.
-        pattern: How weights group.
-        named: Parameters that the user named, which must have groups.
+        sparsity: A share for all, or shares by name or ``"re:<regex>"``.
+        scope: ``"global"`` or ``"layer"``.
+        pattern: How weights group; see :func:`mfac.patterns.parse_pattern`.
+        named: What the user wrote to choose the parameters; those under their own names must have groups.
 
     Raises:
-        ValueError: If a sparsity is more than the pattern allows, or no group fits into a layer that the user named, or
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a share or name is wrong, the scores of all ways to prune the groups would take too much
+            memory, a sparsity is more than the pattern allows, or no group fits into a layer that the user named, or
             into any.
     """
 
     def __init__(
         self,
         chosen: Mapping[str, Tensor],
-        segments: list[tuple[list[str], float]],
-        pattern: Pattern,
-        named: set[str] | frozenset[str] = frozenset(),
+        sparsity: float | Mapping[str, float],
+        scope: str,
+        pattern: str | Sequence[int],
+        named: Iterable[str] = (),
     ) -> None:
         """Check, and list the groups."""
-        self.pattern, self.segments = pattern, segments
+        self.pattern = pattern = parse_pattern(pattern)
+        self.segments = segments = sparsity_groups(list(chosen), sparsity, scope)
+        named = {*named, *(sparsity if isinstance(sparsity, Mapping) else ())}
         self.sizes = {name: p.numel() for name, p in chosen.items()}
         self._units = dict(self.sizes)  # units of each parameter
         self.positions: Tensor | None = None  # [units, P]
@@ -97,6 +118,12 @@ class Selection:
                 if len(groups[-1]) == 0 and name in named:
                     raise ValueError(f"pattern: {pattern.name} does not fit {name!r} of shape {list(p.shape)}")
                 start += p.numel()
+            count = sum(map(len, groups))
+            if 4 * count * pattern.ways > _MOST_BYTES:
+                raise ValueError(
+                    f"pattern: {pattern.name} gives {count:,} groups {pattern.ways:,} scores each, "
+                    f"{4e-9 * count * pattern.ways:.0f} GB; expected below {_MOST_BYTES / 1e9:.0f} GB: take a smaller M"
+                )
             self.positions = torch.cat(groups).to(device)
             self.subsets = pattern.subsets().to(device)
             if len(self.positions) == 0:
@@ -148,7 +175,7 @@ class Selection:
         Args:
             scores: [d], or [units, k] for the k ways to prune a group; the smallest of them counts. Written.
             active: [d] bool: the weights not pruned before.
-            share: How much of the way from ``active`` to the sparsity, in (0, 1], by equal ratios of the density.
+            share: How much of the way from ``active`` to the sparsity, in (0, 1], in the logarithm of the density.
             kernels: :mod:`mfac.ops` or :mod:`mfac.reference`.
             weights: [d] float32; becomes zero where pruned, if given.
 

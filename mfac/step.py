@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from mfac import ops
 from mfac.fisher import Fisher
 from mfac.gradients import GradientBuffer
-from mfac.parameters import prunable_parameters
-from mfac.patterns import parse_pattern
+from mfac.parameters import names_of, prunable_parameters
 from mfac.quadratic import Method, check_settings, choose_settings, prune_vector, saliencies, timed
 from mfac.result import PruneResult
-from mfac.selection import Selection, sparsity_groups
+from mfac.selection import Selection
 
 SCOPES = ("global", "layer")
 UPDATES = ("joint", "independent", "none")
@@ -88,35 +87,13 @@ def prune_step(
         >>> int((model.weight == 0).sum())
         576
     """
-    problem = Problem(model, grads, sparsity, params, pattern, scope, masks, criterion, backend)
     method = check_method(scope, update, criterion, substeps)
     check_settings(damping, block_size)
-    seconds: dict[str, float] = {}
-    fisher, candidates, loss = problem.fisher, [], None
-    with torch.no_grad(), timed(seconds, "total"):
-        weights = problem.weights()
-        if fisher is None:
-            scores = saliencies(weights, None, problem.selection, criterion)
-            kept = problem.selection.select(scores, problem.active, 1, problem.kernels, weights)
-        else:
-            with timed(seconds, "settings"):
-                fisher, candidates = choose_settings(
-                    fisher, weights, problem.active, problem.selection, method, damping, block_size
-                )
-            kept, loss = prune_vector(weights, problem.active, fisher, problem.selection, method, seconds)
-        problem.write(weights, kept, "" if fisher is None else f" with damping={fisher.damping:g}; raise the damping")
-    masks = problem.masks(kept)
-    return PruneResult(
-        masks=masks,
-        layers=[(name, mask.numel(), int(mask.sum())) for name, mask in masks.items()],
-        sparsity=1 - int(kept.sum()) / len(kept),
-        predicted_loss_increase=loss,
-        damping=None if fisher is None else fisher.damping,
-        block_size=None if fisher is None else fisher.block_size,
-        candidates=candidates,
-        seconds=seconds,
-        backend="compiled" if problem.kernels is ops else "reference",
-    )
+    problem = Problem(
+        model, grads, sparsity, params=params, pattern=pattern, scope=scope, masks=masks, criterion=criterion,
+        backend=backend,
+    )  # fmt: skip
+    return prune_problem(problem, method, damping, block_size)
 
 
 class Problem:
@@ -132,27 +109,27 @@ class Problem:
         masks: Of an earlier step.
         criterion: ``"fisher"`` needs gradients.
         backend: What computes.
+        named: What the user wrote as ``params``, if it was not these.
 
     Raises:
         TypeError: If one is of the wrong type.
         ValueError: If one is wrong.
     """
 
-    def __init__(self, model, grads, sparsity, params, pattern, scope, masks, criterion, backend) -> None:
+    def __init__(
+        self, model, grads, sparsity, *, params, pattern, scope, masks, criterion, backend, named=None
+    ) -> None:
         """Check; nothing is computed."""
-        check_method(scope, "none", criterion, 1)
-        pattern = parse_pattern(pattern)
+        self.criterion = criterion
         if grads is None and criterion == "fisher":
             raise ValueError("grads: expected gradients for criterion='fisher', got None")
-        if params is None and isinstance(grads, GradientBuffer):
-            params = grads.names
-        elif params is not None:
-            params = [params] if isinstance(params, str) else list(params)
-        self.chosen = prunable_parameters(model, params)
+        params = names_of(params)
+        named = params if named is None else named
+        self.chosen = prunable_parameters(
+            model, grads.names if params is None and isinstance(grads, GradientBuffer) else params
+        )
         device = _check_parameters(self.chosen)
-        segments = sparsity_groups(list(self.chosen), sparsity, scope)
-        named = () if params is None or isinstance(grads, GradientBuffer) else params
-        self.selection = Selection(self.chosen, segments, pattern, set(named) & set(self.chosen))
+        self.selection = Selection(self.chosen, sparsity, scope, pattern, named or ())
         matrix = None if grads is None else _gradient_matrix(grads, self.chosen, device)
         self.active = None if masks is None else _flat_masks(masks, self.chosen, device)
         self.kernels = ops.select_backend(backend, device)
@@ -190,6 +167,46 @@ class Problem:
             raise RuntimeError(f"update: the result is not finite{advice}")
         for p, x in zip(self.chosen.values(), new, strict=True):
             p.detach().copy_(x)
+
+
+def prune_problem(problem: Problem, method: Method, damping: float | str, block_size: int | str | None) -> PruneResult:
+    """Make one step; see :func:`prune_step`.
+
+    Args:
+        problem: The model and what is to go.
+        method: How.
+        damping: λ, relative, or ``"auto"``.
+        block_size: B, None or ``"auto"``.
+
+    Returns:
+        The result.
+    """
+    seconds: dict[str, float] = {}
+    fisher, candidates, loss = problem.fisher, [], None
+    with torch.no_grad(), timed(seconds, "total"):
+        weights = problem.weights()
+        if fisher is None:
+            scores = saliencies(weights, None, problem.selection, problem.criterion)
+            kept = problem.selection.select(scores, problem.active, 1, problem.kernels, weights)
+        else:
+            with timed(seconds, "settings"):
+                fisher, candidates = choose_settings(
+                    fisher, weights, problem.active, problem.selection, method, damping, block_size
+                )
+            kept, loss = prune_vector(weights, problem.active, fisher, problem.selection, method, seconds)
+        problem.write(weights, kept, "" if fisher is None else f" with damping={fisher.damping:g}; raise the damping")
+    masks = problem.masks(kept)
+    return PruneResult(
+        masks=masks,
+        layers=[(name, mask.numel(), int(mask.sum())) for name, mask in masks.items()],
+        sparsity=1 - int(kept.sum()) / len(kept),
+        predicted_loss_increase=loss,
+        damping=None if fisher is None else fisher.damping,
+        block_size=None if fisher is None else fisher.block_size,
+        candidates=candidates,
+        seconds=seconds,
+        backend="compiled" if problem.kernels is ops else "reference",
+    )
 
 
 def check_method(scope: str, update: str, criterion: str, substeps: int) -> Method:

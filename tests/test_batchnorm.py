@@ -53,6 +53,24 @@ def test_batches_are_used_again():
     torch.testing.assert_close(model[1].running_var, other[1].running_var)
 
 
+def test_layers_that_are_not_run_stay_as_they_were():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.main, self.head = nn.BatchNorm2d(2), nn.BatchNorm2d(2)
+
+        def forward(self, x):
+            return self.head(self.main(x)) if self.training else self.main(x)
+
+    model = Auxiliary()
+    model.head.running_mean.fill_(5)
+    model.head.running_var.fill_(7)
+    mfac.reestimate_batchnorm(model, batches(), 2)
+    assert torch.equal(model.head.running_mean, torch.full((2,), 5.0))
+    assert torch.equal(model.head.running_var, torch.full((2,), 7.0))
+    assert float(model.main.running_mean[0]) == pytest.approx(2, abs=0.1)
+
+
 def test_model_without_batchnorm():
     mfac.reestimate_batchnorm(nn.Linear(2, 2), [], 1)
     mfac.reestimate_batchnorm(nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False)), [], 1)

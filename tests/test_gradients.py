@@ -317,3 +317,27 @@ P = {"w": torch.zeros(2)}
 def test_bad_buffer(args, error, message):
     with pytest.raises(error, match=message):
         GradientBuffer(*args)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"buffer": torch.zeros(4, 6)}, TypeError, "buffer: expected a GradientBuffer, got Tensor"),
+        ({"params": "weight"}, ValueError, "params: expected None with a buffer"),
+        ({"num_grads": 5}, ValueError, "num_grads: expected at most the 4 rows of the buffer, got 5"),
+        ({"num_grads": 0}, ValueError, "num_grads: expected an int >= 1, got 0"),
+        ({"model": torch.nn.Sequential(torch.nn.Linear(3, 2))}, ValueError, "params: 'weight' matches no parameter"),
+    ],
+)
+def test_a_buffer_to_go_on_with(options, error, message):
+    model, loss_fn = torch.nn.Linear(3, 2), torch.nn.functional.cross_entropy
+    batches = [(torch.randn(5, 3), torch.randint(2, (5,))) for _ in range(6)]
+    buffer = collect_gradients(model, batches[:4], loss_fn, 4)
+    first = buffer.tensor.clone()
+    arguments = {"model": model, "batches": batches[4:], "loss_fn": loss_fn, "num_grads": 2, "buffer": buffer}
+    with pytest.raises(error, match=message):
+        collect_gradients(**{**arguments, **options})
+    assert collect_gradients(**arguments) is buffer
+    assert torch.equal(buffer.tensor[2:], first[2:]) and not torch.equal(buffer.tensor[:2], first[:2])
+    losses = [loss_fn(model(x), y).item() for x, y in batches[4:]]
+    assert buffer.loss == pytest.approx(sum(losses) / 2) and buffer.samples == 5

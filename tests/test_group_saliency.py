@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracle import BACKENDS, KINDS, SHAPES, TOLERANCE
 
-from mfac import ops, reference
+from mfac import Fisher, ops, reference
 
 
 def dense_saliency(dense, weights, groups, subsets):
@@ -105,7 +105,7 @@ def test_bfloat16():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({1: torch.randn(19)}, ValueError, r"weights: expected shape \[20\], got \[19\]"),
+        ({1: torch.randn(19)}, ValueError, r"weights: expected shape \[20\].*, got \[19\]"),
         ({2: torch.zeros(5)}, ValueError, r"groups: expected two dimensions, got shape \[5\]"),
         ({2: torch.zeros(5, 4)}, TypeError, "groups: expected int64, got Float"),
         ({2: torch.full((5, 4), 20)}, ValueError, r"groups: expected numbers in \[-1, 20\), got 20 to 20"),
@@ -115,8 +115,12 @@ def test_bfloat16():
 )
 def test_wrong_arguments(change, error, message):
     arguments = [oracle.gradients(6, 20), torch.randn(20), torch.arange(20).view(5, 4), pairs(4), 1e-3, 8]
+    arguments = [change.get(i, a) for i, a in enumerate(arguments)]
     with pytest.raises(error, match=message):
-        ops.group_saliency(*[change.get(i, a) for i, a in enumerate(arguments)])
+        ops.group_saliency(*arguments)
+    for backend in BACKENDS:
+        with pytest.raises(error, match=message.replace("got Float", "got torch.float32")):
+            Fisher(arguments[0], 1e-3, 8, backend=backend).group_saliency(*arguments[1:4])
 
 
 def test_nothing_to_do():

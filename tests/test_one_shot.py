@@ -148,6 +148,18 @@ def test_result_as_text_json_and_csv(tmp_path):
         ({"loss_fn": None}, TypeError, "loss_fn: expected a function, got None"),
         ({"pattern": "5:4"}, ValueError, "pattern: expected N:M"),
         ({"pattern": [30, 1]}, ValueError, r"pattern: \[30, 1\] fits none of the parameters"),
+        ({"pattern": "2:4", "sparsity": 0.9}, ValueError, r"sparsity: 0.9 of .* is more than 0.5, all that 2:4 allows"),
+        (
+            {
+                "pattern": "4:7",
+                "params": ["3.weight", "0.weight"],
+                "sparsity": {"3.weight": 0.4, "0.weight": 0.1},
+                "batches": None,
+            },
+            TypeError,
+            "batches: expected an iterable",
+        ),
+        ({"backend": "cuda"}, ValueError, "backend: expected one of"),
         ({"damping": "some"}, ValueError, "damping: expected a number"),
         ({"batchnorm_batches": -1}, ValueError, "batchnorm_batches: expected >= 0, got -1"),
         ({"params": "2.weight"}, ValueError, "params: '2.weight' matches no parameter"),
@@ -183,6 +195,21 @@ def test_an_iterator_that_ends_early(given):
             other, buffer, between(0, 0.8, r / 3), masks=masks, damping=1e-3, block_size=50
         ).masks  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_batches_that_end_after_the_last_step():
+    """What has been pruned is not lost for want of batches to measure it with."""
+    with pytest.warns(UserWarning, match="pruned, but not measured or without new BatchNorm statistics: batches"):
+        result = mfac.prune(make_model(), iter(make_batches(8 + 2 + 2)), LOSS, 0.8, **FAST)
+    assert result.sparsity == pytest.approx(0.8) and len(result.steps) == 3
+    assert result.steps[-1].loss_after != result.steps[-1].loss_after  # NaN
+
+
+def test_not_a_number_in_json(tmp_path):
+    with pytest.warns(UserWarning, match="not measured"):
+        result = mfac.prune(make_model(), iter(make_batches(8 + 2 + 2)), LOSS, 0.8, **FAST)
+    result.to_json(tmp_path / "result.json")
+    assert json.loads((tmp_path / "result.json").read_text())["steps"][-1]["loss_after"] is None
 
 
 def test_a_loss_that_turns_nan(unchanged):

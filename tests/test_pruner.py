@@ -11,6 +11,7 @@ from torch import nn
 
 import mfac.pruner
 from mfac import GradientBuffer, Pruner, prunable_parameters, prune_step
+from mfac.step import Problem
 
 mse = nn.functional.mse_loss
 SIZES = {"0.weight": 60, "2.weight": 20}
@@ -145,9 +146,9 @@ def test_recomputations(monkeypatch, final):
         assert options["masks"] is (pruner.masks or None)  # those of the recomputation before
         calls.append(sparsity)
         seen.append(grads.tensor.clone())
-        return prune_step(model, grads, sparsity, **options)
+        return Problem(model, grads, sparsity, **options)
 
-    monkeypatch.setattr(mfac.pruner, "prune_step", spy)
+    monkeypatch.setattr(mfac.pruner, "Problem", spy)
     model = make_model()
     pruner = make(model, sparsity=final, initial_sparsity=0.2, end=2, recomputations=3)
     pruner.step()
@@ -332,3 +333,43 @@ def test_bad_time(unchanged, time, error):
     pruner = make(model)
     with unchanged(model), pytest.raises(error, match=r"time: expected a .*number.*, got"):
         pruner.step(time)
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "magnitude"])
+def test_pattern(criterion):
+    """A rising share of 2:4 groups; a layer that has none stays dense unless the user names it."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Linear(8, 4))
+    batches = [(torch.randn(4, 3), torch.randn(4, 4)) for _ in range(6)]
+    source = {"batches": batches, "loss_fn": mse} if criterion == "fisher" else {"batches": None, "loss_fn": None}
+    options = {**DEFAULTS, **source, "sparsity": 0.5, "end": 2, "pattern": "2:4", "criterion": criterion}
+    pruner = Pruner(model, **options)
+    shares = []
+    for _ in range(3):
+        pruner.step()
+        shares.append(float((model[1].weight == 0).float().mean()))
+    assert shares[-1] == 0.5 and shares == sorted(shares) and (model[0].weight != 0).all()
+    pairs = (model[1].weight == 0).view(-1, 4).sum(1)
+    assert (pairs == 2).all()
+    with pytest.raises(ValueError, match=r"pattern: 2:4 does not fit '0.weight'"):
+        Pruner(model, params=["0.weight", "1.weight"], **options)
+    with pytest.raises(ValueError, match=r"pattern: 2:4 does not fit '0.weight'"):
+        Pruner(model, **{**options, "sparsity": {"0.weight": 0.5}})
+    with pytest.raises(ValueError, match=r"sparsity: 0.9 .* is more than 0.5, all that 2:4 allows"):
+        Pruner(model, **{**options, "sparsity": 0.9})
+
+
+def test_rolling():
+    """The ring keeps its rows between the recomputations of an update, and is new at the next."""
+    calls = []
+
+    def loss_fn(out, targets):
+        calls.append(1)
+        return mse(out, targets)
+
+    pruner = make(make_model(), loss_fn=loss_fn, refresh=2, recomputations=3, start=1, end=2)
+    counts = []
+    for _ in range(2):
+        pruner.step()
+        counts.append(len(calls))
+    assert counts == [0, 6 + 2 + 2] or counts == [6 + 2 + 2, 2 * (6 + 2 + 2)]

@@ -46,8 +46,8 @@ def test_substeps_choose_better():
     assert losses[0] > losses[1] > losses[2]
 
 
-def test_substeps_are_equal_ratios_of_the_density(monkeypatch):
-    """From 120 weights to 30 in four: each keeps the same share, 0.25 ** 0.25, of those before."""
+def test_substeps_become_smaller(monkeypatch):
+    """From 120 weights to 30 in four: after sub-step k, 120 * 0.25 ** (1 - (1 - k/4)²) are left."""
     select, counts = Selection.select, []
 
     def spy(*args):
@@ -57,10 +57,10 @@ def test_substeps_are_equal_ratios_of_the_density(monkeypatch):
 
     monkeypatch.setattr(Selection, "select", spy)
     mfac.prune_step(linear(), oracle.gradients(50, 120), 0.75, substeps=4)
-    assert counts == [85, 60, 42, 30]
+    assert counts == [65, 42, 33, 30]
     counts.clear()
     mfac.prune_step(linear(), oracle.gradients(50, 120), 0.25, pattern="2:4", substeps=2)  # half of the 30 groups
-    assert counts == [120 - 2 * 8, 120 - 2 * 15]
+    assert counts == [120 - 2 * 12, 120 - 2 * 15]
 
 
 def test_more_substeps_than_weights():

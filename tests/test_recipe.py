@@ -1,5 +1,6 @@
 """Recipes: reading, variables, errors, and what a session does to model and optimizer."""
 
+import copy
 import warnings
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import mfac
 from mfac.recipe import Manager, load_recipe
 from mfac.recipe.modifiers import MODIFIERS
 from mfac.vision.demo import recipe_path
@@ -202,6 +204,23 @@ def test_legacy_options():
     text = (PRUNING % "MFACGlobalPruningModifier") + "    mfac_options: {num_grads: 8, fisher_block_size: 50}\n"
     modifier = Manager.from_recipe(text).modifiers[1]
     assert (modifier.num_grads, modifier.fisher_block_size, modifier.global_sparsity) == (8, 50, True)
+
+
+@pytest.mark.parametrize(
+    ("written", "pattern"),
+    [("2:4", "2:4"), ("'2:4'", "2:4"), ("1:4", "1:4"), ("tensorrt", "2:4"), ("block4", "block4"), ("[2, 4]", [2, 4])],
+)
+def test_mask_type(written, pattern):
+    """Also where YAML reads 2:4 as a number of base 60; the Pruner that comes of it prunes by it."""
+    text = (PRUNING % "GMPruningModifier") + f"    mask_type: {written}\n"
+    modifier = Manager.from_recipe(text).modifiers[1]
+    assert modifier.mask_type == pattern
+    modifier.final_sparsity = 0.5
+    net = nn.Sequential(nn.Linear(8, 8))
+    modifier.pruner(net, None, None, 3.0, False, one_shot=True).step()
+    expected = copy.deepcopy(net)
+    mfac.prune_step(expected, None, 0.5, criterion="magnitude", pattern=pattern)
+    assert torch.equal(net[0].weight, expected[0].weight) and int((net[0].weight == 0).sum()) in (32, 33)
 
 
 def test_other_work_is_left_out():

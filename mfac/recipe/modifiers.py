@@ -173,11 +173,13 @@ class MagnitudePruning(Modifier):
             raise ValueError(f"inter_func must be one of {', '.join(CURVES)}, got {self.inter_func!r}")
         if isinstance(self.mask_type, int):  # YAML reads 2:4 as 2 * 60 + 4
             self.mask_type = f"{self.mask_type // 60}:{self.mask_type % 60}"
+        self.mask_type = "2:4" if self.mask_type == "tensorrt" else self.mask_type
         try:
-            self.mask_type = parse_pattern("2:4" if self.mask_type == "tensorrt" else self.mask_type).name
+            parse_pattern(self.mask_type)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"mask_type must be unstructured, block4, tensorrt or N:M; {str(error).removeprefix('pattern: ')}"
+                "mask_type must be unstructured, block4, tensorrt, N:M or [rows, cols]; "
+                + str(error).removeprefix("pattern: ")
             ) from None
         if self.leave_enabled is not True:
             raise ValueError(f"leave_enabled must be True (masks are always kept), got {self.leave_enabled!r}")
