@@ -27,7 +27,7 @@ class Fisher:
         damping: λ in [1e-30, 1e30], not its inverse; or ``"<number>*mean"``: that number times ``mean_square``.
         block_size: B, columns per block; ``None`` for the full matrix.
         active: [d] bool; columns that are not active count as if their gradients were zero (weights pruned before),
-            in every method.
+            in every method (in :meth:`group_saliency` they cost nothing).
         backend: ``"auto"``, ``"compiled"`` or ``"reference"``.
 
     Attributes:

@@ -35,8 +35,9 @@ class Pruner:
     Args:
         model: Its weights are written.
         batches: Iterable of (inputs, targets) or dicts, gone through again and again; ``num_grads`` of them make the
-            gradients of each recomputation (see :func:`collect_gradients`). A loader that shuffles draws from a seed of
-            the Pruner's own, new at each recomputation and following from torch's seed; torch's random state stays.
+            gradients of each recomputation (see :func:`collect_gradients`). A loader that shuffles draws,
+            whenever it starts again, from a seed of the Pruner's own that follows from torch's; torch's random state
+            stays.
         loss_fn: Loss of (outputs, targets); needed with ``batches``.
         sparsity: Final sparsity: a float, or a dict of them by name or ``"re:<regex>"`` (others are left alone, unless
             ``params`` or the buffer has them: then they stay dense, but take part in the updates).
@@ -240,7 +241,10 @@ class Pruner:
         return self._buffer
 
     def state_dict(self) -> dict[str, Any]:
-        """Return masks, progress and random state, for :meth:`load_state_dict` of a Pruner with the same arguments."""
+        """Return masks, progress and random state, for :meth:`load_state_dict` of a Pruner with the same arguments.
+
+        The place in ``batches`` is not among them: after a restart these are gone through from their beginning.
+        """
         return {
             "masks": {name: mask.clone() for name, mask in self.masks.items()},
             "calls": self._calls,
