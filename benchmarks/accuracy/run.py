@@ -5,7 +5,8 @@
 `--data` is a tree train/<class>/*.jpg, val/<class>/*.jpg; `--checkpoint` a state_dict (see resnet20.py). Gradients
 come from the training images, accuracy from all validation images; nothing is chosen by the latter. Every run is
 written to results/runs.jsonl as it ends, and what stands there is not run again: stop it and go on as you like,
-delete the file to start anew. The table and the plot are made from that file.
+delete the file to start anew. The table and the plot are made from that file (`--seeds 0` makes them without running
+anything).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,11 +244,11 @@ def main() -> None:
     text = [
         "# ResNet-20 on CIFAR-10, pruned without training",
         "",
-        f"    python benchmarks/accuracy/run.py {' '.join(sys.argv[1:])}",
+        f"    python benchmarks/accuracy/run.py --data {options.data.name} --checkpoint {options.checkpoint.name}",
         "",
         f"top-1 in per cent on {len(bench.validation[1]):,} validation images (dense: {dense:.1f}), mean ± standard "
         f"deviation of the seeds; {M} gradients of 32 training images, R recomputations; seconds: wall time of "
-        "pruning, the gradients included but for R = 1.",
+        "pruning, the gradients included but for R = 1. Empty: not run so far.",
         "",
         table(rows, "top1"),
         "",
