@@ -62,10 +62,7 @@ def collect_gradients(
         >>> collect_gradients(model, batches, torch.nn.functional.cross_entropy, 16).shape
         (16, 8)
     """
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"batches: expected an iterable of batches, got {type(batches).__name__}")
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn: expected a function, got {loss_fn!r}")
+    _check_source(batches, loss_fn)
     if buffer is None:
         chosen = prunable_parameters(model, params)
         buffer = GradientBuffer(num_grads, chosen, dtype)
@@ -223,10 +220,7 @@ class GradientSource:
         announce: bool = False,
     ) -> None:
         """Check the arguments."""
-        if not isinstance(batches, Iterable):
-            raise TypeError(f"batches: expected an iterable of batches, got {type(batches).__name__}")
-        if not callable(loss_fn):
-            raise TypeError(f"loss_fn: expected a function, got {loss_fn!r}")
+        _check_source(batches, loss_fn)
         _check_num_grads(num_grads)
         if refresh is not None and (isinstance(refresh, bool) or not isinstance(refresh, int)):
             raise TypeError(f"refresh: expected an int or None, got {refresh!r}")
@@ -283,6 +277,13 @@ class GradientSource:
     def set_state(self, state: Tensor) -> None:
         """Restore the random state."""
         self._random.set_state(state.cpu())  # wherever the file was loaded to
+
+
+def _check_source(batches: Iterable[Any], loss_fn: Callable[[Any, Any], Tensor]) -> None:
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches: expected an iterable of batches, got {type(batches).__name__}")
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn: expected a function, got {loss_fn!r}")
 
 
 def _check_num_grads(num_grads: int) -> None:

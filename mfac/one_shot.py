@@ -20,7 +20,7 @@ from mfac.quadratic import Candidate, check_settings, choose_settings, timed
 from mfac.result import PruneResult, PruneStep
 from mfac.schedule import between
 from mfac.selection import Selection
-from mfac.step import Problem, check_method, prune_step
+from mfac.step import Problem, check_method, prune_problem
 
 
 def prune(
@@ -109,10 +109,7 @@ def prune(
     refresh = max(1, num_grads // 4) if refresh is None and isinstance(num_grads, int) else refresh
     source = GradientSource(batches, loss_fn, num_grads, refresh, dtype, announce=True)
 
-    options = {
-        "params": params, "pattern": pattern, "scope": scope, "update": update, "criterion": criterion,
-        "substeps": substeps, "backend": backend,
-    }  # fmt: skip
+    options = {"params": params, "pattern": pattern, "scope": scope, "criterion": criterion, "backend": backend}
     steps: list[PruneStep] = []
     result: PruneResult | None = None
     candidates: list[Candidate] = []
@@ -123,10 +120,7 @@ def prune(
         collected = time.perf_counter()
         if "auto" in (damping, block_size):
             with timed(seconds, "settings"), torch.no_grad():
-                problem = Problem(
-                    model, buffer, sparsity, params=params, pattern=pattern, scope=scope, masks=None,
-                    criterion=criterion, backend=backend,
-                )  # fmt: skip
+                problem = Problem(model, buffer, sparsity, masks=None, **options)
                 fisher, candidates = choose_settings(
                     problem.fisher, problem.weights(), None, problem.selection, method, damping, block_size, progress
                 )
@@ -140,9 +134,8 @@ def prune(
                 if isinstance(sparsity, Mapping)
                 else between(0, sparsity, share)
             )
-            result = prune_step(
-                model, buffer, now, damping=damping, block_size=block_size, masks=result and result.masks, **options
-            )
+            problem = Problem(model, buffer, now, masks=result and result.masks, **options)
+            result = prune_problem(problem, method, damping, block_size)
             pruned = time.perf_counter()
             seconds["gradients"] += collected - start
             for stage, value in result.seconds.items():

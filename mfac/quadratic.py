@@ -72,8 +72,7 @@ def prune_vector(
     Returns:
         The mask [d], and ½ δᵀFδ of the whole step.
     """
-    before, first = weights.clone(), fisher.replace(active=active)
-    kept, loss = active, 0.0
+    before, kept, loss = weights.clone(), active, 0.0
     seconds = {} if seconds is None else seconds
     for left in range(method.substeps, 0, -1):
         model, diagonal = fisher.replace(active=kept), None
@@ -93,7 +92,7 @@ def prune_vector(
             if left > 1 and not torch.isfinite(weights).all():
                 break  # the caller says so
     if method.update != "joint":
-        loss = first.quadratic_form(weights - before)
+        loss = fisher.replace(active=active).quadratic_form(weights - before)
     return kept, loss
 
 
@@ -179,8 +178,7 @@ def choose_settings(
         fisher = fisher.replace(**({} if damping == "auto" else {"damping": damping}))
         dampings = DAMPINGS if damping == "auto" else [fisher.damping]
         sizes = [b for b in BLOCK_SIZES if b < d] or [d] if block_size == "auto" else [block_size]
-        backend = "compiled" if fisher.backend == "compiled" else "reference"
-        part, rest = Fisher(fisher.grads[: m * 3 // 4], backend=backend), fisher.grads[m * 3 // 4 :]
+        part, rest = Fisher(fisher.grads[: m * 3 // 4], backend=fisher.backend), fisher.grads[m * 3 // 4 :]
         tried: dict[tuple[float | str, int | None], Candidate] = {}
 
         def best_of(settings: list[tuple[float | str, int | None]]) -> tuple[float | str, int | None]:

@@ -26,6 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 import mfac
+from mfac.patterns import parse_pattern
 
 M = 256  # gradients of 32 images
 REFRESH = M // 4
@@ -109,12 +110,9 @@ def single_saliencies(model: nn.Module, grads: mfac.GradientBuffer, sparsity: fl
     weights = torch.cat([p.detach().reshape(-1) for p in chosen.values()])
     diagonal = fisher.inverse_diagonal()
     saliency, start, groups = weights.square() / (2 * diagonal), 0, []
-    for p in chosen.values():  # of four neighbouring input channels
-        index = torch.arange(start, start + p.numel()).view(p.shape[0], p.shape[1], -1)
+    for p in chosen.values():
+        groups.append(parse_pattern(pattern).groups(p.shape) + start)
         start += p.numel()
-        if p.shape[1] >= 4:
-            index = index[:, : p.shape[1] // 4 * 4]
-            groups.append(index.unflatten(1, (-1, 4)).movedim(2, -1).reshape(-1, 4))
     groups, kept = torch.cat(groups), torch.ones(len(weights), dtype=torch.bool)
     if pattern == "2:4":
         kept[groups.gather(1, saliency[groups].argsort(1)[:, :2])] = False

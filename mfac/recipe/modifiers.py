@@ -1,4 +1,7 @@
-"""The modifiers a recipe can hold: their arguments, checked, and what each does to an optimizer or a model."""
+"""The modifiers a recipe can hold: their arguments, checked, and what each does to an optimizer or a model.
+
+All in one file, somewhat long: each is its arguments and a few lines, and they share the checks.
+"""
 
 from __future__ import annotations
 
