@@ -8,10 +8,10 @@ BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready-$(subst =,-,$(TORCH))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench accuracy lint format sanitize gpu clean
+.PHONY: help demo test bench accuracy lint format sanitize cuda-check gpu clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
 	@echo "  Set-up is done as needed, in $(VENV), with $(TORCH); override: make test TORCH=torch PYTHON=python3.12"
 
 # A virtual environment with torch, this package (editable) and its demo and development extras.
@@ -27,7 +27,7 @@ demo: $(READY)  ## train, prune and compare on real handwritten digits: a table 
 
 test: $(READY)  ## all tests, and the examples in the docstrings
 	$(BIN)/mfac doctor
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q tests --ignore=tests/test_cuda_kernels.py
 	$(BIN)/python -m pytest -q --doctest-modules mfac
 
 bench: $(READY)  ## speed of textbook recursion, reference and kernels, against this machine's roofline
@@ -39,17 +39,26 @@ accuracy: $(READY)  ## accuracy of pruned ResNet-20: make accuracy DATA=cifar10 
 lint: $(READY)  ## ruff and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 format: $(READY)  ## ruff and clang-format, in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 sanitize: $(READY)  ## the kernels under AddressSanitizer and UndefinedBehaviorSanitizer, for each instruction set that runs here
 	MFAC_SANITIZE=address,undefined ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	$(BIN)/python -m pytest -q tests/test_standalone.py
+
+# The tests of the ops and of what is made of them, with the CUDA ops emulated on the CPU.
+EMULATED = block_factor inverse_diagonal inverse_product joint_update independent_update quadratic_form group_saliency \
+	select_smallest ops fisher quadratic patterns step paging
+
+cuda-check: $(READY)  ## the CUDA kernels, with no GPU: nvcc for three GPUs without spills; on the CPU, under sanitizers and in all tests of the ops
+	nvcc --version
+	$(BIN)/python -m pytest -q tests/test_cuda_kernels.py
+	MFAC_EMULATE_CUDA=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -k "not reference" $(EMULATED:%=tests/test_%.py)
 
 gpu:  ## on a machine with an NVIDIA GPU: build, test and time on CUDA with the torch of .venv if there is one, else of PYTHON
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py

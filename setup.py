@@ -9,17 +9,17 @@ from setuptools import find_packages, setup
 
 def ahead_of_time() -> dict:
     """Return setup()'s arguments for the compiled module, from the flags that the just-in-time build uses too."""
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     module = importlib.util.spec_from_file_location("_mfac_build", Path("mfac", "_build.py"))
     build = importlib.util.module_from_spec(module)
     module.loader.exec_module(build)
     spec = build.extension_spec(ahead_of_time=True)
-    extension = CppExtension(
+    extension = (CUDAExtension if build.cuda_plan()[0] else CppExtension)(
         "mfac._C",
         [os.path.relpath(source) for source in spec["sources"]],
         include_dirs=spec["include_dirs"],
-        extra_compile_args={"cxx": spec["cflags"]},
+        extra_compile_args={"cxx": spec["cflags"], "nvcc": spec["cuda_cflags"]},
         extra_link_args=spec["ldflags"],
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}

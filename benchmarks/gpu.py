@@ -1,8 +1,13 @@
-"""`make gpu`: build, the tests that have a CUDA variant, and timings on the GPU, with a short table last.
+"""`make gpu`: build, test and time the kernels on an NVIDIA GPU; a table last.
 
-There are no CUDA kernels in this version: on CUDA the reference path serves, and this shows what it gives.
+Tests: those of every op with the tensors on CUDA, opcheck, the library end to end, host memory paging; small ones again
+under compute-sanitizer (memcheck, racecheck) where that runs. Times: medians by CUDA events. The floor of a row is the
+larger of its flops over the rate of a matrix product and its bytes over the bandwidth of a copy, both of this run.
 """
 
+import argparse
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -14,11 +19,36 @@ except ImportError:
     torch = None
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+OPS = [f"tests/test_{name}.py" for name in (
+    "block_factor", "inverse_diagonal", "inverse_product", "joint_update", "independent_update", "quadratic_form",
+    "group_saliency", "select_smallest", "ops", "devices", "paging",
+)]  # fmt: skip
+RESNET50 = 25_500_000  # weights of its layers
 
 
-def _median(function, repeats=5):
-    """Median time in seconds, by CUDA events, after one warm-up."""
+def pytest(*arguments, before=()):
+    """Return the exit status of the tests of the ops on CUDA."""
+    command = [*before, sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "MFAC_TEST_DEVICE": "cuda"}).returncode
+
+
+def run_tests():
+    """Return an exit status; compute-sanitizer's counts where it can run."""
+    status = pytest("-k", "not reference and not threads", *OPS)
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    probe = [sanitizer, sys.executable, "-c", "import torch; torch.ones(1, device='cuda').sum().item()"]
+    if not Path(sanitizer).exists() or subprocess.run(probe, capture_output=True).returncode:
+        print("compute-sanitizer is not here, or does not run: left out")
+        return status
+    for tool in ("memcheck", "racecheck"):
+        before = [sanitizer, "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
+        status |= pytest("-k", "opcheck and cuda", "tests/test_ops.py", before=before)
+    return status
+
+
+def median(function, repeats=5):
+    """Return the median time in seconds, by CUDA events, after one warm-up."""
     function()
     times = []
     for _ in range(repeats):
@@ -31,29 +61,131 @@ def _median(function, repeats=5):
     return statistics.median(times)
 
 
+def roofline():
+    """Return bytes/s of a copy (read and written), and flops/s of products by type; float32 without TF32."""
+    big = torch.empty(1 << 29, device="cuda").normal_()
+    rates = {"copy": 2 * 4 * big.numel() / median(big.clone)}
+    del big
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        a = torch.randn(8192, 8192, device="cuda").to(dtype)
+        rates[dtype] = 2 * 8192**3 / median(lambda a=a: a @ a)
+    return rates
+
+
+def random_gradients(m, d, dtype):
+    """Return normal numbers of a trained network's scale, made row by row."""
+    out = torch.empty(m, d, dtype=dtype, device="cuda")
+    for row in out:
+        row.copy_(torch.randn(d, device="cuda").mul_(0.01))
+    return out
+
+
+def fisher_rows(rates):
+    """Yield the rows of factor, inverse diagonal and saliency, and of the inverse product."""
+    from mfac import ops, reference
+
+    weights, damping = torch.randn(RESNET50, device="cuda"), 1e-5
+    for title, m, block_size, dtype, precisions in (
+        ("saliency, full Fisher, m=1024, bfloat16", 1024, RESNET50, torch.bfloat16, ("high", "medium", "highest")),
+        ("saliency, B=2000, m=256, float32", 256, 2000, torch.float32, ("highest", "high")),
+        ("saliency, B=512, m=256, float32", 256, 512, torch.float32, ("highest", "high")),
+    ):
+        grads = random_gradients(m, RESNET50, dtype)
+        some = min(block_size, 500_000)  # the recursion is timed on a part, and takes as much longer as there are more
+        part = grads[:, :some].float()
+        recursion = median(lambda g=part, b=block_size: reference.recursion_inverse_diagonal(g, damping, b), 1)
+        recursion *= RESNET50 / some
+        few = grads[:, : min(block_size, 4096)].contiguous()
+        exact = reference.inverse_diagonal(few, damping, block_size)
+        del part
+        for precision in precisions:
+            time = median(lambda g=grads, b=block_size, p=precision:
+                          weights.square() / (2 * ops.inverse_diagonal(g, damping, b, None, p)), 3)  # fmt: skip
+            floor = max(2 * m * m * RESNET50 / rates[dtype], grads.nbytes / rates["copy"])
+            error = float((ops.inverse_diagonal(few, damping, block_size, None, precision) / exact - 1).abs().max())
+            yield f"{title}, {precision}", time, floor, f"{recursion / time:.0f}x the recursion (scaled)", error
+        if block_size == 2000:
+            factor = ops.block_factor(grads, damping, block_size)
+            x = torch.randn(RESNET50, device="cuda")
+            time = median(lambda g=grads, f=factor, x=x: ops.inverse_product(g, f, x, damping, 2000))
+            floor = grads.nbytes / rates["copy"]
+            wanted = reference.inverse_product(grads[:, :2000], factor[:1], x[:2000], damping, 2000)
+            error = float((ops.inverse_product(grads, factor, x, damping, 2000)[:2000] - wanted).norm() / wanted.norm())
+            yield "inverse product, B=2000, m=256, float32", time, floor, "", error
+            del factor
+        del grads
+        torch.cuda.empty_cache()
+
+
+def selection_rows(rates):
+    """Yield the row of the selection."""
+    from mfac import ops
+
+    n = 100_000_000
+    scores = torch.rand(n, device="cuda")
+    time = median(lambda: ops.select_smallest(scores, n * 9 // 10))
+    other = median(lambda: scores > torch.kthvalue(scores, n * 9 // 10).values, 1)
+    right = scores > torch.kthvalue(scores, n * 9 // 10).values  # but for ties at the cut
+    wrong = int((ops.select_smallest(scores, n * 9 // 10) != right).sum())
+    yield "selection of 9 in 10 of 10^8", time, 5 * n / rates["copy"], f"{other / time:.1f}x torch.kthvalue", wrong / n
+
+
+def step_rows(rates):
+    """Yield the rows of whole steps."""
+    import mfac
+
+    m = 256
+    model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False, device="cuda") for _ in range(6)))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    d = sum(p.numel() for p in model.parameters())
+    grads = random_gradients(m, d, torch.float32)
+
+    def step(**options):
+        model.load_state_dict(state)
+        mfac.prune_step(model, grads, 0.9, block_size=2000, damping=1e-5, **options)
+
+    floor = max(4 * m * m * d / rates[torch.float32], 2 * grads.nbytes / rates["copy"])
+    for substeps in (1, 8):
+        yield f"prune_step, {d / 1e6:.1f} M weights, S={substeps}", median(lambda s=substeps: step(substeps=s), 3), \
+            substeps * floor, "", 0.0  # fmt: skip
+    name = "prune_step, the same, S=1, 2:4"
+    yield name, median(lambda: step(substeps=1, pattern="2:4"), 1), floor, "", 0.0
+
+
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="where the table goes")
+    parser.add_argument("--skip-tests", action="store_true")
+    options = parser.parse_args()
     if torch is None or not torch.cuda.is_available():
         what = "no torch" if torch is None else "no NVIDIA GPU that torch can use"
         print(f"make gpu: {what} for {sys.executable}; nothing to do (make gpu PYTHON=... names another python)")
         return 0
-    from mfac import doctor, reference
+    from mfac import doctor, ops
 
     status = doctor.main()
-    status |= subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "cuda", "tests"], cwd=ROOT).returncode
-
-    m, block_size, d = 256, 2000, 200_000
-    grads, scores = torch.randn(m, d, device="cuda") * 0.01, torch.rand(25_000_000, device="cuda")
-    square, big = torch.randn(8192, 8192, device="cuda"), torch.randn(1 << 29, device="cuda")
-    rows = {
-        "float32 matrix product, TFLOP/s": 2 * 8192**3 / _median(lambda: square @ square) / 1e12,
-        "copy, TB/s": 2 * 4 * big.numel() / _median(big.clone) / 1e12,
-        "textbook recursion, s": _median(lambda: reference.recursion_inverse_diagonal(grads, 1e-5, block_size), 3),
-        "reference inverse diagonal (float64), s": _median(lambda: reference.inverse_diagonal(grads, 1e-5, block_size)),
-        "reference selection of 22.5 in 25 million, s": _median(lambda: reference.select_smallest(scores, 22_500_000)),
-    }
-    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}; m={m}, B={block_size}, d={d:,}")
-    for name, value in rows.items():
-        print(f"{name:<48} {value:10.4f}")
+    if not ops.load()["cuda"]:
+        print("make gpu: the CUDA kernels are not built; see `cuda kernels` above")
+        return 1
+    status |= 0 if options.skip_tests else run_tests()
+    rates = roofline()
+    name = torch.cuda.get_device_name()
+    lines = [
+        f"# {name}, torch {torch.__version__}", "",
+        f"copy {rates['copy'] / 1e12:.2f} TB/s; products in float64 {rates[torch.float64] / 1e12:.0f}, float32 "
+        f"{rates[torch.float32] / 1e12:.0f}, bfloat16 {rates[torch.bfloat16] / 1e12:.0f} TFLOP/s; d = {RESNET50:,}", "",
+        "| what | seconds | share of the floor | against | error |", "|---|---:|---:|---|---:|",
+    ]  # fmt: skip
+    for rows in (fisher_rows, selection_rows, step_rows):
+        try:
+            for title, time, floor, against, error in rows(rates):
+                lines.append(f"| {title} | {time:.4f} | {floor / time:.0%} | {against} | {error:.1e} |")
+        except RuntimeError as error:  # memory, say: the other rows stand
+            lines.append(f"| {rows.__name__} | failed: {str(error).splitlines()[0]} | | | |")
+            status = 1
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / f"{name.lower().replace(' ', '-')}.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
     return status
 
 

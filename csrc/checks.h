@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <utility>
 
 namespace mfac {
 
@@ -32,6 +33,27 @@ inline void check_vector(const at::Tensor& x, const char* name, at::ScalarType t
 
 inline void check_active(const std::optional<at::Tensor>& active, const at::Tensor& grads) {
   if (active) check_vector(*active, "active", at::kBool, grads);
+}
+
+inline void check_precision(c10::string_view precision) {
+  TORCH_CHECK_VALUE(precision == "highest" || precision == "high" || precision == "medium",
+                    "precision: expected 'highest', 'high' or 'medium', got '", precision, "'");
+}
+
+// The vectors and the factor of inverse_product.
+inline void check_product(const at::Tensor& grads, const at::Tensor& factor, const at::Tensor& x, int64_t block_size) {
+  const int64_t m = grads.size(0), d = grads.size(1), width = std::min(block_size, std::max<int64_t>(d, 1));
+  const int64_t s = std::min(m, width), blocks = (d + width - 1) / width;
+  TORCH_CHECK_VALUE((x.dim() == 1 || x.dim() == 2) && x.size(-1) == d, "x: expected shape [", d, "] or [k, ", d,
+                    "], got ", x.sizes());
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x: expected float32, got ", x.scalar_type());
+  TORCH_CHECK_VALUE(factor.scalar_type() == at::kDouble && factor.dim() == 3 && factor.size(0) == blocks &&
+                        factor.size(1) == s && factor.size(2) == s,
+                    "factor: expected float64 of shape [", blocks, ", ", s, ", ", s, "], got ", factor.scalar_type(),
+                    " of shape ", factor.sizes());
+  for (const auto& [name, tensor] : {std::pair("x", x), std::pair("factor", factor)})
+    TORCH_CHECK_VALUE(tensor.device() == grads.device(), name, ": expected on ", grads.device(), " like grads, got ",
+                      tensor.device());
 }
 
 inline void check_groups(const at::Tensor& groups, const at::Tensor& subsets, const at::Tensor& grads) {

@@ -51,6 +51,7 @@ py::dict build_config() {
   config["cxx_standard"] = static_cast<long>(__cplusplus);
   config["simd"] = simd();
   config["openmp"] = kOpenMP;
+  config["cuda"] = MFAC_CUDA;  // GPU architectures, ';' between them
   config["ahead_of_time"] = static_cast<bool>(MFAC_AHEAD_OF_TIME);
   config["torch"] = MFAC_TORCH_VERSION;
   config["fingerprint"] = MFAC_FINGERPRINT;  // digest of the sources, and torch's version; _build.py looks for it

@@ -77,17 +77,31 @@ def fingerprint() -> str:
     return f"mfac-{digest.hexdigest()[:16]}/torch-{torch.__version__}"
 
 
-def cuda_plan() -> tuple[bool, str]:
-    """Return whether CUDA kernels are built here, and why or why not."""
+def cuda_plan() -> tuple[list[str], str]:
+    """Return the GPU architectures that CUDA kernels are built for here, and why these or why none.
+
+    They are those of the GPUs in this machine, or $MFAC_CUDA_ARCH, as in ``"80;90a"``: a build for others.
+    """
     import torch
 
     if torch.version.cuda is None:
-        return False, "this torch is built without CUDA"
+        return [], "none: this torch is built without CUDA"
     from torch.utils.cpp_extension import CUDA_HOME
 
-    if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
-        return False, f"torch has CUDA {torch.version.cuda}, but nvcc was not found (CUDA_HOME={CUDA_HOME})"
-    return False, "no CUDA kernels in this version"
+    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
+    if CUDA_HOME is None or not nvcc.exists():
+        return [], f"none: torch has CUDA {torch.version.cuda}, but nvcc was not found (CUDA_HOME={CUDA_HOME})"
+    version = re.search(r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    if version is None or version[1] != torch.version.cuda.partition(".")[0]:
+        found = version[1] if version else "another program"
+        return [], f"none: torch has CUDA {torch.version.cuda}, but {nvcc} is {found}; set CUDA_HOME to a matching one"
+    if own := os.environ.get("MFAC_CUDA_ARCH"):
+        return own.split(";"), f"for {own} (MFAC_CUDA_ARCH)"
+    if not torch.cuda.is_available():
+        return [], "none: there is no GPU here; MFAC_CUDA_ARCH=90a, say, builds for one elsewhere"
+    versions = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    found = [f"{major}{minor}" + "a" * (major >= 9) for major, minor in sorted(versions)]
+    return found, f"for {';'.join(found)}, the GPUs of this machine"
 
 
 def architecture(ahead_of_time: bool = False) -> str:
@@ -105,7 +119,7 @@ def extension_spec(ahead_of_time: bool = False) -> dict[str, list[str]]:
         ahead_of_time: True for setup.py; the default ``-march`` is then the portable one.
 
     Returns:
-        sources (absolute paths), include_dirs, cflags (not quoted for a shell) and ldflags.
+        sources (absolute paths), include_dirs, cflags (not quoted for a shell), cuda_cflags (for nvcc) and ldflags.
 
     Raises:
         BuildError: There is no compiler, or pybind11 is not installed.
@@ -117,18 +131,23 @@ def extension_spec(ahead_of_time: bool = False) -> dict[str, list[str]]:
     except ImportError as error:
         raise BuildError(_text([f"pybind11: {error}"], "pybind11 is not installed", "pip install pybind11")) from error
 
-    root, arch = sources_root(), architecture(ahead_of_time)
+    root, arch, gpus = sources_root(), architecture(ahead_of_time), cuda_plan()[0]
     flags = ["-O3", "-ffp-contract=fast", "-fopenmp", "-Wall", "-Wextra", "-g0"] + ([f"-march={arch}"] if arch else [])
     macros = {
         "MFAC_FLAGS": json.dumps(" ".join(flags)),
         "MFAC_AHEAD_OF_TIME": int(ahead_of_time),
         "MFAC_FINGERPRINT": json.dumps(fingerprint()),
         "MFAC_TORCH_VERSION": json.dumps(torch.__version__),
+        "MFAC_CUDA": json.dumps(";".join(gpus)),
     }
+    sources = [*root.glob("*.cpp"), *(root / "cpu").glob("*.cpp")]
+    if gpus:
+        sources += [*(root / "cuda").glob("*.cpp"), *(root / "cuda").glob("*.cu")]
     return {
-        "sources": [str(p) for p in sorted([*root.glob("*.cpp"), *(root / "cpu").glob("*.cpp")])],
-        "include_dirs": [str(root), pybind11.get_include()],
+        "sources": [str(p) for p in sorted(sources)],
+        "include_dirs": [str(root), *[str(root / "cuda")] * bool(gpus), pybind11.get_include()],
         "cflags": flags + [f"-D{name}={value}" for name, value in macros.items()],
+        "cuda_cflags": ["-O3", *(f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in gpus)],
         "ldflags": ["-fopenmp"] if "clang" in find_compiler()[1] else [],
     }
 
@@ -196,7 +215,7 @@ def cache_key() -> str:
     import torch
 
     parts = {
-        "flags": [spec["cflags"], spec["ldflags"]],  # with the fingerprint of sources and torch
+        "flags": [spec["cflags"], spec["cuda_cflags"], spec["ldflags"]],  # with the fingerprint of sources and torch
         "torch": [torch.version.git_version, torch.compiled_with_cxx11_abi()],
         "python": sysconfig.get_config_var("SOABI"),
         "pybind11": pybind11.__version__,
@@ -384,6 +403,7 @@ def _compile_here() -> int:
             "_C",
             job["sources"],
             extra_cflags=[shlex.quote(flag) for flag in job["cflags"]],
+            extra_cuda_cflags=job["cuda_cflags"],
             extra_ldflags=job["ldflags"],
             extra_include_paths=job["include_dirs"],
             build_directory=job["folder"],

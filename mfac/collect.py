@@ -23,6 +23,7 @@ def collect_gradients(
     *,
     params: str | Iterable[str] | None = None,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
     buffer: GradientBuffer | None = None,
     progress: bool = False,
 ) -> GradientBuffer:
@@ -42,7 +43,8 @@ def collect_gradients(
         num_grads: m, the number of gradients, >= 1.
         params: Parameters to collect for; see :func:`mfac.prunable_parameters`.
         dtype: torch.float32, or torch.bfloat16 for half the memory.
-        buffer: A buffer to go on with, in place of ``params`` and ``dtype``: its oldest rows are overwritten.
+        device: Where the gradients are kept; see :class:`GradientBuffer`.
+        buffer: A buffer to go on with, in place of the three before: its oldest rows are overwritten.
         progress: Show a progress bar.
 
     Returns:
@@ -65,7 +67,7 @@ def collect_gradients(
     _check_source(batches, loss_fn)
     if buffer is None:
         chosen = prunable_parameters(model, params)
-        buffer = GradientBuffer(num_grads, chosen, dtype)
+        buffer = GradientBuffer(num_grads, chosen, dtype, device)
     else:
         if not isinstance(buffer, GradientBuffer):
             raise TypeError(f"buffer: expected a GradientBuffer, got {type(buffer).__name__}")
@@ -200,6 +202,7 @@ class GradientSource:
         num_grads: m, rows of the Fisher.
         refresh: How many of them are renewed from the second collection on, in [1, m]; None for all.
         dtype: Of the rows.
+        device: Where they are; see :class:`GradientBuffer`.
         announce: Warn if there are fewer batches than ``num_grads``.
 
     Attributes:
@@ -217,6 +220,7 @@ class GradientSource:
         num_grads: int,
         refresh: int | None,
         dtype: torch.dtype,
+        device: torch.device | str | None = None,
         announce: bool = False,
     ) -> None:
         """Check the arguments."""
@@ -229,6 +233,7 @@ class GradientSource:
         if dtype not in (torch.float32, torch.bfloat16):
             raise TypeError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
         self.num_grads, self.refresh, self.dtype = num_grads, refresh or num_grads, dtype
+        self.device = device if device is None else torch.device(device)
         self._loss_fn = loss_fn
         self.batches = cycle(batches, num_grads if announce else None)
         self._random = torch.Generator().manual_seed(torch.initial_seed())
@@ -249,8 +254,8 @@ class GradientSource:
         with self._seeded():
             self._buffer = collect_gradients(
                 model, self.batches, self._loss_fn, count,
-                params=params if self._buffer is None else None, dtype=self.dtype, buffer=self._buffer,
-                progress=progress,
+                params=params if self._buffer is None else None, dtype=self.dtype, device=self.device,
+                buffer=self._buffer, progress=progress,
             )  # fmt: skip
         return self._buffer
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from mfac import ops
 from mfac.gradients import GradientBuffer
+from mfac.paging import PagedOps
 from mfac.reference import check_groups
 
 
@@ -29,8 +29,13 @@ class Fisher:
         active: [d] bool; columns that are not active count as if their gradients were zero (weights pruned before),
             in every method (in :meth:`group_saliency` they cost nothing).
         backend: ``"auto"``, ``"compiled"`` or ``"reference"``.
+        precision: ``"highest"``, ``"high"`` or ``"medium"``: what the large matrix products may give up for speed on a
+            GPU; see :mod:`mfac.ops`.
+        device: Where the work is done and all vectors are; default where the gradients are. For gradients on the CPU
+            it may be a GPU: they go there page by page (:mod:`mfac.paging`).
 
     Attributes:
+        backend: ``"compiled"`` or ``"reference"``: what computes.
         mean_square: Mean of the squares of all gradients, which is the mean diagonal of (1/m) GᵀG.
 
     Raises:
@@ -51,18 +56,26 @@ class Fisher:
     def __init__(
         self,
         grads: Tensor | GradientBuffer,
-        damping: float | str = "1e-2*mean",
-        block_size: int | None = 256,
+        damping: float | str = "3e-2*mean",
+        block_size: int | None = 512,
         *,
         active: Tensor | None = None,
         backend: str = "auto",
+        precision: str = "highest",
+        device: torch.device | str | None = None,
     ) -> None:
         """Check the arguments; nothing is computed yet."""
         grads = grads.tensor if isinstance(grads, GradientBuffer) else grads
         self.mean_square = check_gradients(grads)
         self.grads = grads.detach() if grads.stride(1) == 1 else grads.detach().contiguous()
+        self.device = grads.device if device is None else torch.device(device)
+        if grads.device not in (self.device, torch.device("cpu")):
+            raise ValueError(f"grads: expected on {self.device} or the CPU, got {grads.device}")
+        self.precision = check_precision(precision)
         self._set(active, damping, block_size)
-        self.kernels: ModuleType = ops.select_backend(backend, grads.device)
+        kernels = ops.select_backend(backend, self.device)
+        self.backend = "compiled" if kernels is ops else "reference"  # what computes
+        self.kernels = kernels if grads.device == self.device else PagedOps(kernels, self.device)
 
     def replace(self, **changes: Tensor | float | int | None) -> Fisher:
         """Return a Fisher of the same gradients, which are shared and not checked again.
@@ -100,11 +113,6 @@ class Fisher:
         m, d = self.grads.shape
         return m, d
 
-    @property
-    def backend(self) -> str:
-        """``"compiled"`` or ``"reference"``: what computes."""
-        return "compiled" if self.kernels is ops else "reference"
-
     def factor(self) -> Tensor:
         """Return the Cholesky factors [blocks, s, s] float64, s = min(m, B); computed at first use and kept."""
         if self._factor is None:
@@ -113,7 +121,7 @@ class Fisher:
 
     def inverse_diagonal(self) -> Tensor:
         """Return diag(F⁻¹), [d] float32, positive."""
-        return self.kernels.inverse_diagonal(self.grads, self.damping, self.block_size, self._active)
+        return self.kernels.inverse_diagonal(self.grads, self.damping, self.block_size, self._active, self.precision)
 
     def inverse_product(self, x: Tensor) -> Tensor:
         """Return F⁻¹ x.
@@ -131,10 +139,8 @@ class Fisher:
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
         d = self.grads.shape[1]
-        if x.dim() not in (1, 2) or x.shape[-1] != d or x.device != self.grads.device:
-            raise ValueError(
-                f"x: expected shape [{d}] or [k, {d}] on {self.grads.device}, got {list(x.shape)} on {x.device}"
-            )
+        if x.dim() not in (1, 2) or x.shape[-1] != d or x.device != self.device:
+            raise ValueError(f"x: expected shape [{d}] or [k, {d}] on {self.device}, got {list(x.shape)} on {x.device}")
         return self.kernels.inverse_product(
             self.grads, self.factor(), x.float(), self.damping, self.block_size, self._active
         )
@@ -154,7 +160,7 @@ class Fisher:
         Raises:
             ValueError: If the lengths differ or an index is not in [0, d).
         """
-        device, (m, d) = self.grads.device, self.shape
+        device, (m, d) = self.device, self.shape
         i, j = (torch.as_tensor(index, dtype=torch.long, device=device) for index in (i, j))
         if i.shape != j.shape or i.dim() != 1:
             raise ValueError(f"i, j: expected two lists of one length, got shapes {list(i.shape)} and {list(j.shape)}")
@@ -174,7 +180,12 @@ class Fisher:
             left, right = inverse.split(len(where))
             used = active[wanted - start][:, None]
             if m < int(active.sum()):
-                z = torch.linalg.solve_triangular(factor, self.grads[:, wanted].double(), upper=False).T * used
+                z = (
+                    torch.linalg.solve_triangular(
+                        factor, self.grads[:, wanted.to(self.grads.device)].to(device).double(), upper=False
+                    ).T
+                    * used
+                )
                 dot = (z[left] * z[right]).sum(1)
                 out[where] = ((i[where] == j[where]).double() - dot) / self.damping
             else:
@@ -206,10 +217,14 @@ class Fisher:
         self._check_vector("weights", weights, torch.float32)
         self._check_vector("kept", kept, torch.bool)
         if self._active is None:
-            return float(self.kernels.joint_update(self.grads, weights, kept, self.damping, self.block_size))
+            return float(
+                self.kernels.joint_update(self.grads, weights, kept, self.damping, self.block_size, self.precision)
+            )
         new = torch.where(self._active, weights, 0)
         alone = torch.where(self._active | kept, 0, weights)  # inactive weights that go
-        loss = self.kernels.joint_update(self.grads, new, kept & self._active, self.damping, self.block_size)
+        loss = self.kernels.joint_update(
+            self.grads, new, kept & self._active, self.damping, self.block_size, self.precision
+        )
         weights.copy_(torch.where(kept & ~self._active, weights, new))
         return float(loss) + 0.5 * self.damping * float(alone.double().square().sum())
 
@@ -229,7 +244,7 @@ class Fisher:
         self._check_vector("kept", kept, torch.bool)
         self._check_vector("inverse_diagonal", inverse_diagonal, torch.float32)
         self.kernels.independent_update(
-            self.grads, weights, kept, inverse_diagonal, self.damping, self.block_size, self._active
+            self.grads, weights, kept, inverse_diagonal, self.damping, self.block_size, self._active, self.precision
         )
 
     def group_saliency(self, weights: Tensor, groups: Tensor, subsets: Tensor) -> Tensor:
@@ -248,9 +263,9 @@ class Fisher:
             ValueError: If a shape, device or position is wrong.
         """
         self._check_vector("weights", weights, torch.float32)
-        check_groups(groups, subsets, self.grads)
+        check_groups(groups, subsets, self.grads.shape[1], self.device)
         return self.kernels.group_saliency(
-            self.grads, weights, groups, subsets, self.damping, self.block_size, self._active
+            self.grads, weights, groups, subsets, self.damping, self.block_size, self._active, self.precision
         )
 
     def quadratic_form(self, x: Tensor) -> float:
@@ -274,7 +289,7 @@ class Fisher:
         return data + 0.5 * self.damping * float(outside.double().square().sum())
 
     def _check_vector(self, name: str, x: Tensor, dtype: torch.dtype) -> None:
-        d, device = self.grads.shape[1], self.grads.device
+        d, device = self.grads.shape[1], self.device
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
         if x.dtype != dtype:
@@ -348,3 +363,20 @@ def check_fisher_settings(damping: float | str, block_size: int | None) -> float
         if block_size < 1:
             raise ValueError(f"block_size: expected >= 1 or None, got {block_size}")
     return value
+
+
+def check_precision(precision: str) -> str:
+    """Check the precision of matrix products.
+
+    Args:
+        precision: ``"highest"``, ``"high"`` or ``"medium"``.
+
+    Returns:
+        The same.
+
+    Raises:
+        ValueError: If it is another.
+    """
+    if precision not in ("highest", "high", "medium"):
+        raise ValueError(f"precision: expected 'highest', 'high' or 'medium', got {precision!r}")
+    return precision

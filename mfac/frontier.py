@@ -103,14 +103,15 @@ def frontier(
     patterns: Iterable[str | Sequence[int]] = ("unstructured",),
     *,
     params: str | Iterable[str] | None = None,
-    damping: float | str = "1e-2*mean",
-    block_size: int | str | None = 256,
+    damping: float | str = "3e-2*mean",
+    block_size: int | str | None = 512,
     scope: str = "global",
     update: str = "joint",
     criterion: str = "fisher",
     substeps: int = 8,
     masks: Mapping[str, Tensor] | None = None,
     backend: str = "auto",
+    precision: str = "highest",
     progress: bool = False,
 ) -> Frontier:
     """Predict what pruning costs, over sparsities and patterns, from one set of gradients; the model is not touched.
@@ -133,6 +134,7 @@ def frontier(
         substeps: Sub-steps of each step.
         masks: Of an earlier step.
         backend: What computes.
+        precision: Of matrix products.
         progress: Show a progress bar.
 
     Returns:
@@ -169,6 +171,7 @@ def frontier(
             problem = Problem(
                 model, grads, sparsity, params=params, pattern=pattern, scope=scope, masks=masks, criterion=criterion,
                 backend=backend,
+                precision=precision,
             )  # fmt: skip
             weights = problem.weights()
             if fisher is None:

@@ -19,6 +19,8 @@ class GradientBuffer:
         params: Name to parameter (what :func:`mfac.prunable_parameters` returns) or to any tensor of its shape and
             device.
         dtype: torch.float32, or torch.bfloat16 for half the memory.
+        device: Where the rows are; default where the parameters are. ``"cpu"`` for parameters on a GPU that has no room
+            for the rows: pinned memory, from which :class:`Fisher` takes them page by page.
 
     Attributes:
         names: Names of the parameters, in the order of the columns.
@@ -40,7 +42,13 @@ class GradientBuffer:
         (1, 6)
     """
 
-    def __init__(self, num_grads: int, params: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        num_grads: int,
+        params: Mapping[str, Tensor],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
         """Allocate the rows."""
         if isinstance(num_grads, bool) or not isinstance(num_grads, int) or num_grads < 1:
             raise ValueError(f"num_grads: expected an int >= 1, got {num_grads!r}")
@@ -56,12 +64,17 @@ class GradientBuffer:
         devices = {p.device for p in params.values()}
         if len(devices) > 1:
             raise ValueError(f"params: expected on one device, got {', '.join(sorted(map(str, devices)))}")
+        home = devices.pop()
+        device = home if device is None else torch.device(device)
+        if device != home and device.type != "cpu":
+            raise ValueError(f"device: expected that of the parameters, {home}, or cpu, got {device}")
         self.names = list(params)
         self.skipped = 0
         self.loss = self.samples = float("nan")
         self._shapes = [p.shape for p in params.values()]
         self._sizes = [p.numel() for p in params.values()]
-        self._rows = torch.empty(num_grads, sum(self._sizes), dtype=dtype, device=devices.pop())
+        pinned = device != home and torch.cuda.is_available()
+        self._rows = torch.empty(num_grads, sum(self._sizes), dtype=dtype, device=device, pin_memory=pinned)
         self._next = 0
         self._filled = 0
 

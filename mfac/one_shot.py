@@ -15,6 +15,7 @@ from tqdm import tqdm
 from mfac import ops
 from mfac.batchnorm import reestimate_batchnorm
 from mfac.collect import GradientSource
+from mfac.fisher import check_precision
 from mfac.parameters import names_of, prunable_parameters
 from mfac.quadratic import Candidate, check_settings, choose_settings, timed
 from mfac.result import PruneResult, PruneStep
@@ -33,8 +34,8 @@ def prune(
     num_grads: int = 256,
     refresh: int | None = None,
     params: str | Iterable[str] | None = None,
-    damping: float | str = "1e-2*mean",
-    block_size: int | str | None = 256,
+    damping: float | str = "3e-2*mean",
+    block_size: int | str | None = 512,
     pattern: str | Sequence[int] = "unstructured",
     scope: str = "global",
     update: str = "joint",
@@ -42,7 +43,9 @@ def prune(
     substeps: int = 8,
     batchnorm_batches: int = 0,
     dtype: torch.dtype = torch.float32,
+    grads_device: torch.device | str | None = None,
     backend: str = "auto",
+    precision: str = "highest",
     progress: bool = True,
 ) -> PruneResult:
     """Prune a trained model in place, in one call and without training.
@@ -73,7 +76,9 @@ def prune(
         substeps: Sub-steps of selection and update at each step.
         batchnorm_batches: Re-estimate the statistics of BatchNorm from so many batches at the end; 0: leave them.
         dtype: Type of the gradients, torch.float32 or torch.bfloat16.
+        grads_device: Where the gradients are kept: the model's device, or ``"cpu"`` if they do not fit there.
         backend: ``"auto"``, ``"compiled"`` or ``"reference"``.
+        precision: See :func:`prune_step`.
         progress: Show progress bars.
 
     Returns:
@@ -107,9 +112,10 @@ def prune(
     Selection(chosen, sparsity, scope, pattern, params or ())  # checks
     ops.select_backend(backend, next(iter(chosen.values())).device)
     refresh = max(1, num_grads // 4) if refresh is None and isinstance(num_grads, int) else refresh
-    source = GradientSource(batches, loss_fn, num_grads, refresh, dtype, announce=True)
+    source = GradientSource(batches, loss_fn, num_grads, refresh, dtype, grads_device, announce=True)
 
     options = {"params": params, "pattern": pattern, "scope": scope, "criterion": criterion, "backend": backend}
+    options["precision"] = check_precision(precision)
     steps: list[PruneStep] = []
     result: PruneResult | None = None
     candidates: list[Candidate] = []

@@ -4,6 +4,10 @@ Shapes, here and in :mod:`mfac.reference`: ``grads`` [m, d] float32 or bfloat16,
 of F = λ I + (1/m) Gᵀ G; ``block_size`` B >= 1, F being block-diagonal with blocks of B columns; ``active`` [d]
 bool, columns that take part, the others counting as zero gradients; ``kept`` [d] bool, False = pruned. Wrong
 arguments raise ValueError or TypeError from the op itself.
+
+``precision`` of the large matrix products: ``"highest"``, the results of the reference to four digits at least;
+``"high"``, numbers as sums of two bfloat16 on the tensor cores of a GPU, some three digits at a moderate damping;
+``"medium"``, one bfloat16, some two. A lower one is leave, not an order: CPU kernels always give the highest.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,21 +59,23 @@ def select_backend(backend: str = "auto", device: torch.device | str = "cpu") ->
         raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "reference":
         return reference
-    device = torch.device(device)
-    if device.type != "cpu":
-        reason = f"this version has no compiled kernels for {device.type}"
-        if backend == "compiled":
-            raise RuntimeError(f"backend: {reason}; use backend='reference', or move model and gradients to the CPU")
-        _warn_once(f"mfac: {reason}; the reference path (plain PyTorch on {device.type}) serves.")
-        return reference
     try:
-        load()
+        config = load()
     except _build.BuildError as error:
         if backend == "compiled":
             raise
         _warn_once(f"mfac: the compiled kernels are not available, the slower reference path serves.\n{error}")
         return reference
-    return sys.modules[__name__]
+    device = torch.device(device)
+    if device.type == "cpu" or (device.type == "cuda" and config["cuda"]):
+        return sys.modules[__name__]
+    reason = f"there are no compiled kernels for {device.type}"
+    if device.type == "cuda":
+        reason += f" ({_build.cuda_plan()[1]})"
+    if backend == "compiled":
+        raise RuntimeError(f"backend: {reason}; use backend='reference', or move model and gradients to the CPU")
+    _warn_once(f"mfac: {reason}; the reference path (plain PyTorch on {device.type}) serves.")
+    return reference
 
 
 @functools.cache
@@ -77,15 +84,19 @@ def _warn_once(message: str) -> None:
 
 
 @functools.cache
-def load() -> None:
+def load() -> dict[str, Any]:
     """Build (at first use) and load the extension, and register the fake kernels.
+
+    Returns:
+        How it was compiled.
 
     Raises:
         BuildError: If it cannot be built or loaded; says why and what to do.
     """
-    _build.load()
+    module = _build.load()
     for name, fake in _FAKES.items():
         torch.library.register_fake(f"mfac::{name}", fake)
+    return module.build_config()
 
 
 def block_factor(grads: Tensor, damping: float, block_size: int, active: Tensor | None = None) -> Tensor:
@@ -104,17 +115,19 @@ def _fake_block_factor(grads, damping, block_size, active=None):
     return grads.new_empty((-(-d // block_size), s, s), dtype=torch.float64)
 
 
-def inverse_diagonal(grads: Tensor, damping: float, block_size: int, active: Tensor | None = None) -> Tensor:
+def inverse_diagonal(
+    grads: Tensor, damping: float, block_size: int, active: Tensor | None = None, precision: str = "highest"
+) -> Tensor:
     """Diagonal of F⁻¹: (1 - ‖L⁻¹ g_i‖²) / λ with g_i column i of G, or m ‖L⁻¹ e_i‖²; 2 m min(m, B) flops per weight.
 
     Returns:
         [d] float32, within 1/F_ii and 1/λ, hence positive.
     """
-    return torch.ops.mfac.inverse_diagonal(grads, damping, block_size, active)
+    return torch.ops.mfac.inverse_diagonal(grads, damping, block_size, active, precision)
 
 
 @_fake
-def _fake_inverse_diagonal(grads, damping, block_size, active=None):
+def _fake_inverse_diagonal(grads, damping, block_size, active=None, precision="highest"):
     return grads.new_empty(grads.shape[1], dtype=torch.float32)
 
 
@@ -134,7 +147,9 @@ def _fake_inverse_product(grads, factor, x, damping, block_size, active=None):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def joint_update(grads: Tensor, weights: Tensor, kept: Tensor, damping: float, block_size: int) -> Tensor:
+def joint_update(
+    grads: Tensor, weights: Tensor, kept: Tensor, damping: float, block_size: int, precision: str = "highest"
+) -> Tensor:
     """Prune in place all weights that are not kept, moving the kept ones to the minimum of ½ δᵀFδ.
 
     w_S += G_Sᵀ (mλ I + G_S G_Sᵀ)⁻¹ G_Q w_Q and w_Q = 0, with S the kept and Q the pruned weights of a block.
@@ -143,11 +158,11 @@ def joint_update(grads: Tensor, weights: Tensor, kept: Tensor, damping: float, b
     Returns:
         ½ δᵀFδ, the predicted loss increase, a float64 scalar.
     """
-    return torch.ops.mfac.joint_update(grads, weights, kept, damping, block_size)
+    return torch.ops.mfac.joint_update(grads, weights, kept, damping, block_size, precision)
 
 
 @_fake
-def _fake_joint_update(grads, weights, kept, damping, block_size):
+def _fake_joint_update(grads, weights, kept, damping, block_size, precision="highest"):
     return grads.new_empty((), dtype=torch.float64)
 
 
@@ -159,17 +174,20 @@ def independent_update(
     damping: float,
     block_size: int,
     active: Tensor | None = None,
+    precision: str = "highest",
 ) -> None:
     """Prune in place by the sum of single-weight updates (M-FAC, equation 4).
 
     w -= F⁻¹ u with u_i = w_i / [F⁻¹]_ii where not kept, then zero there. ``weights`` [d] float32 is the only tensor
     written; ``inverse_diagonal`` [d] float32 comes from :func:`inverse_diagonal`.
     """
-    torch.ops.mfac.independent_update(grads, weights, kept, inverse_diagonal, damping, block_size, active)
+    torch.ops.mfac.independent_update(grads, weights, kept, inverse_diagonal, damping, block_size, active, precision)
 
 
 @_fake
-def _fake_independent_update(grads, weights, kept, inverse_diagonal, damping, block_size, active=None):
+def _fake_independent_update(
+    grads, weights, kept, inverse_diagonal, damping, block_size, active=None, precision="highest"
+):
     return None
 
 
@@ -195,6 +213,7 @@ def group_saliency(
     damping: float,
     block_size: int,
     active: Tensor | None = None,
+    precision: str = "highest",
 ) -> Tensor:
     """½ w_Qᵀ ([F⁻¹]_QQ)⁻¹ w_Q, what it costs to prune the weights Q together, for k subsets Q of each of n groups.
 
@@ -205,11 +224,11 @@ def group_saliency(
     Returns:
         [n, k] float32.
     """
-    return torch.ops.mfac.group_saliency(grads, weights, groups, subsets, damping, block_size, active)
+    return torch.ops.mfac.group_saliency(grads, weights, groups, subsets, damping, block_size, active, precision)
 
 
 @_fake
-def _fake_group_saliency(grads, weights, groups, subsets, damping, block_size, active=None):
+def _fake_group_saliency(grads, weights, groups, subsets, damping, block_size, active=None, precision="highest"):
     return grads.new_empty((groups.shape[0], subsets.shape[0]), dtype=torch.float32)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mfac.collect import GradientSource
+from mfac.fisher import check_precision
 from mfac.gradients import GradientBuffer
 from mfac.ops import BACKENDS
 from mfac.parameters import names_of, prunable_parameters
@@ -60,8 +61,10 @@ class Pruner:
             given one of them, it makes the ``update``.
         substeps: Sub-steps of selection and update under the same gradients.
         dtype: Type of collected gradients.
+        grads_device: Where they are kept: the model's device, or ``"cpu"`` if they do not fit there.
         buffer: A :class:`GradientBuffer` that the training loop feeds, in place of ``batches``.
         backend: ``"auto"``, ``"compiled"`` or ``"reference"``.
+        precision: See :func:`prune_step`.
         progress: Show progress bars while gradients are collected.
 
     Raises:
@@ -104,16 +107,18 @@ class Pruner:
         num_grads: int = 256,
         refresh: int | None = None,
         params: str | Iterable[str] | None = None,
-        damping: float | str = "1e-2*mean",
-        block_size: int | str | None = 256,
+        damping: float | str = "3e-2*mean",
+        block_size: int | str | None = 512,
         pattern: str | Sequence[int] = "unstructured",
         scope: str = "global",
         update: str = "joint",
         criterion: str = "fisher",
         substeps: int = 8,
         dtype: torch.dtype = torch.float32,
+        grads_device: torch.device | str | None = None,
         buffer: GradientBuffer | None = None,
         backend: str = "auto",
+        precision: str = "highest",
         progress: bool = False,
     ) -> None:
         """Check the arguments; the model is not touched."""
@@ -125,7 +130,9 @@ class Pruner:
             raise ValueError(f"batches, buffer: expected {wanted}, got {'both' if sources else 'neither'}")
         if isinstance(recomputations, bool) or not isinstance(recomputations, int) or recomputations < 1:
             raise ValueError(f"recomputations: expected an int >= 1, got {recomputations!r}")
-        self._source = None if batches is None else GradientSource(batches, loss_fn, num_grads, refresh, dtype)
+        self._source = (
+            None if batches is None else GradientSource(batches, loss_fn, num_grads, refresh, dtype, grads_device)
+        )
         if buffer is not None and not isinstance(buffer, GradientBuffer):
             raise TypeError(f"buffer: expected a GradientBuffer, got {type(buffer).__name__}")
         if backend not in BACKENDS:
@@ -154,6 +161,7 @@ class Pruner:
         self._buffer, self._recomputations, self._progress = buffer, recomputations, progress
         self._method, self._settings = method, (damping, block_size)
         self._options = {"pattern": pattern, "scope": scope, "criterion": criterion, "backend": backend}
+        self._options["precision"] = check_precision(precision)
         self._calls = 0
         self._last: float | None = None
         self._reached = dict.fromkeys(self._schedules, 0.0)

@@ -178,7 +178,8 @@ def choose_settings(
         fisher = fisher.replace(**({} if damping == "auto" else {"damping": damping}))
         dampings = DAMPINGS if damping == "auto" else [fisher.damping]
         sizes = [b for b in BLOCK_SIZES if b < d] or [d] if block_size == "auto" else [block_size]
-        part, rest = Fisher(fisher.grads[: m * 3 // 4], backend=fisher.backend), fisher.grads[m * 3 // 4 :]
+        options = {"backend": fisher.backend, "precision": fisher.precision, "device": fisher.device}
+        part, rest = Fisher(fisher.grads[: m * 3 // 4], **options), fisher.grads[m * 3 // 4 :]
         tried: dict[tuple[float | str, int | None], Candidate] = {}
 
         def best_of(settings: list[tuple[float | str, int | None]]) -> tuple[float | str, int | None]:
@@ -187,7 +188,7 @@ def choose_settings(
                     step, trial = weights.clone(), part.replace(damping=value, block_size=size)
                     prune_vector(step, active, trial, selection, method)
                     step -= weights
-                    score = 0.5 * float(torch.stack([(row.float() @ step).square() for row in rest]).mean())
+                    score = 0.5 * float(torch.stack([(row.to(step) @ step).square() for row in rest]).mean())
                     tried[value, size] = Candidate(trial.damping, trial.block_size, score)
                     bar.update()
             return min(tried, key=lambda key: tried[key].score if tried[key].score < math.inf else math.inf)  # nor NaN
@@ -209,7 +210,7 @@ def _warn_ill_conditioned(fisher: Fisher) -> None:
     """Warn of a damping that float64 cannot resolve beside the gradients, or that drowns them."""
     damping, scale = fisher.damping, fisher.mean_square
     trace = scale * fisher.block_size  # of a block of (1/m) GᵀG, on average
-    advice = f"try damping='1e-2*mean', {1e-2 * scale:.1e} here, or 'auto'"
+    advice = f"try damping='3e-2*mean', {3e-2 * scale:.1e} here, or 'auto'"
     if trace > 1e13 * damping:
         problem = f"{damping / trace:.0e} of the trace of a block of the Fisher, too little for float64"
     elif 0 < 1e3 * scale < damping:

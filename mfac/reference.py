@@ -1,6 +1,7 @@
 """The ops in plain PyTorch, as readable as the formulas.
 
-Every function here has the signature of its namesake in :mod:`mfac.ops` and computes in float64, block by block. It
+Every function here has the signature of its namesake in :mod:`mfac.ops` and computes in float64, block by block,
+whatever the precision asked for. It
 is what the compiled kernels are tested against, and what serves where they cannot be built. The ``recursion_*``
 functions are the algorithm as published (M-FAC, Frantar, Kurtic, Alistarh, NeurIPS 2021, section 3.1), an independent
 check and the benchmarks' baseline.
@@ -68,7 +69,9 @@ def block_factor(grads: Tensor, damping: float, block_size: int, active: Tensor 
     return out
 
 
-def inverse_diagonal(grads: Tensor, damping: float, block_size: int, active: Tensor | None = None) -> Tensor:
+def inverse_diagonal(
+    grads: Tensor, damping: float, block_size: int, active: Tensor | None = None, precision: str = "highest"
+) -> Tensor:
     """Diagonal of F⁻¹; see :func:`mfac.ops.inverse_diagonal`."""
     m, d = grads.shape
     out = torch.full((d,), 1 / damping, dtype=torch.float64, device=grads.device)
@@ -100,7 +103,9 @@ def inverse_product(
     return out.T.reshape(x.shape).float()
 
 
-def joint_update(grads: Tensor, weights: Tensor, kept: Tensor, damping: float, block_size: int) -> Tensor:
+def joint_update(
+    grads: Tensor, weights: Tensor, kept: Tensor, damping: float, block_size: int, precision: str = "highest"
+) -> Tensor:
     """Exact update for pruning all weights that are not kept; see :func:`mfac.ops.joint_update`."""
     m, d = grads.shape
     loss = torch.zeros((), dtype=torch.float64, device=grads.device)
@@ -133,6 +138,7 @@ def independent_update(
     damping: float,
     block_size: int,
     active: Tensor | None = None,
+    precision: str = "highest",
 ) -> None:
     """Sum of single-weight updates, as published; see :func:`mfac.ops.independent_update`."""
     u = torch.where(kept, 0, weights.double() / inverse_diagonal.double())
@@ -150,15 +156,17 @@ def quadratic_form(grads: Tensor, x: Tensor, damping: float, block_size: int) ->
     return 0.5 * total
 
 
-def check_groups(groups: Tensor, subsets: Tensor, grads: Tensor) -> None:
+def check_groups(groups: Tensor, subsets: Tensor, d: int, device: torch.device) -> None:
     """The checks of csrc/checks.h."""
-    for x, name, least, end in ((groups, "groups", -1, grads.shape[1]), (subsets, "subsets", 0, None)):
+    for x, name, least, end in ((groups, "groups", -1, d), (subsets, "subsets", 0, None)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
         if x.dim() != 2:
             raise ValueError(f"{name}: expected two dimensions, got shape {list(x.shape)}")
         if x.dtype != torch.long:
             raise TypeError(f"{name}: expected int64, got {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"{name}: expected on {device} like grads, got {x.device}")
         end = groups.shape[1] if end is None else end
         if x.numel() and not (least <= x.min() and x.max() < end):
             raise ValueError(f"{name}: expected numbers in [{least}, {end}), got {int(x.min())} to {int(x.max())}")
@@ -172,10 +180,11 @@ def group_saliency(
     damping: float,
     block_size: int,
     active: Tensor | None = None,
+    precision: str = "highest",
 ) -> Tensor:
     """Saliency of weights that go together; see :func:`mfac.ops.group_saliency`."""
     m, d = grads.shape
-    check_groups(groups, subsets, grads)
+    check_groups(groups, subsets, d, grads.device)
     out = torch.zeros(len(groups), len(subsets), dtype=torch.float64, device=grads.device)
     size, blocks = groups.shape[1], torch.where(groups < 0, -1, groups // block_size).flatten()
     blocks, order = torch.sort(blocks, stable=True)  # the members of the groups, by block

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mfac import ops
-from mfac.fisher import Fisher
+from mfac.fisher import Fisher, check_precision
 from mfac.gradients import GradientBuffer
 from mfac.parameters import names_of, prunable_parameters
 from mfac.quadratic import Method, check_settings, choose_settings, prune_vector, saliencies, timed
@@ -26,8 +26,8 @@ def prune_step(
     sparsity: float | Mapping[str, float] = 0.5,
     *,
     params: str | Iterable[str] | None = None,
-    damping: float | str = "1e-2*mean",
-    block_size: int | str | None = 256,
+    damping: float | str = "3e-2*mean",
+    block_size: int | str | None = 512,
     pattern: str | Sequence[int] = "unstructured",
     scope: str = "global",
     update: str = "joint",
@@ -35,6 +35,7 @@ def prune_step(
     substeps: int = 8,
     masks: Mapping[str, Tensor] | None = None,
     backend: str = "auto",
+    precision: str = "highest",
 ) -> PruneResult:
     """Prune the model's weights in place to the given sparsity, by Optimal Brain Surgeon with an empirical Fisher.
 
@@ -47,7 +48,8 @@ def prune_step(
     Args:
         model: Its weights are written, nothing else.
         grads: A :class:`GradientBuffer`, a tensor [m, d] in the order of :func:`prunable_parameters`, or m dicts name
-            -> gradient. None is for ``criterion="magnitude"``, which then updates nothing.
+            -> gradient. None is for ``criterion="magnitude"``, which then updates nothing. For a model on a GPU they
+            may be in host memory: they go to the GPU page by page.
         sparsity: Share of zeros in [0, 1]; or a dict of such shares by name or ``"re:<regex>"``, parameters that no key
             matches staying dense (the update may move them: leave them out of ``params`` if it must not).
         params: What to prune; see :func:`prunable_parameters`. Default: the weights of Linear and ConvNd layers, or the
@@ -70,6 +72,7 @@ def prune_step(
         masks: Name -> bool tensor, True = kept, from an earlier step: what is pruned stays pruned, and the Fisher is
             restricted to the rest.
         backend: ``"auto"``, ``"compiled"`` or ``"reference"``.
+        precision: ``"highest"``, or, for speed on a GPU, ``"high"`` or ``"medium"``; see :class:`Fisher`.
 
     Returns:
         Masks, sparsity reached, counts, settings, predicted loss increase and timings.
@@ -91,7 +94,7 @@ def prune_step(
     check_settings(damping, block_size)
     problem = Problem(
         model, grads, sparsity, params=params, pattern=pattern, scope=scope, masks=masks, criterion=criterion,
-        backend=backend,
+        backend=backend, precision=precision,
     )  # fmt: skip
     return prune_problem(problem, method, damping, block_size)
 
@@ -109,6 +112,7 @@ class Problem:
         masks: Of an earlier step.
         criterion: ``"fisher"`` needs gradients.
         backend: What computes.
+        precision: Of matrix products.
         named: What the user wrote as ``params``, if it was not these.
 
     Raises:
@@ -117,7 +121,7 @@ class Problem:
     """
 
     def __init__(
-        self, model, grads, sparsity, *, params, pattern, scope, masks, criterion, backend, named=None
+        self, model, grads, sparsity, *, params, pattern, scope, masks, criterion, backend, precision, named=None
     ) -> None:
         """Check; nothing is computed."""
         self.criterion = criterion
@@ -133,8 +137,9 @@ class Problem:
         matrix = None if grads is None else _gradient_matrix(grads, self.chosen, device)
         self.active = None if masks is None else _flat_masks(masks, self.chosen, device)
         self.kernels = ops.select_backend(backend, device)
+        options = {"backend": backend, "precision": check_precision(precision), "device": device}
         # With a damping that always serves: the real one may depend on the gradients.
-        self.fisher = None if matrix is None else Fisher(matrix, 1.0, backend=backend)
+        self.fisher = None if matrix is None else Fisher(matrix, 1.0, **options)
 
     def weights(self) -> Tensor:
         """Return the weights as one float32 vector [d], zero where pruned before."""
@@ -280,8 +285,8 @@ def _gradient_matrix(
         matrix = buffer.tensor
     else:
         raise TypeError(f"grads: expected a GradientBuffer, a tensor or a list of dicts, got {type(grads).__name__}")
-    if matrix.device != device:
-        raise ValueError(f"grads: expected on {device} like the model, got {matrix.device}")
+    if matrix.device not in (device, torch.device("cpu")):
+        raise ValueError(f"grads: expected on {device} like the model, or on the CPU, got {matrix.device}")
     if matrix.dim() != 2 or matrix.shape[1] != d:
         raise ValueError(f"grads: expected [m, {d}] for these parameters, got shape {list(matrix.shape)}")
     return matrix

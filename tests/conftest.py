@@ -1,9 +1,19 @@
-"""Fixtures of several tests."""
+"""Fixtures of several tests.
 
+With MFAC_EMULATE_CUDA=1 all tests run with the CUDA ops in the place of the CPU ops, emulated on the CPU.
+"""
+
+import os
 from contextlib import contextmanager
 
 import pytest
 import torch
+
+EMULATE = os.environ.get("MFAC_EMULATE_CUDA") == "1"
+if EMULATE:
+    import emulation
+
+    emulation.load()
 
 
 @pytest.fixture(autouse=True)
@@ -21,11 +31,11 @@ def one_thread():
 
 @pytest.fixture
 def thread_counts():
-    """A function that yields 1, 2, 3 and 8, each after torch has been set to so many threads."""
+    """A function that yields 1, 2, 3 and 8 (emulated: 1), each after torch has been set to so many threads."""
     before = torch.get_num_threads()
 
     def each():
-        for threads in (1, 2, 3, 8):
+        for threads in (1, 2, 3, 8)[: 1 if EMULATE else 4]:
             torch.set_num_threads(threads)
             yield threads
 

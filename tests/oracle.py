@@ -1,5 +1,7 @@
 """What the tests compare with: dense float64 linear algebra, inputs that are hard, and one table of tolerances."""
 
+import os
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -7,7 +9,37 @@ from torch import Tensor
 from mfac import ops, reference
 
 ops.load()
-BACKENDS = {"compiled": ops, "reference": reference}
+
+
+def emulated() -> bool:
+    """Whether the CUDA ops stand in the place of the CPU ops (conftest.py)."""
+    return os.environ.get("MFAC_EMULATE_CUDA") == "1"
+
+
+class OnDevice:
+    """The functions of mfac.ops on another device, for tests whose tensors are on the CPU."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            moved = [a.to(self.device) if isinstance(a, Tensor) else a for a in arguments]
+            try:
+                out = getattr(ops, name)(*moved)
+            finally:
+                for parameter, given, own in zip(
+                    getattr(torch.ops.mfac, name).default._schema.arguments, arguments, moved, strict=False
+                ):
+                    if parameter.alias_info is not None and given is not None:  # what the op writes
+                        given.copy_(own)
+            return out.cpu() if isinstance(out, Tensor) else out
+
+        return call
+
+
+DEVICE = os.environ.get("MFAC_TEST_DEVICE", "cpu")  # `make gpu` runs the tests of the ops with cuda
+BACKENDS = {"compiled": ops if DEVICE == "cpu" else OnDevice(DEVICE), "reference": reference}
 
 # Largest relative error in norm (‖out - exact‖ / ‖exact‖), or elementwise for the diagonal. The dense float64 inverse
 # is itself uncertain by 2e-16 times the condition number of F, so inputs stay below 1e10.

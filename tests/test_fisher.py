@@ -114,7 +114,7 @@ def test_defaults_and_attributes():
     fisher = Fisher(grads, backend="reference")
     assert (fisher.block_size, fisher.shape, fisher.backend) == (9, (4, 9), "reference")
     assert fisher.mean_square == pytest.approx(float(grads.square().mean()), rel=1e-6)
-    assert fisher.damping == pytest.approx(1e-2 * fisher.mean_square)
+    assert fisher.damping == pytest.approx(3e-2 * fisher.mean_square)
     assert Fisher(torch.randn(4, 9), backend="compiled").backend == "compiled"
     assert fisher.factor() is fisher.factor()
 
@@ -176,7 +176,7 @@ BAD_ROW = torch.tensor([[1.0, 2.0], [math.inf, 0.0], [0.0, 1.0], [math.nan, 0.0]
         ((G, "-1*mean"), ValueError, "damping: expected a number .*, got '-1[*]mean'"),
         ((G, "*mean"), ValueError, "damping: expected a number .*, got '[*]mean'"),
         ((G, [1e-5]), TypeError, r"damping: expected a number, got \[1e-05\]"),
-        ((torch.zeros(2, 9),), ValueError, "damping: '1e-2[*]mean' is relative to the gradients, which are zero"),
+        ((torch.zeros(2, 9),), ValueError, "damping: '3e-2[*]mean' is relative to the gradients, which are zero"),
         ((G, True), TypeError, "damping: expected a number, got True"),
         ((G, 1e-5, 0), ValueError, "block_size: expected >= 1 or None, got 0"),
         ((G, 1e-5, 50.0), TypeError, "block_size: expected an int or None, got 50.0"),

@@ -57,7 +57,7 @@ OTHER = GradientBuffer(2, {"0.weight": torch.zeros(8, 5)})
         ({"grads": G[0]}, ValueError, r"grads: .* got shape \[72\]"),
         ({"grads": G[:, 1:]}, ValueError, r"grads: expected \[m, 72\] for these parameters, got shape \[4, 71\]"),
         ({"grads": G.double()}, TypeError, "grads: expected float32 or bfloat16, got torch.float64"),
-        ({"grads": G.to("meta")}, ValueError, "grads: expected on cpu like the model, got meta"),
+        ({"grads": G.to("meta")}, ValueError, "grads: expected on cpu like the model, or on the CPU, got meta"),
         ({"grads": WITH_NAN}, ValueError, "grads: expected finite .* in 1 rows, the first 2"),
         ({"grads": WITH_INF}, ValueError, "grads: expected finite .* in 4 rows, the first 0"),
         ({"grads": 3}, TypeError, "grads: expected a GradientBuffer, a tensor or a list of dicts, got int"),

@@ -62,8 +62,11 @@ Tensor block_factor_op(const Tensor& grads, double damping, int64_t block_size, 
   });
 }
 
-Tensor inverse_diagonal_op(const Tensor& grads, double damping, int64_t block_size, const OptionalTensor& active) {
+// A lower precision is leave, not an order: here all are the highest, which costs nothing but time.
+Tensor inverse_diagonal_op(const Tensor& grads, double damping, int64_t block_size, const OptionalTensor& active,
+                           c10::string_view precision) {
   check_grads(grads, damping, block_size);
+  check_precision(precision);
   check_active(active, grads);
   const OptionalTensor mask = contiguous(active);
   Tensor out = at::empty({grads.size(1)}, grads.options().dtype(at::kFloat));
@@ -76,26 +79,21 @@ Tensor inverse_product_op(const Tensor& grads, const Tensor& factor, const Tenso
                           int64_t block_size, const OptionalTensor& active) {
   check_grads(grads, damping, block_size);
   check_active(active, grads);
-  TORCH_CHECK_VALUE((x.dim() == 1 || x.dim() == 2) && x.size(-1) == grads.size(1), "x: expected shape [", grads.size(1),
-                    "] or [k, ", grads.size(1), "], got ", x.sizes());
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x: expected float32, got ", x.scalar_type());
+  check_product(grads, factor, x, block_size);
   const OptionalTensor mask = contiguous(active);
   const Tensor vectors = x.contiguous(), l = factor.contiguous();
   Tensor out = at::empty_like(vectors);
   dispatch(grads, damping, block_size, [&](const auto& g) {
-    const int64_t s = g.order();
-    TORCH_CHECK_VALUE(
-        l.scalar_type() == at::kDouble && l.dim() == 3 && l.size(0) == g.blocks() && l.size(1) == s && l.size(2) == s,
-        "factor: expected float64 of shape [", g.blocks(), ", ", s, ", ", s, "], got ", l.scalar_type(), " of shape ",
-        l.sizes());
     inverse_product(g, mask_pointer(mask), l.const_data_ptr<double>(), vectors.const_data_ptr<float>(),
                     x.dim() == 1 ? 1 : x.size(0), out.mutable_data_ptr<float>());
   });
   return out;
 }
 
-Tensor joint_update_op(const Tensor& grads, Tensor& weights, const Tensor& kept, double damping, int64_t block_size) {
+Tensor joint_update_op(const Tensor& grads, Tensor& weights, const Tensor& kept, double damping, int64_t block_size,
+                       c10::string_view precision) {
   check_grads(grads, damping, block_size);
+  check_precision(precision);
   check_vector(weights, "weights", at::kFloat, grads);
   check_vector(kept, "kept", at::kBool, grads);
   const Tensor mask = kept.contiguous();
@@ -108,8 +106,10 @@ Tensor joint_update_op(const Tensor& grads, Tensor& weights, const Tensor& kept,
 }
 
 void independent_update_op(const Tensor& grads, Tensor& weights, const Tensor& kept, const Tensor& diagonal,
-                           double damping, int64_t block_size, const OptionalTensor& active) {
+                           double damping, int64_t block_size, const OptionalTensor& active,
+                           c10::string_view precision) {
   check_grads(grads, damping, block_size);
+  check_precision(precision);
   check_active(active, grads);
   check_vector(weights, "weights", at::kFloat, grads);
   check_vector(kept, "kept", at::kBool, grads);
@@ -134,8 +134,9 @@ Tensor quadratic_form_op(const Tensor& grads, const Tensor& x, double damping, i
 }
 
 Tensor group_saliency_op(const Tensor& grads, const Tensor& weights, const Tensor& groups, const Tensor& subsets,
-                         double damping, int64_t block_size, const OptionalTensor& active) {
+                         double damping, int64_t block_size, const OptionalTensor& active, c10::string_view precision) {
   check_grads(grads, damping, block_size);
+  check_precision(precision);
   check_active(active, grads);
   check_vector(weights, "weights", at::kFloat, grads);
   check_groups(groups, subsets, grads);

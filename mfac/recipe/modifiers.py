@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, field, fields
@@ -282,8 +283,8 @@ class MFACPruning(MagnitudePruning):
     available_devices: Any = None
     use_gradient_buffering: Any = None
     grad_sampler_kwargs: Any = None
-    num_pages: Any = None  # memory paging of the original; has no effect
-    grads_device: Any = None  # has no effect: gradients stay on the model's device
+    num_pages: Any = None  # more than 1: as grads_device: cpu; the number follows from the memory
+    grads_device: Any = None  # cpu: gradients go to the GPU page by page
 
     @classmethod
     def normalize(cls, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -323,6 +324,10 @@ class MFACPruning(MagnitudePruning):
             self.fisher_block_size = _count("fisher_block_size", self.fisher_block_size)
         if self.update not in UPDATES:
             raise ValueError(f"update must be one of {', '.join(UPDATES)}, got {self.update!r}")
+        if self.num_pages is not None:
+            self.num_pages = _count("num_pages", self.num_pages)
+        if self.grads_device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", str(self.grads_device)):
+            raise ValueError(f"grads_device must be cpu, cuda or cuda:<index>, got {self.grads_device!r}")
         devices = _names("available_devices", self.available_devices or [])
         if any(device.startswith("cuda") for device in devices) and not torch.cuda.is_available():
             warnings.warn(
@@ -338,6 +343,7 @@ class MFACPruning(MagnitudePruning):
     def options(self) -> dict[str, Any]:
         """Return the Pruner's arguments that are particular to M-FAC."""
         return {
+            "grads_device": "cpu" if self.grads_device == "cpu" or (self.num_pages or 1) > 1 else None,
             "num_grads": self.num_grads,
             "damping": self.damp,
             "block_size": self.fisher_block_size,

@@ -1,0 +1,362 @@
+// The CUDA kernels as torch ops: checks, the order of work, and the matrix products that ATen gives to cuBLAS. The equations
+// stand in block_factor.cu, inverse_diagonal.cu, inverse_product.cu and group_saliency.cu, those of the updates below.
+// Everything runs on torch's current stream. The host waits where it needs a number: how many columns are in use, whether a
+// factorisation failed, between the steps of a selection.
+#include <ATen/ops/arange.h>
+#include <ATen/ops/bitwise_and.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/cumsum.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/floor_divide.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/nonzero.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/searchsorted.h>
+#include <ATen/ops/sort.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+#include "members.h"
+#include "selection.h"
+#include "tiles.h"
+
+namespace mfac::cuda {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+using c10::cuda::CUDAGuard;
+
+Precision check(const Tensor& grads, double damping, int64_t block_size, const OptionalTensor& active,
+                c10::string_view precision = "highest") {
+  check_grads(grads, damping, block_size);
+  check_active(active, grads);
+  check_precision(precision);
+  return Precision(std::string_view(precision.data(), precision.size()), grads);
+}
+
+Tensor block_factor_op(const Tensor& grads, double damping, int64_t block_size, const OptionalTensor& active) {
+  const Precision precision = check(grads, damping, block_size, active);
+  const CUDAGuard guard(grads.device());
+  const Blocks blocks(grads, damping, block_size, active);
+  const int64_t s = blocks.order();
+  Tensor out = at::zeros({blocks.count, s, s}, blocks.options(at::kDouble));
+  blocks.for_each_batch({}, [&](const Batch& batch) {
+    const int64_t n = batch.order;
+    Tensor padded = at::zeros({batch.tile.count, s, s}, out.options());
+    Tensor l = blocks.factor(batch, precision, false).l;
+    if (!batch.capacitance && blocks.counts.defined())  // blocks with fewer columns in use than the widest
+      l = l * (at::arange(n, batch.ids.options()) < blocks.counts.index_select(0, batch.ids).unsqueeze(1)).unsqueeze(2);
+    else if (!batch.capacitance)
+      for (int64_t i = 0; i < batch.tile.count; ++i) {
+        const int64_t last = blocks.d - (blocks.count - 1) * blocks.block_size;
+        if (i + 1 == batch.tile.count && last < n && batch.ids[i].item<int32_t>() + 1 == blocks.count)
+          l[i].slice(0, last).zero_();
+      }
+    padded.narrow(1, 0, n).narrow(2, 0, n).copy_(l);
+    out.index_copy_(0, batch.ids.to(at::kLong), padded);
+  });
+  blocks.check_factors();
+  return out;
+}
+
+Tensor inverse_diagonal_op(const Tensor& grads, double damping, int64_t block_size, const OptionalTensor& active,
+                           c10::string_view name) {
+  const Precision precision = check(grads, damping, block_size, active, name);
+  const CUDAGuard guard(grads.device());
+  const Blocks blocks(grads, damping, block_size, active);
+  Tensor out = at::full({blocks.d}, 1 / damping, blocks.options(at::kFloat));
+  const auto store = [&](const Tile& tile, const Tensor& solved, bool capacitance) {
+    dispatch(blocks.grads, [&](const auto& g) {
+      const auto run = [&](const auto* values) {
+        inverse_diagonal(g, blocks.layout, tile, values, solved.size(1), damping, capacitance,
+                         out.mutable_data_ptr<float>(), current_stream());
+      };
+      if (solved.scalar_type() == at::kDouble)
+        run(solved.const_data_ptr<double>());
+      else
+        run(solved.const_data_ptr<float>());
+    });
+  };
+  blocks.for_each_batch({}, [&](const Batch& batch) {
+    const Tensor inverse = blocks.factor(batch, precision, true).inverse;
+    if (!batch.capacitance) return store(batch.tile, inverse, false);
+    const Terms terms = split(inverse, precision);
+    blocks.for_each_chunk(batch, [&](const Tile& chunk) {
+      store(chunk, multiply(terms, blocks.packed(blocks.layout, chunk, precision)), true);
+    });
+  });
+  blocks.check_factors();
+  return out;
+}
+
+// out[k, d] = F⁻¹ x for x [k, d] float64, where `factor_of` gives L of a batch; of the chosen blocks, zero elsewhere.
+template <typename F>
+Tensor apply_inverse(const Blocks& blocks, double damping, const Tensor& x, const std::vector<bool>& chosen,
+                     const F& factor_of) {
+  const int64_t k = x.size(0);
+  const double m = static_cast<double>(blocks.m);
+  Tensor out = x / damping, products = at::zeros_like(x);
+  const Tensor used = blocks.mask.defined() ? x * blocks.mask : x;
+  blocks.for_each_batch(chosen, [&](const Batch& batch) {
+    const Tensor l = factor_of(batch);
+    if (batch.capacitance) {
+      bool done = false;
+      dispatch(blocks.grads, [&](const auto& g) {
+        done = inverse_product(g, blocks.layout, batch.tile, l.const_data_ptr<double>(), x.const_data_ptr<double>(), k,
+                               damping, out.mutable_data_ptr<double>(), current_stream());
+      });
+      if (done) return;
+      Tensor t = blocks.rows(batch.tile, used);
+      blocks.solve(l, t);
+      blocks.add_columns(batch.tile, t, products);
+    } else {
+      Tensor t = at::empty({k, batch.tile.count, batch.order}, x.options());
+      gather(blocks.layout, batch.tile, x.const_data_ptr<double>(), k, t.mutable_data_ptr<double>(), current_stream());
+      blocks.solve(l, t);
+      scatter(blocks.layout, batch.tile, t.const_data_ptr<double>(), k, m, out.mutable_data_ptr<double>(),
+              current_stream());
+    }
+  });
+  if (blocks.mask.defined()) products.mul_(blocks.mask);
+  return out.sub_(products, 1 / damping);
+}
+
+Tensor inverse_product_op(const Tensor& grads, const Tensor& factor, const Tensor& x, double damping,
+                          int64_t block_size, const OptionalTensor& active) {
+  constexpr int64_t kVectorsAtOnce = 16;  // float64 copies of them take memory
+  check(grads, damping, block_size, active);
+  check_product(grads, factor, x, block_size);
+  const CUDAGuard guard(grads.device());
+  const Blocks blocks(grads, damping, block_size, active);
+  Tensor out = at::empty(x.sizes(), x.options());
+  if (x.numel() == 0) return out;
+  const Tensor vectors = x.reshape({-1, blocks.d}), all = factor.contiguous();
+  Tensor flat = out.view({-1, blocks.d});
+  for (int64_t v = 0; v < vectors.size(0); v += kVectorsAtOnce) {
+    const int64_t end = std::min(vectors.size(0), v + kVectorsAtOnce);
+    const Tensor some = vectors.slice(0, v, end).to(at::kDouble).contiguous();
+    flat.slice(0, v, end).copy_(apply_inverse(blocks, damping, some, {}, [&](const Batch& batch) {
+      Tensor l = batch.tile.count == blocks.count ? all : all.index_select(0, batch.ids);
+      if (batch.order < l.size(1)) l = l.narrow(1, 0, batch.order).narrow(2, 0, batch.order);
+      if (batch.capacitance) return l.contiguous();
+      // Rows beyond a block's columns in use are zero; ones there keep the substitution finite.
+      l = l.clone(at::MemoryFormat::Contiguous);
+      Tensor diagonal = l.diagonal(0, 1, 2);
+      diagonal.copy_(at::where(diagonal == 0, 1, diagonal));
+      return l;
+    }));
+  }
+  return out;
+}
+
+// Which blocks have an element of x [d] that is not zero.
+std::vector<bool> blocks_with(const Blocks& blocks, const Tensor& x) {
+  const Tensor padded = at::constant_pad_nd(x != 0, {0, blocks.count * blocks.block_size - blocks.d});
+  const Tensor any = padded.view({blocks.count, -1}).any(1).cpu();
+  const bool* values = any.const_data_ptr<bool>();
+  return std::vector<bool>(values, values + blocks.count);
+}
+
+// The equations and names are those of csrc/cpu/joint_update.cpp.
+Tensor joint_update_op(const Tensor& grads, Tensor& weights, const Tensor& kept, double damping, int64_t block_size,
+                       c10::string_view name) {
+  const Precision precision = check(grads, damping, block_size, std::nullopt, name);
+  check_vector(weights, "weights", at::kFloat, grads);
+  check_vector(kept, "kept", at::kBool, grads);
+  const CUDAGuard guard(grads.device());
+  const Blocks blocks(grads, damping, block_size, kept);
+  const auto float64 = blocks.options(at::kDouble);
+  if (blocks.d == 0) return at::zeros({}, float64);
+  const Tensor w = weights.to(at::kDouble), x = at::where(kept, 0.0, w).unsqueeze(0);
+  Tensor step = at::zeros_like(x), scratch = at::empty_like(x), gradient_term = at::zeros({}, float64);
+  std::vector<bool> chosen = blocks_with(blocks, x[0]);
+  std::vector<int32_t> emptied;  // blocks of which no weight is kept
+  for (int64_t b = 0; b < blocks.count; ++b)
+    if (chosen[b] && blocks.in_use[b] == 0) emptied.push_back(static_cast<int32_t>(b));
+  if (!emptied.empty()) {
+    const Tensor ids = blocks.to_device(emptied);
+    const Tile tile{ids.const_data_ptr<int32_t>(), static_cast<int64_t>(emptied.size()), 0, 0};
+    gradient_term += blocks.rows(tile, x).square().sum();
+  }
+  blocks.for_each_batch(chosen, [&](const Batch& batch) {
+    Tensor r = blocks.rows(batch.tile, x);
+    const Tensor l = blocks.factor(batch, precision, false).l;
+    if (batch.capacitance) {
+      blocks.solve(l, r);
+      blocks.add_columns(batch.tile, r, step);
+      gradient_term += r.square().sum() * (blocks.ridge * blocks.ridge);
+      return;
+    }
+    Tensor z = at::empty({1, batch.tile.count, batch.order}, float64);
+    blocks.add_columns(batch.tile, r, scratch);
+    gather(blocks.layout, batch.tile, scratch.const_data_ptr<double>(), 1, z.mutable_data_ptr<double>(),
+           current_stream());
+    blocks.solve(l, z);
+    scatter(blocks.layout, batch.tile, z.const_data_ptr<double>(), 1, 1.0, step.mutable_data_ptr<double>(),
+            current_stream());
+    gradient_term += (blocks.rows(batch.tile, step) - r).square().sum();
+  });
+  blocks.check_factors();
+  step = at::where(kept, step[0], 0.0);
+  weights.copy_(at::where(kept, w + step, 0.0));
+  return (step.square().sum() + x.square().sum()) * (0.5 * damping) +
+         gradient_term / (2 * static_cast<double>(blocks.m));
+}
+
+// w <- w - F⁻¹ u with u_i = w_i / [F⁻¹]_ii where not kept (M-FAC, equation 4), then zero there.
+void independent_update_op(const Tensor& grads, Tensor& weights, const Tensor& kept, const Tensor& diagonal,
+                           double damping, int64_t block_size, const OptionalTensor& active, c10::string_view name) {
+  const Precision precision = check(grads, damping, block_size, active, name);
+  check_vector(weights, "weights", at::kFloat, grads);
+  check_vector(kept, "kept", at::kBool, grads);
+  check_vector(diagonal, "inverse_diagonal", at::kFloat, grads);
+  const CUDAGuard guard(grads.device());
+  const Blocks blocks(grads, damping, block_size, active);
+  if (blocks.d == 0) return;
+  const Tensor w = weights.to(at::kDouble), u = at::where(kept, 0.0, w / diagonal.to(at::kDouble));
+  const Tensor step = apply_inverse(blocks, damping, u.unsqueeze(0), blocks_with(blocks, u),
+                                    [&](const Batch& batch) { return blocks.factor(batch, precision, false).l; });
+  blocks.check_factors();
+  weights.copy_(at::where(kept, w - step[0], 0.0));
+}
+
+Tensor quadratic_form_op(const Tensor& grads, const Tensor& x, double damping, int64_t block_size) {
+  check(grads, damping, block_size, std::nullopt);
+  check_vector(x, "x", at::kFloat, grads);
+  const CUDAGuard guard(grads.device());
+  const Blocks blocks(grads, damping, block_size, std::nullopt);
+  if (blocks.d == 0) return at::zeros({}, blocks.options(at::kDouble));
+  const Tensor step = x.to(at::kDouble), ids = at::arange(blocks.count, blocks.options(at::kInt));
+  const Tensor t = blocks.rows({ids.const_data_ptr<int32_t>(), blocks.count, 0, 0}, step);
+  return step.square().sum() * (0.5 * damping) + t.square().sum() / (2 * static_cast<double>(blocks.m));
+}
+
+Tensor group_saliency_op(const Tensor& grads, const Tensor& weights, const Tensor& groups, const Tensor& subsets,
+                         double damping, int64_t block_size, const OptionalTensor& active, c10::string_view name) {
+  const Precision precision = check(grads, damping, block_size, active, name);
+  check_vector(weights, "weights", at::kFloat, grads);
+  check_groups(groups, subsets, grads);
+  const int64_t size = groups.size(1), s = subsets.size(1), chosen_subsets = subsets.size(0);
+  TORCH_CHECK_VALUE(group_saliency_fits(size, s),
+                    "groups: their piece of F⁻¹ must fit in the shared memory of this GPU, some "
+                    "75 to 115 weights each; got ",
+                    size, "; use backend='reference'");
+  const CUDAGuard guard(grads.device());
+  const Blocks blocks(grads, damping, block_size, active);
+  Tensor out = at::zeros({groups.size(0), chosen_subsets}, blocks.options(at::kFloat));
+  if (out.numel() == 0 || size == 0 || blocks.d == 0) return out;
+  const Members members = list_members(blocks, groups);
+  const int64_t count = members.position.numel(), parts = members.part_group.numel();
+  if (count == 0) return out;
+  const Tensor local = members.position.remainder(blocks.block_size).to(at::kInt);
+  const Tensor first = at::tensor(members.first, groups.options()), per_block = first.diff().to(at::kInt);
+  const Layout listed{blocks.d, blocks.block_size, local.const_data_ptr<int32_t>(), per_block.const_data_ptr<int32_t>(),
+                      first.const_data_ptr<int64_t>()};
+  // Where a member's column is: on the capacitance side in the order of the members, else among the block's columns in use.
+  const Tensor block_of = at::floor_divide(members.position, blocks.block_size);
+  const Tensor in_order = at::arange(count, groups.options()) - first.index_select(0, block_of);
+  Tensor among = members.position.remainder(blocks.block_size);
+  if (blocks.mask.defined()) {
+    const Tensor rank = at::cumsum(blocks.mask, 0) - 1;  // in [0, d); minus that of the block's first column
+    const Tensor before =
+        at::constant_pad_nd(at::cumsum(blocks.mask, 0), {1, 0}).index_select(0, block_of * blocks.block_size);
+    among = rank.index_select(0, members.position) - before;
+  }
+  std::vector<int32_t> sides;
+  for (int64_t b = 0; b < blocks.count; ++b) sides.push_back(blocks.capacitance(b));
+  const Tensor side = blocks.to_device(sides).index_select(0, block_of), places = at::where(side > 0, in_order, among);
+  const Tensor slots = members.part * size + members.place, chosen_members = subsets.contiguous();
+  Tensor table = at::full({parts, size}, -1, blocks.options(at::kInt));
+  Tensor part_weights = at::zeros({parts, size}, blocks.options(at::kFloat));
+  Tensor owner = at::empty({parts}, blocks.options(at::kInt));
+  table.view({-1}).index_copy_(0, slots, places.to(at::kInt));
+  part_weights.view({-1}).index_copy_(0, slots, weights.index_select(0, members.position));
+  owner.index_copy_(0, members.part, block_of.to(at::kInt));  // the same for all members of a part
+
+  Tensor values = at::zeros({parts, chosen_subsets}, blocks.options(at::kDouble));
+  std::vector<bool> chosen(blocks.count);
+  for (int64_t b = 0; b < blocks.count; ++b) chosen[b] = members.first[b] < members.first[b + 1];
+  blocks.for_each_batch(chosen, [&](const Batch& batch) {
+    const Tensor inverse = blocks.factor(batch, precision, true).inverse, host = batch.ids.cpu();
+    const Terms terms = split(inverse, precision);
+    const int32_t* id = host.const_data_ptr<int32_t>();
+    // Runs of blocks that follow each other, whose members together are few enough.
+    for (int64_t from = 0, to; from < batch.tile.count; from = to) {
+      int64_t width = 0;
+      for (to = from; to < batch.tile.count; ++to) {
+        const int64_t wider = std::max(width, members.first[id[to] + 1] - members.first[id[to]]);
+        const bool follows = to == from || id[to] == id[to - 1] + 1;
+        if (to > from && (!follows || 16 * blocks.m * wider * (to - from + 1) > kTemporaries)) break;
+        width = wider;
+      }
+      Tensor solved = inverse.slice(0, from, to);
+      if (batch.capacitance) {
+        Terms some;
+        for (const Tensor& term : terms) some.push_back(term.slice(0, from, to));
+        const Tile tile{batch.tile.ids + from, to - from, 0, width};
+        solved = multiply(some, blocks.packed(listed, tile, precision)).to(at::kDouble);
+      }
+      const int64_t first_part = members.first_part[id[from]], last_part = members.first_part[id[to - 1] + 1];
+      group_saliency(
+          Parts{table.const_data_ptr<int32_t>() + first_part * size, owner.const_data_ptr<int32_t>() + first_part,
+                id[from], part_weights.const_data_ptr<float>() + first_part * size, last_part - first_part, size,
+                chosen_members.const_data_ptr<int64_t>(), chosen_subsets, s},
+          solved.const_data_ptr<double>(), solved.size(1), solved.size(2), damping, blocks.m, batch.capacitance,
+          values.mutable_data_ptr<double>() + first_part * chosen_subsets, current_stream());
+    }
+  });
+  blocks.check_factors();
+  // The parts of a group follow in the order of the blocks: a running sum, and its differences, would lose digits.
+  const auto [owners, order] = at::sort(members.part_group, true, 0, false);
+  const Tensor sorted = values.index_select(0, order),
+               bounds = at::searchsorted(owners, at::arange(groups.size(0) + 1, groups.options()));
+  const Tensor lengths = bounds.diff();
+  const int64_t most = lengths.max().item<int64_t>();
+  Tensor sum = at::zeros({groups.size(0), chosen_subsets}, values.options());
+  for (int64_t i = 0; i < most; ++i) {
+    const Tensor has = lengths > i, index = at::where(has, bounds.slice(0, 0, groups.size(0)) + i, 0);
+    sum += sorted.index_select(0, index) * has.unsqueeze(1);
+  }
+  return sum.clamp_max(std::numeric_limits<float>::max()).to(at::kFloat);
+}
+
+Tensor select_smallest_op(const Tensor& scores, at::IntArrayRef k, at::OptionalIntArrayRef sizes,
+                          const std::optional<Tensor>& weights) {
+  check_selection(scores, k, sizes, weights);
+  const CUDAGuard guard(scores.device());
+  const Tensor values = scores.contiguous();
+  Tensor kept = at::empty({scores.size(0)}, scores.options().dtype(at::kBool)), w;
+  if (weights) w = weights->contiguous();
+  const at::IntArrayRef segments = sizes ? *sizes : at::IntArrayRef(scores.sizes());
+  std::vector<std::vector<unsigned long long>> cuts;
+  const auto segment = [&](size_t i, int64_t begin) {
+    return Selection{values.const_data_ptr<float>() + begin, segments[i], k[i], scores.options()};
+  };
+  int64_t begin = 0;
+  for (size_t i = 0; i < k.size(); begin += segments[i++])
+    cuts.push_back(segments[i] ? segment(i, begin).find(begin) : std::vector<unsigned long long>{});
+  begin = 0;  // nothing has been written so far
+  for (size_t i = 0; i < k.size(); begin += segments[i++])
+    if (segments[i])
+      segment(i, begin).write(cuts[i], kept.mutable_data_ptr<bool>() + begin,
+                              weights ? w.mutable_data_ptr<float>() + begin : nullptr);
+  if (weights && !w.is_same(*weights)) weights->copy_(w);
+  return kept;
+}
+
+TORCH_LIBRARY_IMPL(mfac, CUDA, m) {
+  m.impl("block_factor", block_factor_op);
+  m.impl("inverse_diagonal", inverse_diagonal_op);
+  m.impl("inverse_product", inverse_product_op);
+  m.impl("joint_update", joint_update_op);
+  m.impl("independent_update", independent_update_op);
+  m.impl("quadratic_form", quadratic_form_op);
+  m.impl("group_saliency", group_saliency_op);
+  m.impl("select_smallest", select_smallest_op);
+}
+
+}  // namespace
+}  // namespace mfac::cuda

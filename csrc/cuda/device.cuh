@@ -1,0 +1,49 @@
+// What the kernels need of CUDA besides its language: how one is launched, and its shared memory. The kernels include it as
+// <device.cuh>, because tests/emulation has another one, which runs them as C++ on the CPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace mfac::cuda {
+
+// The shared memory of a block of threads as a T. Its size is an argument of launch().
+template <typename T>
+__device__ T& shared() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return *reinterpret_cast<T*>(memory);
+}
+
+// Bytes of shared memory that a block of threads may have on the current GPU: from 99 KiB (RTX 30, 40, 50) to 227 (H100).
+inline int64_t shared_limit() {
+  int device = 0, bytes = 48 << 10;
+  if (cudaGetDevice(&device) == cudaSuccess)
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+}
+
+// Runs a kernel on `blocks` blocks of `threads` threads, if there are any, each with so many bytes of shared memory.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
+            Arguments... arguments) {
+  constexpr size_t kUnasked = 48 << 10;  // bytes of shared memory that need no leave
+  if (blocks == 0) return;
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > kUnasked)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (error == cudaSuccess) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  }
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("mfac: a CUDA kernel cannot be launched: ") + cudaGetErrorString(error));
+}
+
+}  // namespace mfac::cuda

@@ -1,0 +1,88 @@
+// The order of work of a selection, and what the host decides in between.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/cumsum.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/sort.h>
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "tiles.h"
+
+namespace mfac::cuda {
+
+// One segment of a selection; the kernels' comments say what each step does.
+struct Selection {
+  const float* scores;
+  int64_t n, k;
+  at::TensorOptions options;
+
+  Tensor empty(int64_t bytes) const { return at::empty({bytes}, options.dtype(at::kByte)); }
+
+  template <typename T>
+  std::vector<T> read(const Tensor& bytes) const {
+    const Tensor host = bytes.cpu();
+    const T* values = reinterpret_cast<const T*>(host.const_data_ptr());
+    return std::vector<T>(values, values + host.numel() / static_cast<int64_t>(sizeof(T)));
+  }
+
+  // Keys that probably enclose the k-th smallest: its rank in a sample is known to within three standard deviations.
+  Bounds bracket() const {
+    constexpr int64_t kSample = 1 << 16, kLeast = 1 << 18;  // below, all scores are few enough
+    if (n < kLeast) return {0, UINT32_MAX};
+    const Tensor sample = at::empty({kSample}, options.dtype(at::kFloat));
+    sample_scores(scores, n, kSample, sample.mutable_data_ptr<float>(), current_stream());
+    const auto [sorted, order] = at::sort(sample);
+    const double share = static_cast<double>(k) / static_cast<double>(n), rank = share * kSample;
+    const double deviation = 3 * std::sqrt(rank * (1 - share)) + 1;
+    const auto key = [&](double place, uint32_t beyond) {
+      if (place < 1 || place > kSample) return beyond;
+      const float score = sorted[std::llround(place) - 1].item<float>() + 0.0f;
+      uint32_t bits;
+      std::memcpy(&bits, &score, sizeof bits);
+      return bits >> 31 ? ~bits : bits | 0x80000000u;
+    };
+    return {key(rank - deviation, 0), key(rank + deviation, UINT32_MAX)};
+  }
+
+  // Where to cut: key, ties, ties pruned. Throws if there is a NaN.
+  std::vector<unsigned long long> find(int64_t begin) const {
+    const int64_t capacity = std::max<int64_t>(n / 16, std::min<int64_t>(n, 1 << 20));
+    const Tensor inside = empty(capacity * 4), histogram = empty((kRadixBins + 4) * 8), cut = empty(3 * 8);
+    for (Bounds bounds = bracket();; bounds = {0, UINT32_MAX}) {
+      const Tensor counts = empty(sizeof(Found));
+      Found found{0, 0, static_cast<unsigned long long>(n)};
+      counts.copy_(at::from_blob(&found, {static_cast<int64_t>(sizeof found)}, at::kByte));
+      uint32_t* keys = static_cast<uint32_t*>(inside.mutable_data_ptr());
+      count_scores(scores, n, bounds, keys, capacity, static_cast<Found*>(counts.mutable_data_ptr()), current_stream());
+      found = read<Found>(counts)[0];
+      TORCH_CHECK_VALUE(found.nan >= static_cast<unsigned long long>(n), "scores: expected no NaN, got one at index ",
+                        begin + static_cast<int64_t>(found.nan));
+      if (k == 0) return {0, 0, 0};
+      const int64_t below = static_cast<int64_t>(found.below), within = static_cast<int64_t>(found.inside);
+      if (k <= below || k > below + within) continue;  // an unlucky sample
+      const bool copied = within <= capacity;
+      find_cut(copied ? keys : nullptr, scores, copied ? within : n, bounds, k - below,
+               static_cast<unsigned long long*>(histogram.mutable_data_ptr()),
+               static_cast<unsigned long long*>(cut.mutable_data_ptr()), current_stream());
+      return read<unsigned long long>(cut);
+    }
+  }
+
+  void write(const std::vector<unsigned long long>& cut, bool* kept, float* weights) const {
+    const uint32_t threshold = static_cast<uint32_t>(cut[0]);
+    const int64_t ties = static_cast<int64_t>(cut[1]), pruned = static_cast<int64_t>(cut[2]);
+    if (pruned == ties)
+      return write_mask(scores, n, threshold, k > 0 ? INT64_MAX : 0, nullptr, kept, weights, current_stream());
+    const Tensor counts = at::empty({tie_chunks(n)}, options.dtype(at::kInt));
+    count_ties(scores, n, threshold, counts.mutable_data_ptr<int32_t>(), current_stream());
+    const Tensor before = at::cumsum(counts, 0) - counts;
+    write_mask(scores, n, threshold, pruned, before.const_data_ptr<int64_t>(), kept, weights, current_stream());
+  }
+};
+
+}  // namespace mfac::cuda

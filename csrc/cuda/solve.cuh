@@ -1,0 +1,63 @@
+// Substitution with a Cholesky factor in a block of threads.
+#pragma once
+
+#include "columns.cuh"
+
+namespace mfac::cuda {
+
+constexpr int kSolveStep = 32;  // unknowns at a time: one for each lane of a warp
+
+// x <- (L Lᵀ)⁻¹ x for l[n, n] and x[n], by a whole block of threads: a warp solves with the diagonal tile, then all threads
+// subtract what it found from the unknowns that remain. `solved` is in shared memory; x is written by all when this returns.
+__device__ inline void solve_in_place(const double* __restrict__ l, int64_t n, double* x,
+                                      double (&solved)[kSolveStep]) {
+  const int lane = threadIdx.x;
+  for (int64_t row = 0; row < n; row += kSolveStep) {
+    const int rows = static_cast<int>(n - row < kSolveStep ? n - row : kSolveStep);
+    if (lane < kSolveStep) {
+      double value = lane < rows ? x[row + lane] : 0.0;
+      const double inverse = lane < rows ? 1 / l[(row + lane) * n + row + lane] : 0.0;
+#pragma unroll 1
+      for (int j = 0; j < rows; ++j) {
+        const double known = __shfl_sync(kAllLanes, value * inverse, j);
+        if (lane == j) value = known;
+        if (lane > j && lane < rows) value -= l[(row + lane) * n + row + j] * known;
+      }
+      if (lane < rows) x[row + lane] = value;
+      solved[lane] = value;
+    }
+    __syncthreads();
+    for (int64_t i = row + rows + threadIdx.x; i < n; i += blockDim.x) {
+      double value = x[i];
+#pragma unroll 4
+      for (int j = 0; j < rows; ++j) value -= l[i * n + row + j] * solved[j];
+      x[i] = value;
+    }
+    __syncthreads();
+  }
+  for (int64_t row = (n - 1) / kSolveStep * kSolveStep; row >= 0; row -= kSolveStep) {
+    const int rows = static_cast<int>(n - row < kSolveStep ? n - row : kSolveStep);
+    if (lane < kSolveStep) {
+      double value = lane < rows ? x[row + lane] : 0.0;
+      const double inverse = lane < rows ? 1 / l[(row + lane) * n + row + lane] : 0.0;
+#pragma unroll 1
+      for (int j = rows - 1; j >= 0; --j) {
+        const double known = __shfl_sync(kAllLanes, value * inverse, j);
+        if (lane == j) value = known;
+        if (lane < j) value -= l[(row + j) * n + row + lane] * known;
+      }
+      if (lane < rows) x[row + lane] = value;
+      solved[lane] = value;
+    }
+    __syncthreads();
+    for (int64_t i = threadIdx.x; i < row; i += blockDim.x) {
+      double value = x[i];
+#pragma unroll 4
+      for (int j = 0; j < rows; ++j) value -= l[(row + j) * n + i] * solved[j];
+      x[i] = value;
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace mfac::cuda

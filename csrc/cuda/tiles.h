@@ -1,0 +1,267 @@
+// The columns of G as tiles of blocks, their small matrices and factors, in terms of the kernels and of ATen's matrix products.
+#pragma once
+
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/eye.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/linalg_cholesky_ex.h>
+#include <ATen/ops/linalg_solve_triangular.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <numeric>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../checks.h"
+#include "kernels.h"
+
+namespace mfac::cuda {
+
+using at::Tensor;
+
+constexpr int64_t kTemporaries = 224 << 20;  // bytes of a tile's matrices together, if one block's do not exceed them
+
+inline Stream current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+
+// How G's and L⁻¹'s elements enter the large matrix products. The small matrices are float64 in any case.
+//   highest   float64: full speed on the GPUs of data centres (A100, H100, B200), 1/64 of it on others
+//   high      sums of two bfloat16, 16 bits, with float32 sums; G of bfloat16 is exact. Tensor cores; errors near 1e-5
+//   medium    one bfloat16, 8 bits; errors near 1e-2
+struct Precision {
+  Precision(std::string_view name, const Tensor& grads)
+      : exact(name == "highest"),
+        factor_parts(name == "high" ? 2 : 1),
+        grads_parts(grads.scalar_type() == at::kBFloat16 ? 1 : factor_parts) {}
+  bool exact;
+  int factor_parts, grads_parts;
+};
+
+// A matrix as the sum of its terms: one of float64, or some of bfloat16.
+using Terms = std::vector<Tensor>;
+
+inline Terms transposed(const Terms& terms) {
+  Terms out;
+  for (const Tensor& term : terms) out.push_back(term.transpose(1, 2));
+  return out;
+}
+
+// Products of batches, float64 or float32; terms smaller than the rounding of the last are left out.
+inline Tensor multiply(const Terms& a, const Terms& b) {
+  if (a[0].scalar_type() == at::kDouble) return at::bmm(a[0], b[0]);
+  const size_t last = std::max(a.size(), b.size()) - 1;
+  Tensor sum;
+  for (size_t i = 0; i < a.size(); ++i)
+    for (size_t j = 0; j < b.size() && i + j <= last; ++j) {
+      const Tensor product = a[i].is_cuda() ? at::bmm(a[i], b[j], at::kFloat)
+                                            : at::bmm(a[i].to(at::kFloat), b[j].to(at::kFloat));  // in the emulation
+      sum = sum.defined() ? sum.add_(product) : product;
+    }
+  return sum;
+}
+
+inline Terms split(const Tensor& x, const Precision& precision) {
+  if (precision.exact) return {x};
+  Terms terms{x.to(at::kBFloat16)};
+  if (precision.factor_parts > 1) terms.push_back((x - terms[0]).to(at::kBFloat16));
+  return terms;
+}
+
+// Calls f with the gradients as the kernels see them.
+template <typename F>
+void dispatch(const Tensor& grads, const F& f) {
+  const int64_t m = grads.size(0), d = grads.size(1), stride = grads.stride(0);
+  if (grads.scalar_type() == at::kBFloat16)
+    f(Gradients<BFloat16>{static_cast<const BFloat16*>(grads.const_data_ptr()), m, d, stride});
+  else
+    f(Gradients<float>{grads.const_data_ptr<float>(), m, d, stride});
+}
+
+// Blocks of one side, with as many columns in use as fit the widest of them.
+struct Batch {
+  Tensor ids;  // [count] int32
+  Tile tile;
+  bool capacitance;
+  int64_t order;  // of their small matrices
+};
+
+struct Factor {
+  Tensor l, inverse;  // [count, order, order] float64
+};
+
+// G, and how its columns make blocks of which some columns are in use.
+class Blocks {
+ public:
+  Blocks(const Tensor& given, double damping, int64_t size, const std::optional<Tensor>& active)
+      : grads(given.stride(1) == 1 || given.size(1) <= 1 ? given : given.contiguous()),
+        m(grads.size(0)),
+        d(grads.size(1)),
+        block_size(std::max<int64_t>(1, std::min(size, d))),
+        count((d + block_size - 1) / block_size),
+        ridge(static_cast<double>(m) * damping),
+        layout{d, block_size},
+        in_use(count, static_cast<int32_t>(block_size)),
+        failed(at::zeros({1}, options(at::kInt))) {
+    if (count > 0) in_use.back() = static_cast<int32_t>(d - (count - 1) * block_size);
+    if (!active || count == 0) return;
+    mask = active->contiguous();
+    columns = at::empty({d}, options(at::kInt));
+    counts = at::empty({count}, options(at::kInt));
+    list_columns(mask.const_data_ptr<bool>(), d, block_size, columns.mutable_data_ptr<int32_t>(),
+                 counts.mutable_data_ptr<int32_t>(), current_stream());
+    layout.columns = columns.const_data_ptr<int32_t>();
+    layout.counts = counts.const_data_ptr<int32_t>();
+    const Tensor host = counts.cpu();
+    in_use.assign(host.const_data_ptr<int32_t>(), host.const_data_ptr<int32_t>() + count);
+  }
+
+  at::TensorOptions options(at::ScalarType type) const { return grads.options().dtype(type); }
+  bool capacitance(int64_t block) const { return m < in_use[block]; }
+
+  // Rows of L's shape that block_factor gives: min(m, B, d).
+  int64_t order() const { return std::min(m, std::min(block_size, d)); }
+
+  Tensor to_device(const std::vector<int32_t>& values) const {
+    return at::from_blob(const_cast<int32_t*>(values.data()), {static_cast<int64_t>(values.size())}, at::kInt)
+        .to(grads.device(), at::kInt, /*non_blocking=*/false, /*copy=*/true);
+  }
+
+  // Calls f for tiles of the blocks that have columns in use, or, if `chosen` says so, of some of them.
+  template <typename F>
+  void for_each_batch(const std::vector<bool>& chosen, const F& f) const {
+    for (const bool side : {true, false}) {
+      std::vector<int32_t> list;
+      for (int64_t b = 0; b < count; ++b)
+        if ((chosen.empty() || chosen[b]) && in_use[b] > 0 && capacitance(b) == side)
+          list.push_back(static_cast<int32_t>(b));
+      if (list.empty()) continue;
+      const Tensor ids = to_device(list);
+      for (size_t first = 0, last; first < list.size(); first = last) {
+        int64_t width = 0, order = 0;
+        for (last = first; last < list.size(); ++last) {
+          const int64_t wider = std::max<int64_t>(width, in_use[list[last]]), n = side ? m : wider;
+          const int64_t bytes = 8 * (2 * m * wider + 4 * n * n) * static_cast<int64_t>(last - first + 1);
+          if (last > first && bytes > kTemporaries) break;
+          width = wider;
+          order = n;
+        }
+        const Tensor some = ids.slice(0, static_cast<int64_t>(first), static_cast<int64_t>(last));
+        f(Batch{some, {some.const_data_ptr<int32_t>(), static_cast<int64_t>(last - first), 0, width}, side, order});
+      }
+    }
+  }
+
+  // Calls f for ranges of the batch's columns that keep to kTemporaries; there is one, but for a wide block.
+  template <typename F>
+  void for_each_chunk(const Batch& batch, const F& f) const {
+    const int64_t most = std::max<int64_t>(256, kTemporaries / 2 / (8 * m * batch.tile.count));
+    const int64_t step = batch.capacitance ? most : batch.tile.width;  // the Fisher side has few columns
+    Tile chunk = batch.tile;
+    for (chunk.first = 0; chunk.first < batch.tile.width; chunk.first += step) {
+      chunk.width = std::min(step, batch.tile.width - chunk.first);
+      f(chunk);
+    }
+  }
+
+  // The columns of a tile side by side, [count, m, width].
+  Terms packed(const Layout& list, const Tile& tile, const Precision& precision) const {
+    Tensor out;
+    const std::vector<int64_t> sizes{tile.count, m, tile.width};
+    if (precision.exact) {
+      out = at::empty(sizes, options(at::kDouble));
+      dispatch(grads, [&](const auto& g) { pack(g, list, tile, out.mutable_data_ptr<double>(), current_stream()); });
+      return {out};
+    }
+    out = at::empty({precision.grads_parts, tile.count, m, tile.width}, options(at::kBFloat16));
+    dispatch(grads, [&](const auto& g) {
+      pack(g, list, tile, precision.grads_parts, static_cast<BFloat16*>(out.mutable_data_ptr()), current_stream());
+    });
+    return out.unbind(0);
+  }
+
+  // L, and L⁻¹ if asked for, of the batch's matrices.
+  Factor factor(const Batch& batch, const Precision& precision, bool invert) const {
+    Tensor a;
+    for_each_chunk(batch, [&](const Tile& chunk) {
+      const Terms g = packed(layout, chunk, precision);
+      const Tensor product = batch.capacitance ? multiply(g, transposed(g)) : multiply(transposed(g), g);
+      a = a.defined() ? a.add_(product) : product.to(at::kDouble);
+    });
+    if (batch.order > kMostOrder) return library_factor(a, invert);
+    Factor out{at::empty_like(a), invert ? at::empty_like(a) : Tensor()};
+    Tensor scratch = at::empty_like(a);
+    cholesky(a.const_data_ptr<double>(), batch.tile.count, batch.order, ridge, scratch.mutable_data_ptr<double>(),
+             out.l.mutable_data_ptr<double>(), invert ? out.inverse.mutable_data_ptr<double>() : nullptr,
+             failed.mutable_data_ptr<int32_t>(), current_stream());
+    return out;
+  }
+
+  // Waits for the GPU.
+  void check_factors() const {
+    TORCH_CHECK(failed.item<int32_t>() == 0,
+                "mfac: the gradients of a block have no Cholesky factor; expected finite numbers");
+  }
+
+  // G x of each block of a tile: [k, count, m] for x [k, d] float64.
+  Tensor rows(const Tile& tile, const Tensor& x) const {
+    const int64_t k = x.numel() / d, splits = row_splits(block_size);
+    Tensor t = at::empty({splits, k, tile.count, m}, options(at::kDouble));
+    dispatch(grads, [&](const auto& g) {
+      multiply_rows(g, layout, tile, x.const_data_ptr<double>(), k, t.mutable_data_ptr<double>(), current_stream());
+    });
+    return splits == 1 ? t.select(0, 0) : t.sum(0);
+  }
+
+  // Gᵀ t into the columns of a tile's blocks, of out [k, d].
+  void add_columns(const Tile& tile, const Tensor& t, Tensor& out) const {
+    dispatch(grads, [&](const auto& g) {
+      multiply_columns(g, layout, tile, t.const_data_ptr<double>(), t.size(0), out.mutable_data_ptr<double>(),
+                       current_stream());
+    });
+  }
+
+  // x [k, count, n] <- (L Lᵀ)⁻¹ x
+  static void solve(const Tensor& l, Tensor& x) {
+    cholesky_solve(l.const_data_ptr<double>(), l.size(0), l.size(1), x.size(0), x.mutable_data_ptr<double>(),
+                   current_stream());
+  }
+
+  const Tensor grads;
+  const int64_t m, d, block_size, count;
+  const double ridge;
+  Layout layout;
+  Tensor mask, columns, counts;  // of the columns in use, if not all are
+  std::vector<int32_t> in_use;   // how many, of each block
+  mutable Tensor failed;
+
+ private:
+  // For matrices too large for one block of threads. Few of them, so that waiting for the outcome costs nothing.
+  Factor library_factor(const Tensor& a, bool invert) const {
+    Tensor sum = a.clone();
+    sum.diagonal(0, 1, 2).add_(ridge);
+    const double trace = sum.diagonal(0, 1, 2).sum(1).max().item<double>();
+    double raise = 0;
+    for (int attempt = 0; attempt < 10; ++attempt) {
+      const auto [l, info] = at::linalg_cholesky_ex(sum);
+      if (info.max().item<int>() == 0) {
+        const Tensor identity = at::eye(a.size(1), a.options()).expand_as(a);
+        const Tensor inverse =
+            invert ? at::linalg_solve_triangular(l, identity, /*upper=*/false).contiguous() : Tensor();
+        return {l.contiguous(), inverse};
+      }
+      const double more = std::max(raise * 10, std::numeric_limits<double>::epsilon() * trace);
+      sum.diagonal(0, 1, 2).add_(more - raise);
+      raise = more;
+    }
+    failed.fill_(1);
+    return {sum, sum};
+  }
+};
+
+}  // namespace mfac::cuda

@@ -1,0 +1,123 @@
+"""The ops for gradients in host memory, too many for the GPU: page by page, copied while the last is worked on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+PAGE_BYTES = 2 << 30  # on the GPU there are two of them
+
+
+class PagedOps:
+    """The functions of :mod:`mfac.ops` for ``grads`` on the CPU and all other tensors on a device.
+
+    F is block-diagonal, so that a page of whole blocks is a problem of its own: every op is run for each page, and the
+    results are put together or added up. Rows go over by a stream of their own, from pinned memory at the speed of the
+    bus (an unpinned tensor is staged by the driver, at about half of it), while the page before is worked on. What it
+    takes on the device is two pages, at least one block each, and what the op itself needs.
+
+    Args:
+        kernels: :mod:`mfac.ops` or :mod:`mfac.reference`, for the device.
+        device: Where the work is done.
+        page_bytes: Gradients on the device at a time, twice.
+    """
+
+    def __init__(self, kernels: ModuleType, device: torch.device, page_bytes: int = PAGE_BYTES) -> None:
+        """Keep the arguments."""
+        self.kernels, self.device, self.page_bytes = kernels, device, page_bytes
+
+    def _pages(self, grads: Tensor, block_size: int) -> Iterator[tuple[Tensor, slice, slice]]:
+        """Yield each page on the device, its columns and its blocks."""
+        m, d = grads.shape
+        blocks = max(1, self.page_bytes // (m * grads.element_size() * block_size))
+        bounds = [slice(a, min(a + blocks * block_size, d)) for a in range(0, d, blocks * block_size)]
+        cuda = self.device.type == "cuda"
+        work = torch.cuda.current_stream(self.device) if cuda else None
+        copier = torch.cuda.Stream(self.device) if cuda else None
+
+        def copy(columns: slice) -> Tensor:
+            with torch.cuda.stream(copier):  # None: no stream
+                page = torch.empty(m, columns.stop - columns.start, dtype=grads.dtype, device=self.device)
+                for target, row in zip(page, grads, strict=True):  # a row's piece is one piece of memory, a page is not
+                    target.copy_(row[columns], non_blocking=cuda)
+                return page
+
+        following = copy(bounds[0]) if bounds else None
+        for index, columns in enumerate(bounds):
+            page = following
+            if cuda:
+                work.wait_stream(copier)
+                page.record_stream(work)
+            following = copy(bounds[index + 1]) if index + 1 < len(bounds) else None
+            yield page, columns, slice(columns.start // block_size, -(-columns.stop // block_size))
+
+    def block_factor(self, grads, damping, block_size, active=None):
+        """See :func:`mfac.ops.block_factor`. The factors of all blocks are on the device together."""
+        s = min(grads.shape[0], block_size, grads.shape[1])
+        out = torch.zeros(-(-grads.shape[1] // block_size), s, s, dtype=torch.float64, device=self.device)
+        for page, columns, blocks in self._pages(grads, block_size):
+            part = self.kernels.block_factor(page, damping, block_size, _slice(active, columns))
+            out[blocks, : part.shape[1], : part.shape[2]] = part
+        return out
+
+    def inverse_diagonal(self, grads, damping, block_size, active=None, precision="highest"):
+        """See :func:`mfac.ops.inverse_diagonal`."""
+        parts = [
+            self.kernels.inverse_diagonal(page, damping, block_size, _slice(active, columns), precision)
+            for page, columns, _ in self._pages(grads, block_size)
+        ]
+        return torch.cat(parts)
+
+    def inverse_product(self, grads, factor, x, damping, block_size, active=None):
+        """See :func:`mfac.ops.inverse_product`."""
+        parts = []
+        for page, columns, blocks in self._pages(grads, block_size):
+            s = min(page.shape[0], block_size, page.shape[1])
+            arguments = page, factor[blocks, :s, :s], x[..., columns].contiguous(), damping, block_size
+            parts.append(self.kernels.inverse_product(*arguments, _slice(active, columns)))
+        return torch.cat(parts, -1)
+
+    def joint_update(self, grads, weights, kept, damping, block_size, precision="highest"):
+        """See :func:`mfac.ops.joint_update`."""
+        return sum(
+            self.kernels.joint_update(page, weights[columns], kept[columns], damping, block_size, precision)
+            for page, columns, _ in self._pages(grads, block_size)
+        )
+
+    def independent_update(
+        self, grads, weights, kept, inverse_diagonal, damping, block_size, active=None, precision="highest"
+    ):
+        """See :func:`mfac.ops.independent_update`."""
+        for page, columns, _ in self._pages(grads, block_size):
+            self.kernels.independent_update(
+                page, weights[columns], kept[columns], inverse_diagonal[columns], damping, block_size,
+                _slice(active, columns), precision,
+            )  # fmt: skip
+
+    def quadratic_form(self, grads, x, damping, block_size):
+        """See :func:`mfac.ops.quadratic_form`."""
+        pages = self._pages(grads, block_size)
+        return sum(self.kernels.quadratic_form(page, x[columns], damping, block_size) for page, columns, _ in pages)
+
+    def group_saliency(self, grads, weights, groups, subsets, damping, block_size, active=None, precision="highest"):
+        """See :func:`mfac.ops.group_saliency`. A group whose members lie in several blocks is a sum of parts."""
+        out = torch.zeros(len(groups), len(subsets), device=self.device)
+        for page, columns, _ in self._pages(grads, block_size):
+            inside = (columns.start <= groups) & (groups < columns.stop)
+            rows = torch.nonzero(inside.any(1)).flatten()
+            here = torch.where(inside[rows], groups[rows] - columns.start, -1)
+            arguments = page, weights[columns], here, subsets, damping, block_size, _slice(active, columns), precision
+            out[rows] += self.kernels.group_saliency(*arguments)
+        return out
+
+    def select_smallest(self, scores, k, sizes=None, weights=None):
+        """See :func:`mfac.ops.select_smallest`."""
+        return self.kernels.select_smallest(scores, k, sizes, weights)
+
+
+def _slice(mask: Tensor | None, columns: slice) -> Tensor | None:
+    """Return a piece of a mask that may be absent."""
+    return None if mask is None else mask[columns]
