@@ -68,7 +68,7 @@ class Fisher:
         grads = grads.tensor if isinstance(grads, GradientBuffer) else grads
         self.mean_square = check_gradients(grads)
         self.grads = grads.detach() if grads.stride(1) == 1 else grads.detach().contiguous()
-        self.device = grads.device if device is None else torch.device(device)
+        self.device = grads.device if device is None else torch.empty(0, device=device).device  # cuda: with its index
         if grads.device not in (self.device, torch.device("cpu")):
             raise ValueError(f"grads: expected on {self.device} or the CPU, got {grads.device}")
         self.precision = check_precision(precision)

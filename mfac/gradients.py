@@ -65,7 +65,7 @@ class GradientBuffer:
         if len(devices) > 1:
             raise ValueError(f"params: expected on one device, got {', '.join(sorted(map(str, devices)))}")
         home = devices.pop()
-        device = home if device is None else torch.device(device)
+        device = home if device is None else torch.empty(0, device=device).device  # cuda: with its index
         if device != home and device.type != "cpu":
             raise ValueError(f"device: expected that of the parameters, {home}, or cpu, got {device}")
         self.names = list(params)

@@ -50,6 +50,8 @@ TOLERANCE = {
     "update": 1e-4,
     "loss": 1e-4,
     "factor": 1e-12,  # L Lᵀ against A, all in float64
+    "high": 1e-3,  # at a moderate damping: products of 16 bits, over what cancels
+    "medium": 5e-2,  # of 8 bits
     "form": 1e-6,  # one float64 pass over float32 data
 }
 

@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from mfac import _build, doctor
 
@@ -145,6 +146,49 @@ def test_spec_names_existing_sources_and_safe_flags():
     )
     assert not {"-ffast-math", "-Ofast"} & set(spec["cflags"])
     assert isinstance(_build.cuda_plan()[0], list) and _build.cuda_plan()[1]
+    if not _build.cuda_plan()[0]:
+        assert not [p for p in spec["sources"] if "/cuda/" in p]
+
+
+@pytest.fixture
+def nvcc(tmp_path, monkeypatch):
+    """A function that puts a compiler of that version where torch of CUDA 13.0 looks for it."""
+    from torch.utils import cpp_extension
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    monkeypatch.delenv("MFAC_CUDA_ARCH", raising=False)
+
+    def install(version):
+        (tmp_path / "bin").mkdir()
+        answer = f"Cuda compilation tools, release {version}, V{version}.88"
+        (tmp_path / "bin" / "nvcc").write_text(f"#!/bin/sh\necho {answer}\n")
+        (tmp_path / "bin" / "nvcc").chmod(0o755)
+
+    return install
+
+
+def test_cuda_plan(nvcc, monkeypatch):
+    """For the GPUs that are here, or those asked for."""
+    assert _build.cuda_plan() == ([], _build.cuda_plan()[1]) and "nvcc was not found" in _build.cuda_plan()[1]
+    nvcc("13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "there is no GPU here" in _build.cuda_plan()[1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(9, 0), (8, 0), (9, 0)][i])
+    assert _build.cuda_plan()[0] == ["80", "90a"]
+    monkeypatch.setenv("MFAC_CUDA_ARCH", "100;90a")
+    assert _build.cuda_plan()[0] == ["100", "90a"]
+    spec = _build.extension_spec()
+    assert {"bindings.cpp", "select_smallest.cu"} <= {Path(p).name for p in spec["sources"] if "/cuda/" in p}
+    assert "-gencode=arch=compute_90a,code=sm_90a" in spec["cuda_cflags"] and '-DMFAC_CUDA="100;90a"' in spec["cflags"]
+
+
+def test_nvcc_of_another_cuda(nvcc):
+    nvcc("12.4")
+    plan, reason = _build.cuda_plan()
+    assert not plan and "torch has CUDA 13.0" in reason and "is 12; set CUDA_HOME" in reason
 
 
 def test_two_processes_compile_once(bench):

@@ -2,8 +2,10 @@
 
 import warnings
 
+import oracle
 import pytest
 import torch
+from oracle import BACKENDS, TOLERANCE
 
 import mfac
 from mfac import _build, ops, reference
@@ -61,6 +63,34 @@ def test_wrong_arguments(change, error, message):
     with pytest.raises(error, match=message):
         ops.joint_update(*arguments)
     assert torch.equal(arguments[1], before)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("shape", [(50, 301, 100), (65, 101, 50)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_precision(shape, dtype, precision):
+    """A lower one costs no more than the table says; on the CPU nothing."""
+    (m, d, block_size), damping = shape, 1e-1
+    grads, weights, kept = torch.randn(m, d).to(dtype), torch.randn(d), torch.rand(d) < 0.4
+    groups, subsets = torch.randperm(d)[: d // 4 * 4].view(-1, 4), torch.tensor([[0, 1], [2, 3]])
+    tolerance = TOLERANCE["diagonal" if precision == "highest" else precision]
+    kernels = BACKENDS["compiled"]
+    got, right = [], []
+    for module, out in ((kernels, got), (reference, right)):
+        diagonal = module.inverse_diagonal(grads, damping, block_size, None, precision)
+        joint, independent = weights.clone(), weights.clone()
+        loss = module.joint_update(grads, joint, kept, damping, block_size, precision)
+        exact = reference.inverse_diagonal(grads, damping, block_size)
+        module.independent_update(grads, independent, kept, exact, damping, block_size, None, precision)
+        cost = module.group_saliency(grads, weights, groups, subsets, damping, block_size, None, precision)
+        out += [diagonal, joint, loss, independent, cost]
+    for one, other in zip(got, right, strict=True):
+        assert oracle.error(one, other) < tolerance
+
+
+def test_precision_by_another_name():
+    with pytest.raises(ValueError, match="precision: expected 'highest', 'high' or 'medium', got 'tf32'"):
+        ops.inverse_diagonal(GRADS, 1e-3, 8, None, "tf32")
 
 
 def test_no_columns():

@@ -31,6 +31,7 @@ from mfac.patterns import parse_pattern
 M = 256  # gradients of 32 images
 REFRESH = M // 4
 PUBLISHED = {"damping": 1e-5, "block_size": 2000, "substeps": 1}
+SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 METHODS = {  # options of mfac.prune; those not named are its defaults
     "independent": {"update": "independent", "refresh": M, **PUBLISHED},
     "joint": {"refresh": M},
@@ -203,7 +204,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and val/")
     parser.add_argument("--checkpoint", type=Path, required=True, help="state_dict of the dense ResNet-20")
-    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7, 0.8, 0.9, 0.95])
+    helped = "default: 50 to 95 %%; from 80 %% on for R > 1, as one collection of gradients is enough below"
+    parser.add_argument("--sparsities", type=float, nargs="+", help=helped)
     parser.add_argument("--methods", nargs="+", choices=list(LABELS), default=list(LABELS))
     parser.add_argument("--recomputations", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--seeds", type=int, default=3)
@@ -218,8 +220,10 @@ def main() -> None:
 
     plan = []
     for r, seed, method, sparsity in itertools.product(
-        options.recomputations, range(options.seeds), options.methods, options.sparsities
+        options.recomputations, range(options.seeds), options.methods, options.sparsities or SPARSITIES
     ):
+        if r > 1 and options.sparsities is None and sparsity < 0.8:
+            continue
         if (method == "magnitude" and (r, seed) != (1, 0)) or (method == "rolling" and r == 1):
             continue  # no gradients, hence no seed; and one collection cannot roll
         plan.append({"method": method, "R": r, "sparsity": sparsity, "seed": seed})
