@@ -108,3 +108,12 @@ def test_not_finite():
     for kernels in BACKENDS.values():
         with pytest.raises(RuntimeError, match="no Cholesky factor; expected finite numbers"):
             kernels.inverse_diagonal(torch.full((3, 9), torch.nan), 1e-3, 9)
+
+
+@pytest.mark.parametrize("damping", [1e-3, 1.0])
+def test_wide_block(damping):
+    """One block of more columns than are packed at a time on CUDA."""
+    grads = torch.randn(250, 62_000)
+    out = BACKENDS["compiled"].inverse_diagonal(grads, damping, 62_000)
+    error = (out / reference.inverse_diagonal(grads, damping, 62_000) - 1).abs().max()
+    assert float(error) < TOLERANCE["diagonal"]

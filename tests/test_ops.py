@@ -66,7 +66,7 @@ def test_wrong_arguments(change, error, message):
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-@pytest.mark.parametrize("shape", [(50, 301, 100), (65, 101, 50)], ids=str)
+@pytest.mark.parametrize("shape", [(50, 301, 100), (65, 101, 50), (5, 20_000, 20_000)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_precision(shape, dtype, precision):
     """A lower one costs no more than the table says; on the CPU nothing."""

@@ -92,34 +92,39 @@ Tensor inverse_diagonal_op(const Tensor& grads, double damping, int64_t block_si
   return out;
 }
 
-// out[k, d] = F⁻¹ x for x [k, d] float64, where `factor_of` gives L of a batch; of the chosen blocks, zero elsewhere.
+// out[k, d] = F⁻¹ x for x [k, d] float64 that is zero outside the chosen blocks; `factor_of` gives L of a batch, and whether it
+// packs columns for it is said by `packs`.
 template <typename F>
 Tensor apply_inverse(const Blocks& blocks, double damping, const Tensor& x, const std::vector<bool>& chosen,
-                     const F& factor_of) {
+                     const F& factor_of, bool packs) {
   const int64_t k = x.size(0);
   const double m = static_cast<double>(blocks.m);
   Tensor out = x / damping, products = at::zeros_like(x);
   const Tensor used = blocks.mask.defined() ? x * blocks.mask : x;
-  blocks.for_each_batch(chosen, [&](const Batch& batch) {
-    const Tensor l = factor_of(batch);
-    if (batch.capacitance) {
-      bool done = false;
-      dispatch(blocks.grads, [&](const auto& g) {
-        done = inverse_product(g, blocks.layout, batch.tile, l.const_data_ptr<double>(), x.const_data_ptr<double>(), k,
-                               damping, out.mutable_data_ptr<double>(), current_stream());
-      });
-      if (done) return;
-      Tensor t = blocks.rows(batch.tile, used);
-      blocks.solve(l, t);
-      blocks.add_columns(batch.tile, t, products);
-    } else {
-      Tensor t = at::empty({k, batch.tile.count, batch.order}, x.options());
-      gather(blocks.layout, batch.tile, x.const_data_ptr<double>(), k, t.mutable_data_ptr<double>(), current_stream());
-      blocks.solve(l, t);
-      scatter(blocks.layout, batch.tile, t.const_data_ptr<double>(), k, m, out.mutable_data_ptr<double>(),
-              current_stream());
-    }
-  });
+  blocks.for_each_batch(
+      chosen,
+      [&](const Batch& batch) {
+        const Tensor l = factor_of(batch);
+        if (batch.capacitance) {
+          bool done = false;
+          dispatch(blocks.grads, [&](const auto& g) {
+            done = inverse_product(g, blocks.layout, batch.tile, l.const_data_ptr<double>(), x.const_data_ptr<double>(),
+                                   k, damping, out.mutable_data_ptr<double>(), current_stream());
+          });
+          if (done) return;
+          Tensor t = blocks.rows(batch.tile, used);
+          blocks.solve(l, t);
+          blocks.add_columns(batch.tile, t, products);
+        } else {
+          Tensor t = at::empty({k, batch.tile.count, batch.order}, x.options());
+          gather(blocks.layout, batch.tile, x.const_data_ptr<double>(), k, t.mutable_data_ptr<double>(),
+                 current_stream());
+          blocks.solve(l, t);
+          scatter(blocks.layout, batch.tile, t.const_data_ptr<double>(), k, m, out.mutable_data_ptr<double>(),
+                  current_stream());
+        }
+      },
+      packs);
   if (blocks.mask.defined()) products.mul_(blocks.mask);
   return out.sub_(products, 1 / damping);
 }
@@ -138,16 +143,11 @@ Tensor inverse_product_op(const Tensor& grads, const Tensor& factor, const Tenso
   for (int64_t v = 0; v < vectors.size(0); v += kVectorsAtOnce) {
     const int64_t end = std::min(vectors.size(0), v + kVectorsAtOnce);
     const Tensor some = vectors.slice(0, v, end).to(at::kDouble).contiguous();
-    flat.slice(0, v, end).copy_(apply_inverse(blocks, damping, some, {}, [&](const Batch& batch) {
-      Tensor l = batch.tile.count == blocks.count ? all : all.index_select(0, batch.ids);
-      if (batch.order < l.size(1)) l = l.narrow(1, 0, batch.order).narrow(2, 0, batch.order);
-      if (batch.capacitance) return l.contiguous();
-      // Rows beyond a block's columns in use are zero; ones there keep the substitution finite.
-      l = l.clone(at::MemoryFormat::Contiguous);
-      Tensor diagonal = l.diagonal(0, 1, 2);
-      diagonal.copy_(at::where(diagonal == 0, 1, diagonal));
-      return l;
-    }));
+    const auto factor_of = [&](const Batch& batch) {
+      const Tensor l = batch.tile.count == blocks.count ? all : all.index_select(0, batch.ids);
+      return l.narrow(1, 0, batch.order).narrow(2, 0, batch.order).contiguous();
+    };
+    flat.slice(0, v, end).copy_(apply_inverse(blocks, damping, some, {}, factor_of, /*packs=*/false));
   }
   return out;
 }
@@ -217,8 +217,8 @@ void independent_update_op(const Tensor& grads, Tensor& weights, const Tensor& k
   const Blocks blocks(grads, damping, block_size, active);
   if (blocks.d == 0) return;
   const Tensor w = weights.to(at::kDouble), u = at::where(kept, 0.0, w / diagonal.to(at::kDouble));
-  const Tensor step = apply_inverse(blocks, damping, u.unsqueeze(0), blocks_with(blocks, u),
-                                    [&](const Batch& batch) { return blocks.factor(batch, precision, false).l; });
+  const auto factor_of = [&](const Batch& batch) { return blocks.factor(batch, precision, false).l; };
+  const Tensor step = apply_inverse(blocks, damping, u.unsqueeze(0), blocks_with(blocks, u), factor_of, /*packs=*/true);
   blocks.check_factors();
   weights.copy_(at::where(kept, w - step[0], 0.0));
 }

@@ -7,7 +7,7 @@ namespace mfac::cuda {
 
 constexpr int kSolveStep = 32;  // unknowns at a time: one for each lane of a warp
 
-// x <- (L Lᵀ)⁻¹ x for l[n, n] and x[n], by a whole block of threads: a warp solves with the diagonal tile, then all threads
+// x <- (L Lᵀ)⁻¹ x for l[n, n] and x[n], and zero where a row of L is, by a whole block of threads: a warp solves with the diagonal tile, then all threads
 // subtract what it found from the unknowns that remain. `solved` is in shared memory; x is written by all when this returns.
 __device__ inline void solve_in_place(const double* __restrict__ l, int64_t n, double* x,
                                       double (&solved)[kSolveStep]) {
@@ -16,7 +16,7 @@ __device__ inline void solve_in_place(const double* __restrict__ l, int64_t n, d
     const int rows = static_cast<int>(n - row < kSolveStep ? n - row : kSolveStep);
     if (lane < kSolveStep) {
       double value = lane < rows ? x[row + lane] : 0.0;
-      const double inverse = lane < rows ? 1 / l[(row + lane) * n + row + lane] : 0.0;
+      const double pivot = lane < rows ? l[(row + lane) * n + row + lane] : 0.0, inverse = pivot > 0 ? 1 / pivot : 0.0;
 #pragma unroll 1
       for (int j = 0; j < rows; ++j) {
         const double known = __shfl_sync(kAllLanes, value * inverse, j);
@@ -39,7 +39,7 @@ __device__ inline void solve_in_place(const double* __restrict__ l, int64_t n, d
     const int rows = static_cast<int>(n - row < kSolveStep ? n - row : kSolveStep);
     if (lane < kSolveStep) {
       double value = lane < rows ? x[row + lane] : 0.0;
-      const double inverse = lane < rows ? 1 / l[(row + lane) * n + row + lane] : 0.0;
+      const double pivot = lane < rows ? l[(row + lane) * n + row + lane] : 0.0, inverse = pivot > 0 ? 1 / pivot : 0.0;
 #pragma unroll 1
       for (int j = rows - 1; j >= 0; --j) {
         const double known = __shfl_sync(kAllLanes, value * inverse, j);

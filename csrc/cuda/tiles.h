@@ -132,9 +132,10 @@ class Blocks {
         .to(grads.device(), at::kInt, /*non_blocking=*/false, /*copy=*/true);
   }
 
-  // Calls f for tiles of the blocks that have columns in use, or, if `chosen` says so, of some of them.
+  // Calls f for tiles of the blocks that have columns in use, or, if `chosen` says so, of some of them: as many at a time as
+  // keep to kTemporaries when their columns are packed, or, for an f that packs nothing, all of a side.
   template <typename F>
-  void for_each_batch(const std::vector<bool>& chosen, const F& f) const {
+  void for_each_batch(const std::vector<bool>& chosen, const F& f, bool packs = true) const {
     for (const bool side : {true, false}) {
       std::vector<int32_t> list;
       for (int64_t b = 0; b < count; ++b)
@@ -147,7 +148,7 @@ class Blocks {
         for (last = first; last < list.size(); ++last) {
           const int64_t wider = std::max<int64_t>(width, in_use[list[last]]), n = side ? m : wider;
           const int64_t bytes = 8 * (2 * m * wider + 4 * n * n) * static_cast<int64_t>(last - first + 1);
-          if (last > first && bytes > kTemporaries) break;
+          if (packs && last > first && bytes > kTemporaries) break;
           width = wider;
           order = n;
         }
@@ -169,9 +170,11 @@ class Blocks {
     }
   }
 
-  // The columns of a tile side by side, [count, m, width].
+  // The columns of a tile side by side, [count, m, width]; where bfloat16 gradients are so already, as they are.
   Terms packed(const Layout& list, const Tile& tile, const Precision& precision) const {
     Tensor out;
+    if (count == 1 && !list.columns && !precision.exact && grads.scalar_type() == at::kBFloat16)
+      return {grads.narrow(1, tile.first, tile.width).unsqueeze(0)};
     const std::vector<int64_t> sizes{tile.count, m, tile.width};
     if (precision.exact) {
       out = at::empty(sizes, options(at::kDouble));
