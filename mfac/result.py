@@ -131,15 +131,18 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_csv(path: str | Path, kind: type, rows: Sequence[Any]) -> None:
+def write_csv(path: str | Path, kind: type, rows: Sequence[Any], append: bool = False) -> None:
     """Write dataclass objects as a CSV file, a row each.
 
     Args:
         path: The file.
         kind: Their class, for the header.
         rows: The objects.
+        append: Add to the rows that the file has.
     """
-    with Path(path).open("w", newline="", encoding="utf-8") as file:
+    append = append and Path(path).exists()
+    with Path(path).open("a" if append else "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(kind)])
-        writer.writeheader()
+        if not append:
+            writer.writeheader()
         writer.writerows(asdict(row) for row in rows)

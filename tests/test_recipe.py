@@ -207,6 +207,23 @@ def test_legacy_options():
 
 
 @pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        ("", None),
+        ("    grads_device: cpu\n", "cpu"),
+        ("    grads_device: 'cuda:0'\n", None),
+        ("    num_pages: 1\n", None),
+        ("    num_pages: 4\n", "cpu"),
+    ],
+)
+def test_where_gradients_are_kept(written, kept):
+    modifier = Manager.from_recipe((PRUNING % "MFACPruningModifier") + written).modifiers[1]
+    assert modifier.options()["grads_device"] == kept
+    with pytest.raises(ValueError, match="grads_device must be cpu, cuda or cuda:<index>, got 'disk'"):
+        Manager.from_recipe((PRUNING % "MFACPruningModifier") + "    grads_device: disk\n")
+
+
+@pytest.mark.parametrize(
     ("written", "pattern"),
     [("2:4", "2:4"), ("'2:4'", "2:4"), ("1:4", "1:4"), ("tensorrt", "2:4"), ("block4", "block4"), ("[2, 4]", [2, 4])],
 )

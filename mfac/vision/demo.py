@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from mfac import ops
 from mfac.recipe.manager import Manager
+from mfac.result import write_csv
 from mfac.vision.data import load_data
 from mfac.vision.dense import DENSE_EPOCHS, dense_digits
-from mfac.vision.loop import Measurement, evaluate, fit, write_csv
+from mfac.vision.loop import Measurement, evaluate, fit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -252,9 +253,8 @@ def demo(
             arguments = {**budget, **method.variables} if method.recipe == "mfac.md" else {}
             run = run_method(method, dense, seed, arguments, max_train_steps)
             runs.append(run)
-            write_csv(
-                folder / f"{method.label.replace(', ', '-').replace(' ', '-').lower()}-{seed}.csv", run.measurements
-            )
+            name = method.label.replace(", ", "-").replace(" ", "-").lower()
+            write_csv(folder / f"{name}-{seed}.csv", Measurement, run.measurements)
     text = f"{table(dense_top1, runs)}\n\n{_FOOTNOTE}"
     (folder / "comparison.txt").write_text(f"{text}\n", encoding="utf-8")
     plot(dense_top1, runs, folder / "comparison.png")

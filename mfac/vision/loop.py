@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -156,19 +154,3 @@ def fit(
         if on_epoch is not None:
             on_epoch(epoch, last)
     return measurements
-
-
-def write_csv(path: Path, measurements: list[Measurement], append: bool = False) -> None:
-    """Write measurements as a CSV file, one row each.
-
-    Args:
-        path: The file; its folder must exist.
-        measurements: What `fit` returned.
-        append: Add to the rows that the file has.
-    """
-    append = append and path.exists()
-    with path.open("a" if append else "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Measurement)])
-        if not append:
-            writer.writeheader()
-        writer.writerows(asdict(measurement) for measurement in measurements)

@@ -14,9 +14,10 @@ from torch import nn
 from tqdm import tqdm
 
 from mfac.recipe.manager import Manager
+from mfac.result import write_csv
 from mfac.vision.data import Data, load_data
 from mfac.vision.dense import dense_digits, load_weights, save
-from mfac.vision.loop import Measurement, evaluate, fit, write_csv
+from mfac.vision.loop import Measurement, evaluate, fit
 from mfac.vision.models import MobileNetV1
 
 ARCHITECTURES = ("mobilenet",)
@@ -195,7 +196,7 @@ def train(settings: TrainSettings) -> list[Measurement]:
     if settings.logs_dir:
         logs = Path(settings.logs_dir)
         logs.mkdir(parents=True, exist_ok=True)
-        write_csv(logs / f"{folder.name}.csv", measurements, append=bool(settings.checkpoint_path))
+        write_csv(logs / f"{folder.name}.csv", Measurement, measurements, append=bool(settings.checkpoint_path))
     tqdm.write(f"saved in {folder}")
     return measurements
 
