@@ -29,7 +29,7 @@ RESNET50 = 25_500_000  # weights of its layers
 
 def pytest(*arguments, before=()):
     """Return the exit status of the tests of the ops on CUDA."""
-    command = [*before, sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
+    command = [*before, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, "MFAC_TEST_DEVICE": "cuda"}).returncode
 
 
@@ -140,22 +140,22 @@ def step_rows(rates):
     d = sum(p.numel() for p in model.parameters())
     grads = random_gradients(m, d, torch.float32)
 
-    def step(**options):
+    def step(sparsity=0.9, **options):
         model.load_state_dict(state)
-        mfac.prune_step(model, grads, 0.9, block_size=2000, damping=1e-5, **options)
+        mfac.prune_step(model, grads, sparsity, block_size=2000, damping=1e-5, **options)
 
     floor = max(4 * m * m * d / rates[torch.float32], 2 * grads.nbytes / rates["copy"])
     for substeps in (1, 8):
         yield f"prune_step, {d / 1e6:.1f} M weights, S={substeps}", median(lambda s=substeps: step(substeps=s), 3), \
             substeps * floor, "", 0.0  # fmt: skip
     name = "prune_step, the same, S=1, 2:4"
-    yield name, median(lambda: step(substeps=1, pattern="2:4"), 1), floor, "", 0.0
+    yield name, median(lambda: step(0.5, substeps=1, pattern="2:4"), 1), floor, "", 0.0
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="where the table goes")
-    parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--only", choices=["tests", "times"], help="one of the two parts")
     options = parser.parse_args()
     if torch is None or not torch.cuda.is_available():
         what = "no torch" if torch is None else "no NVIDIA GPU that torch can use"
@@ -164,28 +164,38 @@ def main():
     from mfac import doctor, ops
 
     status = doctor.main()
-    if not ops.load()["cuda"]:
+    if status or not ops.load()["cuda"]:
         print("make gpu: the CUDA kernels are not built; see `cuda kernels` above")
         return 1
-    status |= 0 if options.skip_tests else run_tests()
-    rates = roofline()
-    name = torch.cuda.get_device_name()
+    if options.only != "times":
+        status = run_tests()
+    if options.only != "tests":
+        status |= run_times(options.output)
+    return status
+
+
+def run_times(folder):
+    """Print the table, row by row, and write what there is of it after each. Return an exit status."""
+    rates, name, status = roofline(), torch.cuda.get_device_name(), 0
     lines = [
         f"# {name}, torch {torch.__version__}", "",
         f"copy {rates['copy'] / 1e12:.2f} TB/s; products in float64 {rates[torch.float64] / 1e12:.0f}, float32 "
         f"{rates[torch.float32] / 1e12:.0f}, bfloat16 {rates[torch.bfloat16] / 1e12:.0f} TFLOP/s; d = {RESNET50:,}", "",
         "| what | seconds | share of the floor | against | error |", "|---|---:|---:|---|---:|",
     ]  # fmt: skip
-    for rows in (fisher_rows, selection_rows, step_rows):
+    print("\n".join(lines), flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for rows in (selection_rows, step_rows, fisher_rows):
         try:
             for title, time, floor, against, error in rows(rates):
                 lines.append(f"| {title} | {time:.4f} | {floor / time:.0%} | {against} | {error:.1e} |")
-        except RuntimeError as error:  # memory, say: the other rows stand
+                print(lines[-1], flush=True)
+                (folder / f"{name.lower().replace(' ', '-')}.md").write_text("\n".join(lines) + "\n")
+        except Exception as error:  # memory, say: the other rows stand
             lines.append(f"| {rows.__name__} | failed: {str(error).splitlines()[0]} | | | |")
+            print(lines[-1], flush=True)
             status = 1
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"{name.lower().replace(' ', '-')}.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        torch.cuda.empty_cache()
     return status
 
 

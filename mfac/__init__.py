@@ -1,4 +1,4 @@
-"""Second-order pruning for PyTorch: Optimal Brain Surgeon with an empirical Fisher (M-FAC), fast on CPU.
+"""Second-order pruning for PyTorch: Optimal Brain Surgeon with an empirical Fisher (M-FAC), fast.
 
 Importing compiles nothing; the kernels are built at first use.
 """

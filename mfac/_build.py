@@ -2,7 +2,8 @@
 
 One function, `extension_spec`, gives sources and flags to both builds: the just-in-time build of `load`, which is the
 usual one, and the ahead-of-time build of setup.py (``MFAC_AOT=1``). This file imports nothing of mfac: setup.py loads
-it by its path, and it is also the program that compiles, in a process of its own (`_compile_here`).
+it by its path, and it is also the program that compiles, in a process of its own (`_compile_here`): hence one file,
+somewhat long.
 
 The cache holds a folder per key with ``_C.so``, ``build.log`` and ``lock``. Every attempt compiles in a fresh
 sub-folder and moves the finished file up in one step, so ``_C.so`` exists only whole, and what a killed build leaves
@@ -10,6 +11,7 @@ behind is never used and is swept by the next one. The lock is the operating sys
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -26,6 +28,7 @@ import sysconfig
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -42,11 +45,14 @@ _CAUSES = [  # pattern in the compiler's output, likely cause, fix
     (r"No space left on device", "the disk is full", "make room, or set MFAC_CACHE_DIR to another disk"),
     (r"Killed|annot allocate memory|memory exhausted", "memory ran out", "set MAX_JOBS=1: one file at a time"),
     (r"unrecognized command.line option|C\+\+\d\d or later", "the compiler is too old", "install GCC 11 or newer"),
+    (r"unsupported GNU version", "this nvcc does not work with this g++", "set CXX to an older g++"),
+    (r"Unsupported gpu architecture", "nvcc does not know $MFAC_CUDA_ARCH", "change or unset MFAC_CUDA_ARCH"),
     (r"bad value .*-march|unknown target CPU", "the compiler does not know $MFAC_ARCH", "change or unset MFAC_ARCH"),
 ]
 
 _once = threading.Lock()
 _outcome: "ModuleType | BuildError | None" = None
+_no_cuda: "Path | None" = None  # the log of a build that failed with the CUDA kernels and is done without
 _status: dict[str, Any] = {"origin": None, "path": None, "seconds": None, "error": None}
 
 
@@ -77,31 +83,76 @@ def fingerprint() -> str:
     return f"mfac-{digest.hexdigest()[:16]}/torch-{torch.__version__}"
 
 
+def cuda_home() -> Path | None:
+    """Return the folder of the CUDA toolkit: that of torch, /usr/local/cuda or what the nvcc of the PATH is in.
+
+    One without headers does not count: nvcc on the PATH may be a script, and torch takes the folder above it.
+    """
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    candidates = [CUDA_HOME, "/usr/local/cuda"]
+    if found := shutil.which("nvcc"):
+        dry = subprocess.run([found, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+        if top := re.search(r"^#\$ TOP=(.*)$", dry, re.MULTILINE):
+            candidates.append(top[1].strip())
+    for folder in (Path(c).resolve() for c in candidates if c):
+        if (folder / "bin" / "nvcc").exists() and (folder / "include" / "cuda_runtime_api.h").exists():
+            return folder
+    return None
+
+
+@functools.cache
+def gpus_here() -> tuple[str, ...]:
+    """Return the architectures of the GPUs in this machine, as nvcc names them.
+
+    The driver's program is asked, since torch would start CUDA in this process, which work on the CPU does not need.
+    """
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True).stdout
+        versions = re.findall(r"^(\d+)\.(\d+)$", answer, re.MULTILINE)
+    except OSError:
+        import torch
+
+        try:
+            versions = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+        except RuntimeError:  # in a process forked from one that uses CUDA
+            versions = []
+    found = {(int(major), int(minor)) for major, minor in versions}
+    return tuple(f"{major}{minor}" + "a" * (major >= 9) for major, minor in sorted(found))
+
+
 def cuda_plan() -> tuple[list[str], str]:
     """Return the GPU architectures that CUDA kernels are built for here, and why these or why none.
 
-    They are those of the GPUs in this machine, or $MFAC_CUDA_ARCH, as in ``"80;90a"``: a build for others.
+    They are those of the GPUs in this machine, or $MFAC_CUDA_ARCH, as in ``"80;90a"``, a build for others, or
+    ``"none"``.
     """
     import torch
 
     if torch.version.cuda is None:
         return [], "none: this torch is built without CUDA"
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
-    if CUDA_HOME is None or not nvcc.exists():
-        return [], f"none: torch has CUDA {torch.version.cuda}, but nvcc was not found (CUDA_HOME={CUDA_HOME})"
+    if (own := os.environ.get("MFAC_CUDA_ARCH")) == "none":
+        return [], "none: MFAC_CUDA_ARCH=none"
+    if _no_cuda:
+        return [], f"none: they failed to compile, see {_no_cuda}"
+    home = cuda_home()
+    if home is None:
+        return [], f"none: torch has CUDA {torch.version.cuda}, but nvcc and its headers were not found; set CUDA_HOME"
+    nvcc = home / "bin" / "nvcc"
     version = re.search(r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
     if version is None or version[1] != torch.version.cuda.partition(".")[0]:
         found = version[1] if version else "another program"
         return [], f"none: torch has CUDA {torch.version.cuda}, but {nvcc} is {found}; set CUDA_HOME to a matching one"
-    if own := os.environ.get("MFAC_CUDA_ARCH"):
+    if own:
         return own.split(";"), f"for {own} (MFAC_CUDA_ARCH)"
-    if not torch.cuda.is_available():
+    if not gpus_here():
         return [], "none: there is no GPU here; MFAC_CUDA_ARCH=90a, say, builds for one elsewhere"
-    versions = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    found = [f"{major}{minor}" + "a" * (major >= 9) for major, minor in sorted(versions)]
-    return found, f"for {';'.join(found)}, the GPUs of this machine"
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    served = [gpu for gpu in gpus_here() if f"sm_{gpu.rstrip('a')}" in known]
+    if not served:
+        return [], f"none: {nvcc} does not know the GPUs of this machine, {';'.join(gpus_here())}"
+    return served, f"for {';'.join(served)}, the GPUs of this machine"
 
 
 def architecture(ahead_of_time: bool = False) -> str:
@@ -281,7 +332,17 @@ def _load() -> ModuleType:
         cause = f"kernels are built on Linux only, and this is {sys.platform}"
         raise BuildError(_text([tried], cause, "set MFAC_BACKEND=reference"))
     try:
-        path, origin = _build(tried)
+        try:
+            path, origin = _build(tried)
+        except BuildError as error:
+            global _no_cuda
+            if not cuda_plan()[0]:
+                raise
+            _no_cuda = cache_dir() / cache_key() / "build.log"
+            warnings.warn(
+                f"mfac: there will be no CUDA kernels, only those for the CPU.\n{error}", RuntimeWarning, stacklevel=5
+            )
+            path, origin = _build(tried)
     except OSError as error:
         fix = "set MFAC_CACHE_DIR to a folder that you may write to, on a local disk"
         raise BuildError(_text([tried, f"cache {cache_dir()}: {error}"], "the cache cannot be used", fix)) from error
@@ -368,6 +429,8 @@ def _compile(folder: Path, log: Path, tried: str) -> None:
     spec, ninja, compiler = extension_spec(), find_ninja(), find_compiler()[0]
     env = {**os.environ, "CXX": compiler}
     env["PATH"] = os.pathsep.join([str(Path(ninja).parent), os.environ.get("PATH", os.defpath)])
+    if cuda_plan()[0]:
+        env["CUDA_HOME"] = str(cuda_home())
     env.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0))))  # ninja would start two more
     notice = "mfac: compiling kernels (once, about 30 s) ..."
     if _LOGGER.isEnabledFor(logging.INFO):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -73,8 +74,7 @@ class GradientBuffer:
         self.loss = self.samples = float("nan")
         self._shapes = [p.shape for p in params.values()]
         self._sizes = [p.numel() for p in params.values()]
-        pinned = device != home and torch.cuda.is_available()
-        self._rows = torch.empty(num_grads, sum(self._sizes), dtype=dtype, device=device, pin_memory=pinned)
+        self._rows = _allocate(num_grads, sum(self._sizes), dtype, device, device != home and torch.cuda.is_available())
         self._next = 0
         self._filled = 0
 
@@ -175,3 +175,14 @@ class GradientBuffer:
         self._next = (self._next + 1) % self.num_grads
         self._filled = min(self._filled + 1, self.num_grads)
         return True
+
+
+def _allocate(m: int, d: int, dtype: torch.dtype, device: torch.device, pinned: bool) -> Tensor:
+    """Memory for [m, d]; pinned if that can be had: torch pins powers of two, up to twice as much as asked for."""
+    try:
+        return torch.empty(m, d, dtype=dtype, device=device, pin_memory=pinned)
+    except RuntimeError as error:
+        if not pinned:
+            raise
+        warnings.warn(f"device: the rows cannot be pinned, copies to the GPU will be slower ({error})", stacklevel=4)
+        return torch.empty(m, d, dtype=dtype, device=device)

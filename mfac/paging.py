@@ -30,29 +30,41 @@ class PagedOps:
         self.kernels, self.device, self.page_bytes = kernels, device, page_bytes
 
     def _pages(self, grads: Tensor, block_size: int) -> Iterator[tuple[Tensor, slice, slice]]:
-        """Yield each page on the device, its columns and its blocks."""
+        """Yield each page on the device, its columns and its blocks. A page is good until the next one is asked for."""
         m, d = grads.shape
         blocks = max(1, self.page_bytes // (m * grads.element_size() * block_size))
-        bounds = [slice(a, min(a + blocks * block_size, d)) for a in range(0, d, blocks * block_size)]
+        step = min(blocks * block_size, d)
+        bounds = [slice(a, min(a + step, d)) for a in range(0, d, step)]
+        buffers = [torch.empty(m * step, dtype=grads.dtype, device=self.device) for _ in bounds[:2]]
         cuda = self.device.type == "cuda"
-        work = torch.cuda.current_stream(self.device) if cuda else None
         copier = torch.cuda.Stream(self.device) if cuda else None
+        copied, done = ([torch.cuda.Event() if cuda else None for _ in buffers] for _ in range(2))
 
-        def copy(columns: slice) -> Tensor:
+        def copy(index: int) -> Tensor:
+            columns, slot = bounds[index], index % 2
+            page = buffers[slot][: m * (columns.stop - columns.start)].view(m, -1)
             with torch.cuda.stream(copier):  # None: no stream
-                page = torch.empty(m, columns.stop - columns.start, dtype=grads.dtype, device=self.device)
+                if cuda:
+                    copier.wait_event(
+                        done[slot]
+                    )  # the work on what the buffer held; nothing if that was never recorded
                 for target, row in zip(page, grads, strict=True):  # a row's piece is one piece of memory, a page is not
                     target.copy_(row[columns], non_blocking=cuda)
-                return page
+                if cuda:
+                    copied[slot].record(copier)
+            return page
 
-        following = copy(bounds[0]) if bounds else None
+        if cuda:
+            copier.wait_stream(torch.cuda.current_stream(self.device))  # the buffers' memory may be in use until then
+        following = copy(0) if bounds else None
         for index, columns in enumerate(bounds):
             page = following
+            following = copy(index + 1) if index + 1 < len(bounds) else None
             if cuda:
-                work.wait_stream(copier)
-                page.record_stream(work)
-            following = copy(bounds[index + 1]) if index + 1 < len(bounds) else None
+                torch.cuda.current_stream(self.device).wait_event(copied[index % 2])
             yield page, columns, slice(columns.start // block_size, -(-columns.stop // block_size))
+            if cuda:
+                done[index % 2].record(torch.cuda.current_stream(self.device))
 
     def block_factor(self, grads, damping, block_size, active=None):
         """See :func:`mfac.ops.block_factor`. The factors of all blocks are on the device together."""

@@ -151,44 +151,76 @@ def test_spec_names_existing_sources_and_safe_flags():
 
 
 @pytest.fixture
-def nvcc(tmp_path, monkeypatch):
-    """A function that puts a compiler of that version where torch of CUDA 13.0 looks for it."""
-    from torch.utils import cpp_extension
-
+def toolkit(tmp_path, monkeypatch):
+    """A function that makes a CUDA toolkit of that version, for torch of CUDA 13.0 on a machine with three GPUs."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
     monkeypatch.delenv("MFAC_CUDA_ARCH", raising=False)
+    monkeypatch.setattr(_build, "gpus_here", lambda: ("80", "90a", "999a"))
+    monkeypatch.setattr(_build, "cuda_home", lambda: None)
 
-    def install(version):
-        (tmp_path / "bin").mkdir()
-        answer = f"Cuda compilation tools, release {version}, V{version}.88"
-        (tmp_path / "bin" / "nvcc").write_text(f"#!/bin/sh\necho {answer}\n")
-        (tmp_path / "bin" / "nvcc").chmod(0o755)
+    def make(version):
+        nvcc = tmp_path / "bin" / "nvcc"
+        nvcc.parent.mkdir()
+        nvcc.write_text(f"#!/bin/sh\ncase $1 in --version) echo release {version}, V1;; *) echo sm_80 sm_90;; esac\n")
+        nvcc.chmod(0o755)
+        monkeypatch.setattr(_build, "cuda_home", lambda: tmp_path)
 
-    return install
+    return make
 
 
-def test_cuda_plan(nvcc, monkeypatch):
-    """For the GPUs that are here, or those asked for."""
-    assert _build.cuda_plan() == ([], _build.cuda_plan()[1]) and "nvcc was not found" in _build.cuda_plan()[1]
-    nvcc("13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "there is no GPU here" in _build.cuda_plan()[1]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(9, 0), (8, 0), (9, 0)][i])
-    assert _build.cuda_plan()[0] == ["80", "90a"]
+def test_cuda_plan(toolkit, monkeypatch):
+    """For the GPUs that are here and that nvcc knows, or those asked for."""
+    assert not _build.cuda_plan()[0] and "nvcc and its headers were not found" in _build.cuda_plan()[1]
+    toolkit("13.0")
+    assert _build.cuda_plan() == (["80", "90a"], "for 80;90a, the GPUs of this machine")
     monkeypatch.setenv("MFAC_CUDA_ARCH", "100;90a")
     assert _build.cuda_plan()[0] == ["100", "90a"]
     spec = _build.extension_spec()
     assert {"bindings.cpp", "select_smallest.cu"} <= {Path(p).name for p in spec["sources"] if "/cuda/" in p}
     assert "-gencode=arch=compute_90a,code=sm_90a" in spec["cuda_cflags"] and '-DMFAC_CUDA="100;90a"' in spec["cflags"]
+    monkeypatch.setenv("MFAC_CUDA_ARCH", "none")
+    assert not _build.cuda_plan()[0]
+    monkeypatch.delenv("MFAC_CUDA_ARCH")
+    for gpus, reason in (((), "there is no GPU here"), (("70",), "does not know the GPUs of this machine, 70")):
+        monkeypatch.setattr(_build, "gpus_here", lambda gpus=gpus: gpus)
+        assert not _build.cuda_plan()[0] and reason in _build.cuda_plan()[1]
 
 
-def test_nvcc_of_another_cuda(nvcc):
-    nvcc("12.4")
+def test_nvcc_of_another_cuda(toolkit):
+    toolkit("12.4")
     plan, reason = _build.cuda_plan()
     assert not plan and "torch has CUDA 13.0" in reason and "is 12; set CUDA_HOME" in reason
+
+
+def test_a_toolkit_needs_headers(tmp_path, monkeypatch):
+    """A script named nvcc on the PATH makes torch take the folder above it for the toolkit."""
+    from torch.utils import cpp_extension
+
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    assert _build.cuda_home() != tmp_path
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime_api.h").touch()
+    assert _build.cuda_home() == tmp_path.resolve()
+
+
+def test_cuda_that_does_not_compile(toolkit, monkeypatch):
+    """Then there are the kernels for the CPU, a warning, and the reason for whoever asks."""
+    toolkit("13.0")
+
+    def build(tried):
+        if _build.cuda_plan()[0]:
+            raise _build.BuildError("nvcc said no")
+        return Path("_C.so"), "built"
+
+    monkeypatch.setattr(_build, "_no_cuda", None)
+    monkeypatch.setattr(_build, "_prebuilt", lambda: (None, "none"))
+    monkeypatch.setattr(_build, "_build", build)
+    monkeypatch.setattr(_build, "_import", lambda path, origin: path)
+    with pytest.warns(RuntimeWarning, match=r"(?s)no CUDA kernels, only those for the CPU.*nvcc said no"):
+        assert _build._load() == Path("_C.so")
+    assert "they failed to compile, see" in _build.cuda_plan()[1]
 
 
 def test_two_processes_compile_once(bench):

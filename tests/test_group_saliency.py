@@ -56,6 +56,15 @@ def test_dense(shape, kind, backend):
             assert error(out, exact) < TOLERANCE["group"], (damping, groups.shape)
 
 
+@pytest.mark.parametrize("block_size", [60, 300])
+def test_large_groups(block_size):
+    """A piece of F⁻¹ that no shared memory of a GPU holds."""
+    grads, weights, groups = torch.randn(70, 600), torch.randn(600), torch.arange(600).view(2, 300)
+    arguments = grads, weights, groups, torch.arange(300)[None], 1e-2, block_size
+    exact = reference.group_saliency(*arguments)
+    assert error(BACKENDS["compiled"].group_saliency(*arguments), exact) < TOLERANCE["group"]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_it_is_what_the_joint_update_pays(backend):
     """The saliency of a group is the loss that the joint update predicts for pruning just that group."""

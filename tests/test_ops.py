@@ -88,6 +88,16 @@ def test_precision(shape, dtype, precision):
         assert oracle.error(one, other) < tolerance
 
 
+@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize("kind", ["collinear", "near parallel"])
+def test_low_precision_and_hard_gradients(kind, precision):
+    """Rounding makes the small matrix indefinite; what comes out is positive and finite, if not precise."""
+    grads = oracle.gradients(60, 200, kind)
+    for damping in (1e-8, 1e-5, 1e-2):
+        out = BACKENDS["compiled"].inverse_diagonal(grads, damping, 200, None, precision)
+        assert bool(torch.isfinite(out).all()) and float(out.min()) > 0
+
+
 def test_precision_by_another_name():
     with pytest.raises(ValueError, match="precision: expected 'highest', 'high' or 'medium', got 'tf32'"):
         ops.inverse_diagonal(GRADS, 1e-3, 8, None, "tf32")

@@ -47,14 +47,12 @@ Tensor block_factor_op(const Tensor& grads, double damping, int64_t block_size, 
     const int64_t n = batch.order;
     Tensor padded = at::zeros({batch.tile.count, s, s}, out.options());
     Tensor l = blocks.factor(batch, precision, false).l;
-    if (!batch.capacitance && blocks.counts.defined())  // blocks with fewer columns in use than the widest
-      l = l * (at::arange(n, batch.ids.options()) < blocks.counts.index_select(0, batch.ids).unsqueeze(1)).unsqueeze(2);
-    else if (!batch.capacitance)
-      for (int64_t i = 0; i < batch.tile.count; ++i) {
-        const int64_t last = blocks.d - (blocks.count - 1) * blocks.block_size;
-        if (i + 1 == batch.tile.count && last < n && batch.ids[i].item<int32_t>() + 1 == blocks.count)
-          l[i].slice(0, last).zero_();
-      }
+    if (!batch.capacitance) {  // blocks with fewer columns in use than the widest
+      std::vector<int32_t> used;
+      const Tensor host = batch.ids.cpu();
+      for (int64_t i = 0; i < batch.tile.count; ++i) used.push_back(blocks.in_use[host.const_data_ptr<int32_t>()[i]]);
+      l = l * (at::arange(n, batch.ids.options()) < blocks.to_device(used).unsqueeze(1)).unsqueeze(2);
+    }
     padded.narrow(1, 0, n).narrow(2, 0, n).copy_(l);
     out.index_copy_(0, batch.ids.to(at::kLong), padded);
   });
@@ -160,6 +158,17 @@ std::vector<bool> blocks_with(const Blocks& blocks, const Tensor& x) {
   return std::vector<bool>(values, values + blocks.count);
 }
 
+// Σ ‖G x‖² over some blocks, each by itself.
+Tensor squared_rows(const Blocks& blocks, const Tensor& ids, const Tensor& x) {
+  const int64_t step = std::max<int64_t>(1, blocks.limit / (16 * blocks.m * row_splits(blocks.block_size)));
+  Tensor sum = at::zeros({}, x.options());
+  for (const Tensor& some : ids.split(step)) {
+    const Tensor t = blocks.rows({some.const_data_ptr<int32_t>(), some.numel(), 0, 0}, x).flatten();
+    sum += t.dot(t);
+  }
+  return sum;
+}
+
 // The equations and names are those of csrc/cpu/joint_update.cpp.
 Tensor joint_update_op(const Tensor& grads, Tensor& weights, const Tensor& kept, double damping, int64_t block_size,
                        c10::string_view name) {
@@ -177,9 +186,7 @@ Tensor joint_update_op(const Tensor& grads, Tensor& weights, const Tensor& kept,
   for (int64_t b = 0; b < blocks.count; ++b)
     if (chosen[b] && blocks.in_use[b] == 0) emptied.push_back(static_cast<int32_t>(b));
   if (!emptied.empty()) {
-    const Tensor ids = blocks.to_device(emptied);
-    const Tile tile{ids.const_data_ptr<int32_t>(), static_cast<int64_t>(emptied.size()), 0, 0};
-    gradient_term += blocks.rows(tile, x).square().sum();
+    gradient_term += squared_rows(blocks, blocks.to_device(emptied), x);
   }
   blocks.for_each_batch(chosen, [&](const Batch& batch) {
     Tensor r = blocks.rows(batch.tile, x);
@@ -230,8 +237,7 @@ Tensor quadratic_form_op(const Tensor& grads, const Tensor& x, double damping, i
   const Blocks blocks(grads, damping, block_size, std::nullopt);
   if (blocks.d == 0) return at::zeros({}, blocks.options(at::kDouble));
   const Tensor step = x.to(at::kDouble), ids = at::arange(blocks.count, blocks.options(at::kInt));
-  const Tensor t = blocks.rows({ids.const_data_ptr<int32_t>(), blocks.count, 0, 0}, step);
-  return step.square().sum() * (0.5 * damping) + t.square().sum() / (2 * static_cast<double>(blocks.m));
+  return step.square().sum() * (0.5 * damping) + squared_rows(blocks, ids, step) / (2 * static_cast<double>(blocks.m));
 }
 
 Tensor group_saliency_op(const Tensor& grads, const Tensor& weights, const Tensor& groups, const Tensor& subsets,
@@ -240,10 +246,6 @@ Tensor group_saliency_op(const Tensor& grads, const Tensor& weights, const Tenso
   check_vector(weights, "weights", at::kFloat, grads);
   check_groups(groups, subsets, grads);
   const int64_t size = groups.size(1), s = subsets.size(1), chosen_subsets = subsets.size(0);
-  TORCH_CHECK_VALUE(group_saliency_fits(size, s),
-                    "groups: their piece of F⁻¹ must fit in the shared memory of this GPU, some "
-                    "75 to 115 weights each; got ",
-                    size, "; use backend='reference'");
   const CUDAGuard guard(grads.device());
   const Blocks blocks(grads, damping, block_size, active);
   Tensor out = at::zeros({groups.size(0), chosen_subsets}, blocks.options(at::kFloat));
@@ -251,20 +253,15 @@ Tensor group_saliency_op(const Tensor& grads, const Tensor& weights, const Tenso
   const Members members = list_members(blocks, groups);
   const int64_t count = members.position.numel(), parts = members.part_group.numel();
   if (count == 0) return out;
-  const Tensor local = members.position.remainder(blocks.block_size).to(at::kInt);
-  const Tensor first = at::tensor(members.first, groups.options()), per_block = first.diff().to(at::kInt);
-  const Layout listed{blocks.d, blocks.block_size, local.const_data_ptr<int32_t>(), per_block.const_data_ptr<int32_t>(),
-                      first.const_data_ptr<int64_t>()};
+  const Tensor local = members.position.remainder(blocks.block_size), columns = local.to(at::kInt);
+  const Tensor first = at::tensor(members.first, groups.options());
+  const Layout listed{blocks.d, blocks.block_size, columns.const_data_ptr<int32_t>(), first.const_data_ptr<int64_t>()};
   // Where a member's column is: on the capacitance side in the order of the members, else among the block's columns in use.
   const Tensor block_of = at::floor_divide(members.position, blocks.block_size);
   const Tensor in_order = at::arange(count, groups.options()) - first.index_select(0, block_of);
-  Tensor among = members.position.remainder(blocks.block_size);
-  if (blocks.mask.defined()) {
-    const Tensor rank = at::cumsum(blocks.mask, 0) - 1;  // in [0, d); minus that of the block's first column
-    const Tensor before =
-        at::constant_pad_nd(at::cumsum(blocks.mask, 0), {1, 0}).index_select(0, block_of * blocks.block_size);
-    among = rank.index_select(0, members.position) - before;
-  }
+  Tensor among = local;
+  if (blocks.mask.defined())
+    among = at::searchsorted(blocks.positions, members.position) - blocks.offsets.index_select(0, block_of);
   std::vector<int32_t> sides;
   for (int64_t b = 0; b < blocks.count; ++b) sides.push_back(blocks.capacitance(b));
   const Tensor side = blocks.to_device(sides).index_select(0, block_of), places = at::where(side > 0, in_order, among);
@@ -276,36 +273,64 @@ Tensor group_saliency_op(const Tensor& grads, const Tensor& weights, const Tenso
   part_weights.view({-1}).index_copy_(0, slots, weights.index_select(0, members.position));
   owner.index_copy_(0, members.part, block_of.to(at::kInt));  // the same for all members of a part
 
-  Tensor values = at::zeros({parts, chosen_subsets}, blocks.options(at::kDouble));
+  Tensor values = at::zeros({parts, chosen_subsets}, blocks.options(at::kDouble)), scratch;
+  int64_t at_once = parts;
+  if (!group_saliency_fits(size, s)) {
+    const int64_t bytes = group_saliency_bytes(size, s);
+    at_once = std::max<int64_t>(1, std::min(parts, blocks.limit / bytes));
+    scratch = at::empty({at_once * bytes}, blocks.options(at::kByte));
+  }
   std::vector<bool> chosen(blocks.count);
   for (int64_t b = 0; b < blocks.count; ++b) chosen[b] = members.first[b] < members.first[b + 1];
   blocks.for_each_batch(chosen, [&](const Batch& batch) {
     const Tensor inverse = blocks.factor(batch, precision, true).inverse, host = batch.ids.cpu();
     const Terms terms = split(inverse, precision);
     const int32_t* id = host.const_data_ptr<int32_t>();
-    // Runs of blocks that follow each other, whose members together are few enough.
+    const auto score = [&](const Tensor& solved, int32_t first_block, int32_t first_column, int64_t from, int64_t to) {
+      for (int64_t part = from, next; part < to; part = next) {
+        next = std::min(to, part + at_once);
+        group_saliency(Parts{table.const_data_ptr<int32_t>() + part * size, owner.const_data_ptr<int32_t>() + part,
+                             first_column, first_block, part_weights.const_data_ptr<float>() + part * size, next - part,
+                             size, chosen_members.const_data_ptr<int64_t>(), chosen_subsets, s},
+                       solved.const_data_ptr<double>(), solved.size(1), solved.size(2), damping, blocks.m,
+                       batch.capacitance, scratch.defined() ? scratch.mutable_data_ptr() : nullptr,
+                       values.mutable_data_ptr<double>() + part * chosen_subsets, current_stream());
+      }
+    };
+    // L⁻¹ G in the columns [first_column, first_column + width) of the members of some blocks.
+    const auto solve = [&](int64_t from, int64_t to, int64_t first_column, int64_t width) {
+      Terms some;
+      for (const Tensor& term : terms) some.push_back(term.slice(0, from, to));
+      const Tile tile{batch.tile.ids + from, to - from, first_column, width};
+      return multiply(some, blocks.packed(listed, tile, precision)).to(at::kDouble);
+    };
+    const auto members_in = [&](int64_t i) { return members.first[id[i] + 1] - members.first[id[i]]; };
+    const int64_t most = std::max<int64_t>(1, blocks.limit / (16 * blocks.m));  // columns at a time, packed and solved
     for (int64_t from = 0, to; from < batch.tile.count; from = to) {
-      int64_t width = 0;
-      for (to = from; to < batch.tile.count; ++to) {
-        const int64_t wider = std::max(width, members.first[id[to] + 1] - members.first[id[to]]);
-        const bool follows = to == from || id[to] == id[to - 1] + 1;
-        if (to > from && (!follows || 16 * blocks.m * wider * (to - from + 1) > kTemporaries)) break;
+      int64_t width = members_in(from);
+      for (to = from + 1; to < batch.tile.count && id[to] == id[to - 1] + 1; ++to) {
+        const int64_t wider = std::max(width, members_in(to));
+        if (batch.capacitance && wider * (to - from + 1) > most) break;
         width = wider;
       }
-      Tensor solved = inverse.slice(0, from, to);
-      if (batch.capacitance) {
-        Terms some;
-        for (const Tensor& term : terms) some.push_back(term.slice(0, from, to));
-        const Tile tile{batch.tile.ids + from, to - from, 0, width};
-        solved = multiply(some, blocks.packed(listed, tile, precision)).to(at::kDouble);
-      }
       const int64_t first_part = members.first_part[id[from]], last_part = members.first_part[id[to - 1] + 1];
-      group_saliency(
-          Parts{table.const_data_ptr<int32_t>() + first_part * size, owner.const_data_ptr<int32_t>() + first_part,
-                id[from], part_weights.const_data_ptr<float>() + first_part * size, last_part - first_part, size,
-                chosen_members.const_data_ptr<int64_t>(), chosen_subsets, s},
-          solved.const_data_ptr<double>(), solved.size(1), solved.size(2), damping, blocks.m, batch.capacitance,
-          values.mutable_data_ptr<double>() + first_part * chosen_subsets, current_stream());
+      if (!batch.capacitance) {
+        score(inverse.slice(0, from, to), id[from], 0, first_part, last_part);
+      } else if (width <= most) {
+        score(solve(from, to, 0, width), id[from], 0, first_part, last_part);
+      } else {  // one block, wider than fits: some parts of it at a time
+        const int64_t begin = members.first[id[from]], end = members.first[id[from] + 1];
+        for (int64_t part = first_part, member = begin, next_part, next; part < last_part;
+             part = next_part, member = next) {
+          next_part = last_part, next = end;
+          if (end - member > most) {
+            next_part = std::max(part + 1, members.part[member + most].item<int64_t>());
+            next = at::searchsorted(members.part, next_part).item<int64_t>();
+          }
+          const int32_t column = static_cast<int32_t>(member - begin);
+          score(solve(from, to, column, next - member), id[from], column, part, next_part);
+        }
+      }
     }
   });
   blocks.check_factors();

@@ -1,4 +1,4 @@
-// The small matrices of a tile: the lists of columns in use, their gradients side by side, and
+// The small matrices of a tile: the gradients of its columns side by side, and
 //
 //   A + ridge I = L Lᵀ,  L⁻¹       A = G Gᵀ (capacitance side) or GᵀG (Fisher side), float64, n = min(m, columns in use)
 //
@@ -26,30 +26,6 @@ struct Panel {
   double trace;
   int failed;
 };
-
-__global__ void __launch_bounds__(kThreads)
-    list_columns_kernel(const bool* __restrict__ active, int64_t d, int64_t block_size, int32_t* __restrict__ columns,
-                        int32_t* __restrict__ counts) {
-  int32_t* before = shared<int32_t[kThreads / kWarp]>();
-  const int64_t begin = blockIdx.x * block_size, rest = d - begin, width = rest < block_size ? rest : block_size;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  int32_t total = 0;
-  for (int64_t first = 0; first < width; first += kThreads) {
-    const int64_t i = first + threadIdx.x;
-    const bool in_use = i < width && active[begin + i];
-    const unsigned votes = __ballot_sync(kAllLanes, in_use);
-    if (lane == 0) before[warp] = __popc(votes);
-    __syncthreads();
-    int32_t position = total + __popc(votes & ((1u << lane) - 1));
-    for (int w = 0; w < kThreads / kWarp; ++w) {
-      if (w < warp) position += before[w];
-      total += before[w];
-    }
-    if (in_use) columns[begin + position] = static_cast<int32_t>(i);
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) counts[blockIdx.x] = total;
-}
 
 // One row of one block, kThreads columns of it. G is read once, `parts` times as much or twice (float64) is written.
 template <typename G, typename T>
@@ -183,14 +159,14 @@ __device__ inline void invert_panel(const double* u, int64_t n, int64_t row, dou
   }
 }
 
-__global__ void __launch_bounds__(kThreads) cholesky_kernel(const double* __restrict__ a, int64_t n, double ridge,
-                                                            double* u, double* l, double* inverse, int32_t* failed) {
+__global__ void __launch_bounds__(kThreads)
+    cholesky_kernel(const double* __restrict__ a, int64_t n, double ridge, double rounding, double* u, double* l,
+                    double* inverse, int32_t* failed) {
   Panel& panel = shared<Panel>();
   const int64_t matrix = blockIdx.x * n * n;
   a += matrix;
   u += matrix;
   l += matrix;
-  constexpr int kAttempts = 10;
   double raise = 0;
   for (int attempt = 0; attempt < kAttempts; ++attempt) {
     if (threadIdx.x == 0) panel.failed = 0;
@@ -200,7 +176,7 @@ __global__ void __launch_bounds__(kThreads) cholesky_kernel(const double* __rest
       __syncthreads();
     }
     if (!panel.failed) break;
-    // Rounding made it indefinite: the ridge is raised to the rounding error of A, and beyond.
+    // Rounding made it indefinite.
     double trace = 0;
     for (int64_t i = threadIdx.x; i < n; i += kThreads) trace += a[i * n + i] + ridge;
     trace = warp_sum(trace);
@@ -211,8 +187,7 @@ __global__ void __launch_bounds__(kThreads) cholesky_kernel(const double* __rest
       for (int warp = 0; warp < kThreads / kWarp; ++warp) panel.trace += panel.sums[warp];
     }
     __syncthreads();
-    constexpr double kEpsilon = 0x1p-52;
-    raise = raise * 10 > kEpsilon * panel.trace ? raise * 10 : kEpsilon * panel.trace;
+    raise = attempt > 0 ? raise * 10 : rounding * panel.trace;
     if (attempt == kAttempts - 1 && threadIdx.x == 0) failed[0] = 1;
   }
   if (inverse)
@@ -226,10 +201,7 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void list_columns(const bool* active, int64_t d, int64_t block_size, int32_t* columns, int32_t* counts, Stream stream) {
-  launch(list_columns_kernel, ceil_div(d, block_size), kThreads, sizeof(int32_t[kThreads / kWarp]), stream, active, d,
-         block_size, columns, counts);
-}
+int64_t temporaries_bytes() { return temporaries_limit(); }
 
 template <typename G>
 void pack(const Gradients<G>& grads, const Layout& layout, const Tile& tile, double* out, Stream stream) {
@@ -243,9 +215,10 @@ void pack(const Gradients<G>& grads, const Layout& layout, const Tile& tile, int
          layout, tile, parts, out);
 }
 
-void cholesky(const double* a, int64_t count, int64_t n, double ridge, double* scratch, double* l, double* inverse,
-              int32_t* failed, Stream stream) {
-  if (n > 0) launch(cholesky_kernel, count, kThreads, sizeof(Panel), stream, a, n, ridge, scratch, l, inverse, failed);
+void cholesky(const double* a, int64_t count, int64_t n, double ridge, double rounding, double* scratch, double* l,
+              double* inverse, int32_t* failed, Stream stream) {
+  if (n > 0)
+    launch(cholesky_kernel, count, kThreads, sizeof(Panel), stream, a, n, ridge, rounding, scratch, l, inverse, failed);
 }
 
 void cholesky_solve(const double* l, int64_t count, int64_t n, int64_t k, double* x, Stream stream) {

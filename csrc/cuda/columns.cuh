@@ -30,15 +30,13 @@ __device__ inline int64_t block_width(const Layout& layout, int64_t block) {
 }
 
 __device__ inline int64_t listed(const Layout& layout, int64_t block) {
-  return layout.columns ? layout.counts[block] : block_width(layout, block);
+  return layout.columns ? layout.offsets[block + 1] - layout.offsets[block] : block_width(layout, block);
 }
 
 // Position in [0, d) of the i-th column that is listed for a block, or -1 beyond their number.
 __device__ inline int64_t column(const Layout& layout, int64_t block, int64_t i) {
   if (i >= listed(layout, block)) return -1;
-  const int64_t begin = block_begin(layout, block);
-  if (!layout.columns) return begin + i;
-  return begin + layout.columns[(layout.offsets ? layout.offsets[block] : begin) + i];
+  return block_begin(layout, block) + (layout.columns ? layout.columns[layout.offsets[block] + i] : i);
 }
 
 __device__ inline double warp_sum(double x) {

@@ -25,12 +25,23 @@ inline int64_t shared_limit() {
   return bytes;
 }
 
+// Bytes that the temporaries of an op should keep to: so much that the blocks of a tile keep every multiprocessor busy, each
+// of which factors one of them at a time, on GPUs that have room for it.
+inline int64_t temporaries_limit() {
+  constexpr size_t kLeast = 128 << 20, kMost = 1 << 30, kShare = 16;
+  size_t available = 0, total = 0;
+  if (cudaMemGetInfo(&available, &total) != cudaSuccess) return kLeast;
+  return static_cast<int64_t>(total / kShare < kLeast ? kLeast : total / kShare > kMost ? kMost : total / kShare);
+}
+
 // Runs a kernel on `blocks` blocks of `threads` threads, if there are any, each with so many bytes of shared memory.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
             Arguments... arguments) {
   constexpr size_t kUnasked = 48 << 10;  // bytes of shared memory that need no leave
   if (blocks == 0) return;
+  if (blocks > INT32_MAX)
+    throw std::runtime_error("mfac: a CUDA kernel would need more than 2^31 - 1 blocks of threads");
   cudaError_t error = cudaSuccess;
   if (shared_bytes > kUnasked)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
@@ -42,8 +53,9 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t s
     config.stream = stream;
     error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   }
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("mfac: a CUDA kernel cannot be launched: ") + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or torch would report it again, elsewhere
+  throw std::runtime_error(std::string("mfac: a CUDA kernel cannot be launched: ") + cudaGetErrorString(error));
 }
 
 }  // namespace mfac::cuda

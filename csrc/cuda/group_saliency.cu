@@ -12,36 +12,33 @@
 namespace mfac::cuda {
 namespace {
 
-// What one warp has in shared memory: elements[size][size], factor[s][s], y[s], chosen[s].
+// What one warp works in: elements[size][size], factor[s][s], y[s], chosen[s].
 struct Scratch {
+  __device__ Scratch(double* memory, int64_t size, int64_t s)
+      : elements(memory),
+        factor(elements + size * size),
+        y(factor + s * s),
+        chosen(reinterpret_cast<int32_t*>(y + s)) {}
   double *elements, *factor, *y;
   int32_t* chosen;
 };
 
-inline int64_t scratch_bytes(int64_t size, int64_t s) {
-  return (size * size + s * (s + 1)) * static_cast<int64_t>(sizeof(double)) + s * static_cast<int64_t>(sizeof(int32_t));
-}
-
-__device__ inline Scratch scratch(int64_t size, int64_t s) {
-  double* memory = &shared<double>();
-  return {memory, memory + size * size, memory + size * size + s * s,
-          reinterpret_cast<int32_t*>(memory + size * size + s * s + s)};
-}
-
 __global__ void __launch_bounds__(kWarp)
     group_kernel(Parts parts, const double* __restrict__ solved, int64_t rows, int64_t width, double damping, double m,
-                 bool capacitance, double* __restrict__ out) {
+                 bool capacitance, double* memory, int64_t doubles, double* __restrict__ out) {
   const int64_t part = blockIdx.x, size = parts.size, s = parts.subset_size;
   const int lane = threadIdx.x;
-  const Scratch own = scratch(size, s);
+  const Scratch own(memory ? memory + part * doubles : &shared<double>(), size, s);
   const int32_t* table = parts.table + part * size;
   const float* w = parts.weights + part * size;
+  const int32_t first = parts.first_column;
   const double* z = solved + (parts.owner[part] - parts.first_owner) * rows * width;
   for (int64_t i = 0; i < size; ++i)
     for (int64_t j = 0; j <= i; ++j) {
       if (table[i] < 0 || table[j] < 0) continue;
       double sum = 0;
-      for (int64_t r = lane; r < rows; r += kWarp) sum += z[r * width + table[i]] * z[r * width + table[j]];
+      for (int64_t r = lane; r < rows; r += kWarp)
+        sum += z[r * width + table[i] - first] * z[r * width + table[j] - first];
       sum = warp_sum(sum);
       if (capacitance) {
         sum = ((i == j ? 1 : 0) - sum) / damping;
@@ -92,14 +89,21 @@ __global__ void __launch_bounds__(kWarp)
 
 }  // namespace
 
+int64_t group_saliency_bytes(int64_t size, int64_t subset_size) {
+  return static_cast<int64_t>(sizeof(double)) *
+         (size * size + subset_size * (subset_size + 2));  // an int counts as two
+}
+
 bool group_saliency_fits(int64_t size, int64_t subset_size) {
-  return scratch_bytes(size, subset_size) <= shared_limit();
+  return group_saliency_bytes(size, subset_size) <= shared_limit();
 }
 
 void group_saliency(const Parts& parts, const double* solved, int64_t rows, int64_t width, double damping, int64_t m,
-                    bool capacitance, double* out, Stream stream) {
-  launch(group_kernel, parts.count, kWarp, scratch_bytes(parts.size, parts.subset_size), stream, parts, solved, rows,
-         width, damping, static_cast<double>(m), capacitance, out);
+                    bool capacitance, void* scratch, double* out, Stream stream) {
+  const int64_t bytes = group_saliency_bytes(parts.size, parts.subset_size);
+  launch(group_kernel, parts.count, kWarp, scratch ? 0 : bytes, stream, parts, solved, rows, width, damping,
+         static_cast<double>(m), capacitance, static_cast<double*>(scratch),
+         bytes / static_cast<int64_t>(sizeof(double)), out);
 }
 
 }  // namespace mfac::cuda

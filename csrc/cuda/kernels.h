@@ -27,9 +27,9 @@ struct Gradients {
 // How d columns make blocks, and a list of some columns of each.
 struct Layout {
   int64_t d, block_size;
-  const int32_t* columns = nullptr;  // of block b at [offset ...), counted from its first column; null: all in order
-  const int32_t* counts = nullptr;   // [blocks]: how many columns are listed
-  const int64_t* offsets = nullptr;  // [blocks]: where; null: at b * block_size
+  const int32_t* columns =
+      nullptr;  // of block b at [offsets[b], offsets[b + 1]), from its first column; null: all, in order
+  const int64_t* offsets = nullptr;  // [blocks + 1]
 };
 
 // Some blocks, and the range [first, first + width) of the columns that are listed for each.
@@ -38,8 +38,8 @@ struct Tile {
   int64_t count, first, width;
 };
 
-// Lists the columns in use, ascending: columns[d], counts[blocks].
-void list_columns(const bool* active, int64_t d, int64_t block_size, int32_t* columns, int32_t* counts, Stream stream);
+// Bytes that the temporaries of an op should keep to on the current GPU.
+int64_t temporaries_bytes();
 
 // out[tile.count, m, tile.width] = the listed columns, zero beyond their number. As bfloat16, in `parts` terms which follow
 // each other, each the rounding error of those before: one is 8 bits of a number, two are 16.
@@ -49,11 +49,13 @@ template <typename G>
 void pack(const Gradients<G>& grads, const Layout& layout, const Tile& tile, int parts, BFloat16* out, Stream stream);
 
 // l[count, n, n] = lower Cholesky factors of a[count, n, n], with `ridge` added to the diagonal, zero above it; inverse[count,
-// n, n], unless null, L⁻¹. Orders up to kMostOrder. A matrix that rounding made indefinite gets a larger ridge, as on the CPU;
-// failed[0] becomes 1 if that does not help.
+// n, n], unless null, L⁻¹. Orders up to kMostOrder. A matrix that rounding made indefinite gets a larger ridge: by `rounding`
+// times its trace at first, which is what a's sums are wrong by, then ten times that and so on; failed[0] becomes 1 if that does
+// not help.
 constexpr int64_t kMostOrder = 512;  // beyond, one block of threads is too little for one matrix
-void cholesky(const double* a, int64_t count, int64_t n, double ridge, double* scratch, double* l, double* inverse,
-              int32_t* failed, Stream stream);
+constexpr int kAttempts = 10;
+void cholesky(const double* a, int64_t count, int64_t n, double ridge, double rounding, double* scratch, double* l,
+              double* inverse, int32_t* failed, Stream stream);
 
 // out of the columns of a tile = their elements of diag F⁻¹, from solved[tile.count, rows, tile.width]: L⁻¹ G on the capacitance
 // side, where m < columns in use, else L⁻¹.
@@ -87,20 +89,23 @@ void scatter(const Layout& layout, const Tile& tile, const double* packed, int64
              Stream stream);
 
 // out[parts, subsets] = what it costs to prune the subsets of groups, as far as their members lie in one block: table[parts,
-// size] are their columns of solved[.., rows, width], or -1; owner[parts] - first_owner is the matrix of `solved`.
+// size] are their columns of solved[.., rows, width] after the first `first_column`, or -1; owner[parts] - first_owner is the
+// matrix of `solved`.
 struct Parts {
   const int32_t *table, *owner;
-  int32_t first_owner;
+  int32_t first_column, first_owner;
   const float* weights;    // [parts, size]
   int64_t count, size;     // parts, places in a group
   const int64_t* members;  // [subsets, subset_size] in [0, size)
   int64_t subsets, subset_size;
 };
-bool group_saliency_fits(int64_t size, int64_t subset_size);  // in the shared memory of a block of threads
+int64_t group_saliency_bytes(int64_t size, int64_t subset_size);  // of scratch memory for one part
+// scratch[parts, group_saliency_bytes]; null: in shared memory, if that fits.
+bool group_saliency_fits(int64_t size, int64_t subset_size);
 void group_saliency(const Parts& parts, const double* solved, int64_t rows, int64_t width, double damping, int64_t m,
-                    bool capacitance, double* out, Stream stream);
+                    bool capacitance, void* scratch, double* out, Stream stream);
 
-// The steps of a selection among n scores; bindings.cpp has their order. Keys are uint32 in the order of the scores.
+// The steps of a selection among n scores; selection.h has their order. Keys are uint32 in the order of the scores.
 struct Bounds {
   uint32_t low, high;  // keys, both included
 };
@@ -115,7 +120,7 @@ void sample_scores(const float* scores, int64_t n, int64_t count, float* sample,
 void count_scores(const float* scores, int64_t n, Bounds bounds, uint32_t* inside, int64_t capacity, Found* found,
                   Stream stream);
 // cut[3]: the k-th smallest (k >= 1) of n keys, or of the keys in bounds of n scores if `keys` is null; how many are equal to it;
-// how many of these are among the k smallest. histogram[kRadixBins + 4] is scratch.
+// how many of these are among the k smallest. histogram[kRadixBins + 2] is scratch.
 void find_cut(const uint32_t* keys, const float* scores, int64_t n, Bounds bounds, int64_t k,
               unsigned long long* histogram, unsigned long long* cut, Stream stream);
 // kept = key > threshold, and of the keys equal to it all but the first `pruned_ties`; weights, unless null, become zero where

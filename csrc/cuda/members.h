@@ -15,13 +15,13 @@
 
 namespace mfac::cuda {
 
-// Members of the groups that have a part in F: positions [count] in the order of their blocks, their groups and places; and the
+// Members of the groups that have a part in F: positions [count] in the order of their blocks, and their places in their groups; and the
 // parts, runs of members of one group in one block.
 struct Members {
-  Tensor position, group, place, part;  // [count] int64
-  std::vector<int64_t> first;           // [blocks + 1]: members of the blocks
-  std::vector<int64_t> first_part;      // [blocks + 1]
-  Tensor part_group;                    // [parts]
+  Tensor position, place, part;     // [count] int64
+  std::vector<int64_t> first;       // [blocks + 1]: members of the blocks
+  std::vector<int64_t> first_part;  // [blocks + 1]
+  Tensor part_group;                // [parts]
 };
 
 inline Members list_members(const Blocks& blocks, const Tensor& groups) {
@@ -33,15 +33,15 @@ inline Members list_members(const Blocks& blocks, const Tensor& groups) {
   const Tensor member = ids.index_select(0, order), size = at::full({}, groups.size(1), groups.options());
   Members out;
   out.position = flat.index_select(0, member);
-  out.group = at::floor_divide(member, size);
-  out.place = member - out.group * size;
+  const Tensor group = at::floor_divide(member, size);
+  out.place = member - group * size;
   Tensor starts = at::ones_like(member, member.options().dtype(at::kBool));
   if (member.numel() > 1) {
     const auto differs = [](const Tensor& x) { return x.slice(0, 1) != x.slice(0, 0, x.size(0) - 1); };
-    starts.slice(0, 1).copy_(differs(block).logical_or(differs(out.group)));
+    starts.slice(0, 1).copy_(differs(block).logical_or(differs(group)));
   }
   out.part = at::cumsum(starts, 0) - 1;
-  out.part_group = out.group.index_select(0, at::nonzero(starts).squeeze(1));
+  out.part_group = group.index_select(0, at::nonzero(starts).squeeze(1));
   const Tensor bounds = at::searchsorted(block, at::arange(blocks.count + 1, block.options()));
   const Tensor all = at::constant_pad_nd(at::cumsum(starts, 0), {1, 0});  // parts that begin before each member
   const auto host = [](const Tensor& x) {

@@ -1,7 +1,7 @@
 // Masks of the k smallest of n float32 scores, exact, ties to the lower index, in two reads of the scores and one write.
 //
 //   key      uint32 in the order of the scores: sign bit flipped, or all bits if negative; -0 counts as 0
-//   sample   of 2^16 scores gives two keys that enclose the k-th smallest nearly always (bindings.cpp)
+//   sample   of 2^16 scores gives two keys that enclose the k-th smallest nearly always (selection.h)
 //   count    one read: how many keys are below, and a copy of those in bounds, one in a hundred
 //   cut      of these the k-th by radix: 11, 11 and 10 bits, a histogram each, its prefix summed by one block of threads
 //   write    one read: kept = key > cut; of the keys equal to the cut the first in index order are pruned. Where these are not
@@ -28,7 +28,7 @@ struct alignas(16) Quad {
   float score[kQuad];
 };
 
-// Four scores from position i on, by one load where they can be; NaN-free `beyond` past the end.
+// Four scores from position i on, by one load where they can be; zeros past the end.
 __device__ inline Quad load_quad(const float* __restrict__ scores, int64_t i, int64_t n) {
   Quad quad = {};
   if (i + kQuad <= n && reinterpret_cast<uintptr_t>(scores + i) % sizeof(Quad) == 0) {
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // What find_cut knows so far: the key's leading bits, and how many keys must still be found among those that share them.
 struct Search {
-  unsigned long long prefix, left, equal;
+  unsigned long long prefix, left;
 };
 
 // bins[digit] += keys whose bits above `shift + bits` are the prefix; digit = the `bits` bits above `shift`.
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads)
 
 __global__ void start_kernel(int64_t k, Search* search, unsigned long long* bins) {
   for (int bin = threadIdx.x; bin < kRadixBins; bin += kThreads) bins[bin] = 0;
-  if (threadIdx.x == 0) *search = {0, static_cast<unsigned long long>(k), 0};
+  if (threadIdx.x == 0) *search = {0, static_cast<unsigned long long>(k)};
 }
 
 // Finds the bin in which the k-th key lies, and clears the bins.

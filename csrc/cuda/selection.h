@@ -36,7 +36,7 @@ struct Selection {
     if (n < kLeast) return {0, UINT32_MAX};
     const Tensor sample = at::empty({kSample}, options.dtype(at::kFloat));
     sample_scores(scores, n, kSample, sample.mutable_data_ptr<float>(), current_stream());
-    const auto [sorted, order] = at::sort(sample);
+    const Tensor sorted = std::get<0>(at::sort(sample));
     const double share = static_cast<double>(k) / static_cast<double>(n), rank = share * kSample;
     const double deviation = 3 * std::sqrt(rank * (1 - share)) + 1;
     const auto key = [&](double place, uint32_t beyond) {
@@ -52,7 +52,7 @@ struct Selection {
   // Where to cut: key, ties, ties pruned. Throws if there is a NaN.
   std::vector<unsigned long long> find(int64_t begin) const {
     const int64_t capacity = std::max<int64_t>(n / 16, std::min<int64_t>(n, 1 << 20));
-    const Tensor inside = empty(capacity * 4), histogram = empty((kRadixBins + 4) * 8), cut = empty(3 * 8);
+    const Tensor inside = empty(capacity * 4), histogram = empty((kRadixBins + 2) * 8), cut = empty(3 * 8);
     for (Bounds bounds = bracket();; bounds = {0, UINT32_MAX}) {
       const Tensor counts = empty(sizeof(Found));
       Found found{0, 0, static_cast<unsigned long long>(n)};

@@ -3,18 +3,21 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/add.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/bmm.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/linalg_cholesky_ex.h>
 #include <ATen/ops/linalg_solve_triangular.h>
+#include <ATen/ops/nonzero.h>
+#include <ATen/ops/searchsorted.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAStream.h>
+#include <product.h>
 
-#include <numeric>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -26,8 +29,6 @@ namespace mfac::cuda {
 
 using at::Tensor;
 
-constexpr int64_t kTemporaries = 224 << 20;  // bytes of a tile's matrices together, if one block's do not exceed them
-
 inline Stream current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
 // How G's and L⁻¹'s elements enter the large matrix products. The small matrices are float64 in any case.
@@ -38,9 +39,14 @@ struct Precision {
   Precision(std::string_view name, const Tensor& grads)
       : exact(name == "highest"),
         factor_parts(name == "high" ? 2 : 1),
-        grads_parts(grads.scalar_type() == at::kBFloat16 ? 1 : factor_parts) {}
+        grads_parts(grads.scalar_type() == at::kBFloat16 ? 1 : factor_parts),
+        rounding(exact              ? 0x1p-52
+                 : grads_parts == 2 ? 0x1p-18
+                                    : 0x1p-22) {}
   bool exact;
   int factor_parts, grads_parts;
+  double
+      rounding;  // of a small matrix, over its trace: float64 sums, float32 sums, or those and the product that is left out
 };
 
 // A matrix as the sum of its terms: one of float64, or some of bfloat16.
@@ -59,9 +65,8 @@ inline Tensor multiply(const Terms& a, const Terms& b) {
   Tensor sum;
   for (size_t i = 0; i < a.size(); ++i)
     for (size_t j = 0; j < b.size() && i + j <= last; ++j) {
-      const Tensor product = a[i].is_cuda() ? at::bmm(a[i], b[j], at::kFloat)
-                                            : at::bmm(a[i].to(at::kFloat), b[j].to(at::kFloat));  // in the emulation
-      sum = sum.defined() ? sum.add_(product) : product;
+      const Tensor term = product(a[i], b[j]);
+      sum = sum.defined() ? sum.add_(term) : term;
     }
   return sum;
 }
@@ -105,19 +110,19 @@ class Blocks {
         block_size(std::max<int64_t>(1, std::min(size, d))),
         count((d + block_size - 1) / block_size),
         ridge(static_cast<double>(m) * damping),
+        limit(temporaries_bytes()),
         layout{d, block_size},
         in_use(count, static_cast<int32_t>(block_size)),
         failed(at::zeros({1}, options(at::kInt))) {
     if (count > 0) in_use.back() = static_cast<int32_t>(d - (count - 1) * block_size);
     if (!active || count == 0) return;
     mask = active->contiguous();
-    columns = at::empty({d}, options(at::kInt));
-    counts = at::empty({count}, options(at::kInt));
-    list_columns(mask.const_data_ptr<bool>(), d, block_size, columns.mutable_data_ptr<int32_t>(),
-                 counts.mutable_data_ptr<int32_t>(), current_stream());
+    positions = at::nonzero(mask).squeeze(1);
+    offsets = at::searchsorted(positions, at::arange(count + 1, options(at::kLong)) * block_size);
+    columns = positions.remainder(block_size).to(at::kInt);
     layout.columns = columns.const_data_ptr<int32_t>();
-    layout.counts = counts.const_data_ptr<int32_t>();
-    const Tensor host = counts.cpu();
+    layout.offsets = offsets.const_data_ptr<int64_t>();
+    const Tensor host = offsets.diff().to(at::kInt).cpu();
     in_use.assign(host.const_data_ptr<int32_t>(), host.const_data_ptr<int32_t>() + count);
   }
 
@@ -133,7 +138,7 @@ class Blocks {
   }
 
   // Calls f for tiles of the blocks that have columns in use, or, if `chosen` says so, of some of them: as many at a time as
-  // keep to kTemporaries when their columns are packed, or, for an f that packs nothing, all of a side.
+  // keep to limit when their columns are packed, or, for an f that packs nothing, all of a side.
   template <typename F>
   void for_each_batch(const std::vector<bool>& chosen, const F& f, bool packs = true) const {
     for (const bool side : {true, false}) {
@@ -146,9 +151,11 @@ class Blocks {
       for (size_t first = 0, last; first < list.size(); first = last) {
         int64_t width = 0, order = 0;
         for (last = first; last < list.size(); ++last) {
-          const int64_t wider = std::max<int64_t>(width, in_use[list[last]]), n = side ? m : wider;
+          // Rows of 16 elements are what the tensor cores like; the Fisher side's matrix must not grow.
+          const int64_t own = side ? (in_use[list[last]] + 15) / 16 * 16 : in_use[list[last]];
+          const int64_t wider = std::max(width, own), n = side ? m : wider;
           const int64_t bytes = 8 * (2 * m * wider + 4 * n * n) * static_cast<int64_t>(last - first + 1);
-          if (packs && last > first && bytes > kTemporaries) break;
+          if (packs && last > first && bytes > limit) break;
           width = wider;
           order = n;
         }
@@ -158,10 +165,10 @@ class Blocks {
     }
   }
 
-  // Calls f for ranges of the batch's columns that keep to kTemporaries; there is one, but for a wide block.
+  // Calls f for ranges of the batch's columns that keep to limit; there is one, but for a wide block.
   template <typename F>
   void for_each_chunk(const Batch& batch, const F& f) const {
-    const int64_t most = std::max<int64_t>(256, kTemporaries / 2 / (8 * m * batch.tile.count));
+    const int64_t most = std::max<int64_t>(256, limit / 2 / (8 * m * batch.tile.count));
     const int64_t step = batch.capacitance ? most : batch.tile.width;  // the Fisher side has few columns
     Tile chunk = batch.tile;
     for (chunk.first = 0; chunk.first < batch.tile.width; chunk.first += step) {
@@ -196,19 +203,22 @@ class Blocks {
       const Tensor product = batch.capacitance ? multiply(g, transposed(g)) : multiply(transposed(g), g);
       a = a.defined() ? a.add_(product) : product.to(at::kDouble);
     });
-    if (batch.order > kMostOrder) return library_factor(a, invert);
+    if (batch.order > kMostOrder) return library_factor(a, precision, invert);
     Factor out{at::empty_like(a), invert ? at::empty_like(a) : Tensor()};
     Tensor scratch = at::empty_like(a);
-    cholesky(a.const_data_ptr<double>(), batch.tile.count, batch.order, ridge, scratch.mutable_data_ptr<double>(),
-             out.l.mutable_data_ptr<double>(), invert ? out.inverse.mutable_data_ptr<double>() : nullptr,
-             failed.mutable_data_ptr<int32_t>(), current_stream());
+    cholesky(a.const_data_ptr<double>(), batch.tile.count, batch.order, ridge, precision.rounding,
+             scratch.mutable_data_ptr<double>(), out.l.mutable_data_ptr<double>(),
+             invert ? out.inverse.mutable_data_ptr<double>() : nullptr, failed.mutable_data_ptr<int32_t>(),
+             current_stream());
     return out;
   }
 
   // Waits for the GPU.
   void check_factors() const {
     TORCH_CHECK(failed.item<int32_t>() == 0,
-                "mfac: the gradients of a block have no Cholesky factor; expected finite numbers");
+                "mfac: the gradients of a block have no Cholesky factor; expected finite numbers, and a larger damping "
+                "where the "
+                "precision is not 'highest'");
   }
 
   // G x of each block of a tile: [k, count, m] for x [k, d] float64.
@@ -238,19 +248,20 @@ class Blocks {
   const Tensor grads;
   const int64_t m, d, block_size, count;
   const double ridge;
+  const int64_t limit;  // of the temporaries of a tile, if one block's do not exceed it
   Layout layout;
-  Tensor mask, columns, counts;  // of the columns in use, if not all are
-  std::vector<int32_t> in_use;   // how many, of each block
+  Tensor mask, positions, offsets, columns;  // of the columns in use, if not all are
+  std::vector<int32_t> in_use;               // how many, of each block
   mutable Tensor failed;
 
  private:
   // For matrices too large for one block of threads. Few of them, so that waiting for the outcome costs nothing.
-  Factor library_factor(const Tensor& a, bool invert) const {
+  Factor library_factor(const Tensor& a, const Precision& precision, bool invert) const {
     Tensor sum = a.clone();
     sum.diagonal(0, 1, 2).add_(ridge);
     const double trace = sum.diagonal(0, 1, 2).sum(1).max().item<double>();
     double raise = 0;
-    for (int attempt = 0; attempt < 10; ++attempt) {
+    for (int attempt = 0; attempt < kAttempts; ++attempt) {
       const auto [l, info] = at::linalg_cholesky_ex(sum);
       if (info.max().item<int>() == 0) {
         const Tensor identity = at::eye(a.size(1), a.options()).expand_as(a);
@@ -258,7 +269,7 @@ class Blocks {
             invert ? at::linalg_solve_triangular(l, identity, /*upper=*/false).contiguous() : Tensor();
         return {l.contiguous(), inverse};
       }
-      const double more = std::max(raise * 10, std::numeric_limits<double>::epsilon() * trace);
+      const double more = attempt > 0 ? raise * 10 : precision.rounding * trace;
       sum.diagonal(0, 1, 2).add_(more - raise);
       raise = more;
     }

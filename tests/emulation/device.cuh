@@ -305,6 +305,7 @@ T& shared() {
   return *static_cast<T*>(emulation::machine.shared);
 }
 
+inline int64_t temporaries_limit() { return 512 << 10; }  // so that small problems have several tiles and chunks
 inline int64_t shared_limit() { return emulation::kMostShared; }
 
 template <typename... Parameters, typename... Arguments>

@@ -32,7 +32,8 @@ struct Problem {
   int64_t m, d, block_size, blocks;
   Vector<float> values;
   Vector<char> active;
-  Vector<int32_t> columns, counts, ids;
+  Vector<int32_t> columns, ids;
+  Vector<int64_t> offsets;
   Gradients<float> grads;
   Layout layout;
 
@@ -43,25 +44,27 @@ struct Problem {
         blocks((d + size - 1) / size),
         values(m * d),
         active(d),
-        columns(d),
-        counts(blocks),
-        ids(blocks) {
+        ids(blocks),
+        offsets(1, 0) {
     for (float& value : values) value = static_cast<float>(normal());
     for (char& flag : active) flag = random_bits() % 4 > 0;
     std::iota(ids.begin(), ids.end(), 0);
-    list_columns(reinterpret_cast<const bool*>(active.data()), d, size, columns.data(), counts.data(), nullptr);
-    grads = {values.data(), m, d, d};
-    layout = {d, size, columns.data(), counts.data()};
     for (int64_t b = 0; b < blocks; ++b) {
-      int32_t next = 0;
       for (int64_t c = b * size; c < std::min(d, (b + 1) * size); ++c)
-        if (active[c]) expect("list_columns", columns[b * size + next++], static_cast<double>(c - b * size));
-      expect("counts", counts[b], next);
+        if (active[c]) columns.push_back(static_cast<int32_t>(c - b * size));
+      offsets.push_back(static_cast<int64_t>(columns.size()));
     }
+    grads = {values.data(), m, d, d};
+    layout = {d, size, columns.data(), offsets.data()};
   }
-  Tile tile() const { return {ids.data(), blocks, 0, *std::max_element(counts.begin(), counts.end())}; }
+  int64_t in_use(int64_t block) const { return offsets[block + 1] - offsets[block]; }
+  Tile tile() const {
+    int64_t width = 0;
+    for (int64_t b = 0; b < blocks; ++b) width = std::max(width, in_use(b));
+    return {ids.data(), blocks, 0, width};
+  }
   double g(int64_t r, int64_t block, int64_t i) const {
-    return i < counts[block] ? values[r * d + block * block_size + columns[block * block_size + i]] : 0.0;
+    return i < in_use(block) ? values[r * d + block * block_size + columns[offsets[block] + i]] : 0.0;
   }
 };
 
@@ -88,7 +91,7 @@ void test_blocks(int64_t m, int64_t d, int64_t block_size) {
         for (int64_t c = 0; c < width; ++c)
           a[(b * m + i) * m + j] += packed[(b * m + i) * width + c] * packed[(b * m + j) * width + c];
   int32_t failed = 0;
-  cholesky(a.data(), count, m, ridge, scratch.data(), l.data(), inverse.data(), &failed, nullptr);
+  cholesky(a.data(), count, m, ridge, 0x1p-52, scratch.data(), l.data(), inverse.data(), &failed, nullptr);
   expect("failed", failed, 0);
   for (int64_t b = 0; b < count; ++b)
     for (int64_t i = 0; i < m; ++i)
@@ -102,7 +105,7 @@ void test_blocks(int64_t m, int64_t d, int64_t block_size) {
         expect("inverse", unit, i == j ? 1 : 0);
       }
   Vector<double> bad{1, 2, 2, 1};  // eigenvalues 3 and -1
-  cholesky(bad.data(), 1, 2, 0.0, scratch.data(), scratch.data() + 4, nullptr, &failed, nullptr);
+  cholesky(bad.data(), 1, 2, 0.0, 0x1p-52, scratch.data(), scratch.data() + 4, nullptr, &failed, nullptr);
   expect("not definite, whatever the rounding", failed, 1);
 
   for (int64_t b = 0; b < count; ++b)
@@ -172,8 +175,8 @@ void test_blocks(int64_t m, int64_t d, int64_t block_size) {
     w[i] = static_cast<float>(normal());
   }
   Vector<double> costs(groups * 3);
-  group_saliency({table.data(), owner.data(), 0, w.data(), groups, size, members.data(), 3, 2}, solved.data(), m, width,
-                 damping, m, true, costs.data(), nullptr);
+  group_saliency({table.data(), owner.data(), 0, 0, w.data(), groups, size, members.data(), 3, 2}, solved.data(), m,
+                 width, damping, m, true, nullptr, costs.data(), nullptr);
   const auto element = [&](int64_t i, int64_t j) {
     double dot = 0;
     for (int64_t r = 0; r < m; ++r) dot += solved[r * width + i] * solved[r * width + j];
@@ -202,7 +205,7 @@ void test_selection(int64_t n, int64_t distinct, bool bounded) {
   Found found{0, 0, static_cast<unsigned long long>(n)};
   Vector<uint32_t> inside(n);
   count_scores(scores.data(), n, bounds, inside.data(), n, &found, nullptr);
-  Vector<unsigned long long> histogram(kRadixBins + 4), cut(3), again(3);
+  Vector<unsigned long long> histogram(kRadixBins + 2), cut(3), again(3);
   const int64_t left = k - static_cast<int64_t>(found.below);
   find_cut(inside.data(), nullptr, static_cast<int64_t>(found.inside), bounds, left, histogram.data(), cut.data(),
            nullptr);
