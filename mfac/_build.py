@@ -432,7 +432,7 @@ def _compile(folder: Path, log: Path, tried: str) -> None:
     if cuda_plan()[0]:
         env["CUDA_HOME"] = str(cuda_home())
     env.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0))))  # ninja would start two more
-    notice = "mfac: compiling kernels (once, about 30 s) ..."
+    notice = "mfac: compiling kernels (once; half a minute on two free cores, more with those for CUDA) ..."
     if _LOGGER.isEnabledFor(logging.INFO):
         _LOGGER.info(notice)
     elif sys.stderr is not None and sys.stderr.isatty():

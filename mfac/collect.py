@@ -233,7 +233,7 @@ class GradientSource:
         if dtype not in (torch.float32, torch.bfloat16):
             raise TypeError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
         self.num_grads, self.refresh, self.dtype = num_grads, refresh or num_grads, dtype
-        self.device = device if device is None else torch.device(device)
+        self.device = device
         self._loss_fn = loss_fn
         self.batches = cycle(batches, num_grads if announce else None)
         self._random = torch.Generator().manual_seed(torch.initial_seed())

@@ -28,6 +28,8 @@ def main() -> int:
     _row("cuda kernels", _build.cuda_plan()[1])
     _row("sources", _build.sources_root())
     _row("cache", _build.cache_dir())
+    sys.stdout.write("loading the kernels; at their first use they are compiled, which takes half a minute or more\n")
+    sys.stdout.flush()
     try:
         module = _build.load()
     except _build.BuildError as error:

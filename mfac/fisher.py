@@ -30,7 +30,7 @@ class Fisher:
             in every method (in :meth:`group_saliency` they cost nothing).
         backend: ``"auto"``, ``"compiled"`` or ``"reference"``.
         precision: ``"highest"``, ``"high"`` or ``"medium"``: what the large matrix products may give up for speed on a
-            GPU; see :mod:`mfac.ops`.
+            GPU; see :mod:`mfac.ops`. No effect on the CPU.
         device: Where the work is done and all vectors are; default where the gradients are. For gradients on the CPU
             it may be a GPU: they go there page by page (:mod:`mfac.paging`).
 
@@ -68,7 +68,12 @@ class Fisher:
         grads = grads.tensor if isinstance(grads, GradientBuffer) else grads
         self.mean_square = check_gradients(grads)
         self.grads = grads.detach() if grads.stride(1) == 1 else grads.detach().contiguous()
-        self.device = grads.device if device is None else torch.empty(0, device=device).device  # cuda: with its index
+        try:
+            self.device = (
+                grads.device if device is None else torch.empty(0, device=device).device
+            )  # cuda: with its index
+        except (RuntimeError, AssertionError, TypeError) as error:  # torch's, for a name or a device that is not there
+            raise ValueError(f"device: expected one that there is, got {device!r} ({error})") from error
         if grads.device not in (self.device, torch.device("cpu")):
             raise ValueError(f"grads: expected on {self.device} or the CPU, got {grads.device}")
         self.precision = check_precision(precision)

@@ -66,9 +66,7 @@ class GradientBuffer:
         if len(devices) > 1:
             raise ValueError(f"params: expected on one device, got {', '.join(sorted(map(str, devices)))}")
         home = devices.pop()
-        device = home if device is None else torch.empty(0, device=device).device  # cuda: with its index
-        if device != home and device.type != "cpu":
-            raise ValueError(f"device: expected that of the parameters, {home}, or cpu, got {device}")
+        device = check_grads_device("device", device, home)
         self.names = list(params)
         self.skipped = 0
         self.loss = self.samples = float("nan")
@@ -175,6 +173,32 @@ class GradientBuffer:
         self._next = (self._next + 1) % self.num_grads
         self._filled = min(self._filled + 1, self.num_grads)
         return True
+
+
+def check_grads_device(name: str, device: torch.device | str | None, home: torch.device) -> torch.device:
+    """Check where gradients are to be kept.
+
+    Args:
+        name: Of the argument, for the error.
+        device: What the user gave.
+        home: Where the parameters are.
+
+    Returns:
+        The device, with its index.
+
+    Raises:
+        ValueError: If it is neither the parameters' device nor the CPU.
+    """
+    try:
+        found = home if device is None else torch.device(device)
+    except (RuntimeError, TypeError):  # no name of a device
+        found = None
+    if found is not None and found.type == "cpu":
+        return found
+    if found is not None and found.type == home.type and found.index in (None, home.index):
+        return home
+    wanted = "'cpu', where the model is" if home.type == "cpu" else f"'{home}', where the model is, or 'cpu'"
+    raise ValueError(f"{name}: expected {wanted}, got {device!r}")
 
 
 def _allocate(m: int, d: int, dtype: torch.dtype, device: torch.device, pinned: bool) -> Tensor:

@@ -16,6 +16,7 @@ from mfac import ops
 from mfac.batchnorm import reestimate_batchnorm
 from mfac.collect import GradientSource
 from mfac.fisher import check_precision
+from mfac.gradients import check_grads_device
 from mfac.parameters import names_of, prunable_parameters
 from mfac.quadratic import Candidate, check_settings, choose_settings, timed
 from mfac.result import PruneResult, PruneStep
@@ -110,7 +111,9 @@ def prune(
     chosen = prunable_parameters(model, params)
     names = list(chosen)
     Selection(chosen, sparsity, scope, pattern, params or ())  # checks
-    ops.select_backend(backend, next(iter(chosen.values())).device)
+    device = next(iter(chosen.values())).device
+    ops.select_backend(backend, device)
+    check_grads_device("grads_device", grads_device, device)
     refresh = max(1, num_grads // 4) if refresh is None and isinstance(num_grads, int) else refresh
     source = GradientSource(batches, loss_fn, num_grads, refresh, dtype, grads_device, announce=True)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mfac.collect import GradientSource
 from mfac.fisher import check_precision
-from mfac.gradients import GradientBuffer
+from mfac.gradients import GradientBuffer, check_grads_device
 from mfac.ops import BACKENDS
 from mfac.parameters import names_of, prunable_parameters
 from mfac.quadratic import check_settings
@@ -162,6 +162,7 @@ class Pruner:
         self._method, self._settings = method, (damping, block_size)
         self._options = {"pattern": pattern, "scope": scope, "criterion": criterion, "backend": backend}
         self._options["precision"] = check_precision(precision)
+        check_grads_device("grads_device", grads_device, next(iter(self._params.values())).device)
         self._calls = 0
         self._last: float | None = None
         self._reached = dict.fromkeys(self._schedules, 0.0)

@@ -72,7 +72,8 @@ def prune_step(
         masks: Name -> bool tensor, True = kept, from an earlier step: what is pruned stays pruned, and the Fisher is
             restricted to the rest.
         backend: ``"auto"``, ``"compiled"`` or ``"reference"``.
-        precision: ``"highest"``, or, for speed on a GPU, ``"high"`` or ``"medium"``; see :class:`Fisher`.
+        precision: ``"highest"``, or, for speed on a GPU, ``"high"`` or ``"medium"``; see :class:`Fisher`. No effect on
+            the CPU.
 
     Returns:
         Masks, sparsity reached, counts, settings, predicted loss increase and timings.

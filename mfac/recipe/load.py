@@ -58,7 +58,9 @@ def _read_text(source: str | Path) -> tuple[str, str]:
     if path.suffix not in _SUFFIXES:
         raise ValueError(f"a recipe file must end in {', '.join(_SUFFIXES)}, got {path}")
     if not path.is_file():
-        raise ValueError(f"no recipe file at {path}")
+        package = Path(__file__).resolve().parents[1]  # its recipes are in it, or beside it in a source tree
+        folder = package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
+        raise ValueError(f"no recipe file at {path}; the tutorial's are in {folder}")
     return path.read_text(encoding="utf-8"), str(path)
 
 

@@ -329,6 +329,7 @@ class MFACPruning(MagnitudePruning):
         if self.grads_device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", str(self.grads_device)):
             raise ValueError(f"grads_device must be cpu, cuda or cuda:<index>, got {self.grads_device!r}")
         devices = _names("available_devices", self.available_devices or [])
+        devices += [str(self.grads_device)] * (self.grads_device is not None)
         if any(device.startswith("cuda") for device in devices) and not torch.cuda.is_available():
             warnings.warn(
                 f"the recipe asks for {', '.join(devices)}, but CUDA is not available: the CPU is used", stacklevel=2
