@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,7 +43,7 @@ def test_options_of_train_are_the_settings():
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("train --recipe-path no.md", "mfac: error: no recipe file at no.md\n"),
+        ("train --recipe-path no.md", "mfac: error: no recipe file at no.md; the tutorial's are in "),
         ("train --recipe-path r.yaml --dataset imagenette", "mfac: error: the dataset imagenette needs a dataset path"),
     ],
 )
@@ -88,4 +89,6 @@ def test_runs_as_a_module(tmp_path):
     run = subprocess.run(
         [sys.executable, "-m", "mfac", "train", "--recipe-path", "no.md"], capture_output=True, text=True, check=False
     )
-    assert (run.returncode, run.stderr) == (2, "mfac: error: no recipe file at no.md\n")
+    folder = Path(__file__).resolve().parents[1] / "recipes"
+    text = f"mfac: error: no recipe file at no.md; the tutorial's are in {folder}\n"
+    assert (run.returncode, run.stderr) == (2, text)

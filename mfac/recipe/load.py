@@ -50,6 +50,12 @@ def _construct_item(loader: _Loader, suffix: str, node: yaml.Node) -> Item:
 _Loader.add_multi_constructor("!", _construct_item)
 
 
+def tutorial_recipes() -> Path:
+    """Return the folder of the tutorial's recipes: in the installed package, or beside it in a source tree."""
+    package = Path(__file__).resolve().parents[1]
+    return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
+
+
 def _read_text(source: str | Path) -> tuple[str, str]:
     # Gives the text of `source` and a name for it.
     if isinstance(source, str) and ("\n" in source or not source.endswith(_SUFFIXES)):
@@ -58,9 +64,7 @@ def _read_text(source: str | Path) -> tuple[str, str]:
     if path.suffix not in _SUFFIXES:
         raise ValueError(f"a recipe file must end in {', '.join(_SUFFIXES)}, got {path}")
     if not path.is_file():
-        package = Path(__file__).resolve().parents[1]  # its recipes are in it, or beside it in a source tree
-        folder = package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
-        raise ValueError(f"no recipe file at {path}; the tutorial's are in {folder}")
+        raise ValueError(f"no recipe file at {path}; the tutorial's are in {tutorial_recipes()}")
     return path.read_text(encoding="utf-8"), str(path)
 
 

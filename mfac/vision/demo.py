@@ -15,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mfac import ops
+from mfac.recipe.load import tutorial_recipes
 from mfac.recipe.manager import Manager
 from mfac.result import write_csv
 from mfac.vision.data import load_data
@@ -74,13 +75,12 @@ def recipe_path(name: str) -> Path:
         Its path, in the installed package or beside it in a source tree.
 
     Raises:
-        ValueError: If it is in neither place.
+        ValueError: If it is not there.
     """
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "recipes", package.parent / "recipes"):
-        if (folder / name).is_file():
-            return folder / name
-    raise ValueError(f"the recipe {name} is missing from {package / 'recipes'}; reinstall mfac")
+    path = tutorial_recipes() / name
+    if not path.is_file():
+        raise ValueError(f"the recipe {name} is missing from {path.parent}; reinstall mfac")
+    return path
 
 
 def run_method(
