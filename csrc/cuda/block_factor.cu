@@ -27,7 +27,8 @@ struct Panel {
   int failed;
 };
 
-// One row of one block, kThreads columns of it. G is read once, `parts` times as much or twice (float64) is written.
+// One row of one block, kThreads columns of it; out [parts, tile.count, m, tile.width]. G is read once, `parts` times as much, or
+// twice (float64), is written.
 template <typename G, typename T>
 __global__ void __launch_bounds__(kThreads)
     pack_kernel(Gradients<G> grads, Layout layout, Tile tile, int parts, T* __restrict__ out) {
@@ -159,6 +160,7 @@ __device__ inline void invert_panel(const double* u, int64_t n, int64_t row, dou
   }
 }
 
+// a, u, l and inverse (may be null) [blocks, n, n], failed [1].
 __global__ void __launch_bounds__(kThreads)
     cholesky_kernel(const double* __restrict__ a, int64_t n, double ridge, double rounding, double* u, double* l,
                     double* inverse, int32_t* failed) {
@@ -194,6 +196,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t row = 0; row < n; row += kStep) invert_panel(u, n, row, inverse + matrix, panel);
 }
 
+// l [count, n, n], x [k, count, n]: one vector for each block of threads.
 __global__ void __launch_bounds__(kThreads)
     cholesky_solve_kernel(const double* __restrict__ l, int64_t count, int64_t n, double* x) {
   solve_in_place(l + blockIdx.x % count * n * n, n, x + blockIdx.x * n, shared<double[kSolveStep]>());

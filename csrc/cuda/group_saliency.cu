@@ -23,6 +23,7 @@ struct Scratch {
   int32_t* chosen;
 };
 
+// solved [.., rows, width], memory [parts, doubles] or null, out [parts, subsets].
 __global__ void __launch_bounds__(kWarp)
     group_kernel(Parts parts, const double* __restrict__ solved, int64_t rows, int64_t width, double damping, double m,
                  bool capacitance, double* memory, int64_t doubles, double* __restrict__ out) {

@@ -9,6 +9,7 @@
 namespace mfac::cuda {
 namespace {
 
+// solved [tile.count, rows, tile.width], out [d].
 template <typename G, typename T>
 __global__ void __launch_bounds__(kThreads)
     diagonal_kernel(Gradients<G> grads, Layout layout, Tile tile, const T* __restrict__ solved, int64_t rows,

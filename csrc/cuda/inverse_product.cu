@@ -16,6 +16,7 @@ constexpr int kRows = 4;          // of G for each warp: four loads at a time, n
 constexpr int kVectors = 4;       // at most at a time: 16 sums in registers
 constexpr int64_t kSplit = 8192;  // columns of a wide block for each warp
 
+// x [k, d] from first_vector on; t [splits, k, tile.count, m], k = all_vectors.
 template <int vectors, typename G>
 __global__ void __launch_bounds__(kThreads)
     rows_kernel(Gradients<G> grads, Layout layout, Tile tile, int64_t splits, const double* __restrict__ x,
@@ -55,6 +56,7 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
+// t [k, tile.count, m] and out [k, d], from first_vector on.
 template <int vectors, typename G>
 __global__ void __launch_bounds__(kThreads)
     columns_kernel(Gradients<G> grads, Layout layout, Tile tile, const double* __restrict__ t, int64_t first_vector,
@@ -95,7 +97,8 @@ int64_t product_bytes(int64_t m, int64_t width) {
   return static_cast<int64_t>(sizeof(double)) * (kSolveStep + width + m) + m * width * static_cast<int64_t>(sizeof(G));
 }
 
-// out = (x - Gᵀ A⁻¹ G x) / λ in the listed columns of one block, for k vectors. 4 m flops per column and vector.
+// out = (x - Gᵀ A⁻¹ G x) / λ in the listed columns of one block, for x and out [k, d] and l [tile.count, m, m]. 4 m flops per
+// column and vector.
 template <typename G>
 __global__ void __launch_bounds__(kThreads, 1)
     product_kernel(Gradients<G> grads, Layout layout, Tile tile, const double* __restrict__ l,
@@ -132,6 +135,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
+// x [k, d], packed [k, tile.count, tile.width]; so below.
 __global__ void __launch_bounds__(kThreads)
     gather_kernel(Layout layout, Tile tile, const double* __restrict__ x, double* __restrict__ packed) {
   const int64_t chunks = (tile.width + kThreads - 1) / kThreads, index = blockIdx.x / chunks;

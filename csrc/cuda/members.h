@@ -15,8 +15,8 @@
 
 namespace mfac::cuda {
 
-// Members of the groups that have a part in F: positions [count] in the order of their blocks, and their places in their groups; and the
-// parts, runs of members of one group in one block.
+// Members of the groups that have a part in F: their positions in the order of their blocks, and their places in their groups;
+// and the parts, runs of members of one group in one block.
 struct Members {
   Tensor position, place, part;     // [count] int64
   std::vector<int64_t> first;       // [blocks + 1]: members of the blocks

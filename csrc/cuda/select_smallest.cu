@@ -41,6 +41,7 @@ __device__ inline Quad load_quad(const float* __restrict__ scores, int64_t i, in
   return quad;
 }
 
+// scores [n], sample [count].
 __global__ void __launch_bounds__(kThreads)
     sample_kernel(const float* __restrict__ scores, int64_t n, int64_t count, float* __restrict__ sample) {
   const int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
@@ -51,6 +52,7 @@ __global__ void __launch_bounds__(kThreads)
   sample[i] = scores[position < n ? position : n - 1];
 }
 
+// scores [n], inside [capacity], found [1]; kPerThread scores for each thread, four at a time.
 __global__ void __launch_bounds__(kThreads)
     count_kernel(const float* __restrict__ scores, int64_t n, Bounds bounds, uint32_t* __restrict__ inside,
                  int64_t capacity, Found* __restrict__ found) {
@@ -84,7 +86,8 @@ struct Search {
   unsigned long long prefix, left;
 };
 
-// bins[digit] += keys whose bits above `shift + bits` are the prefix; digit = the `bits` bits above `shift`.
+// keys [n] or null, scores [n], bins [kRadixBins]: bins[digit] += keys whose bits above `shift + bits` are the prefix; digit = the
+// `bits` bits above `shift`.
 __global__ void __launch_bounds__(kThreads)
     histogram_kernel(const uint32_t* __restrict__ keys, const float* __restrict__ scores, int64_t n, Bounds bounds,
                      const Search* __restrict__ search, int shift, int bits, unsigned long long* __restrict__ bins) {
@@ -115,12 +118,13 @@ __global__ void __launch_bounds__(kThreads)
     if (own[bin]) atomicAdd(&bins[bin], static_cast<unsigned long long>(own[bin]));
 }
 
+// search [1], bins [kRadixBins].
 __global__ void start_kernel(int64_t k, Search* search, unsigned long long* bins) {
   for (int bin = threadIdx.x; bin < kRadixBins; bin += kThreads) bins[bin] = 0;
   if (threadIdx.x == 0) *search = {0, static_cast<unsigned long long>(k)};
 }
 
-// Finds the bin in which the k-th key lies, and clears the bins.
+// Finds the bin in which the k-th key lies, into search [1] and cut [3], and clears bins [kRadixBins].
 __global__ void __launch_bounds__(kThreads)
     digit_kernel(unsigned long long* bins, int bits, Search* search, unsigned long long* cut) {
   constexpr int kEach = kRadixBins / kThreads;
@@ -148,6 +152,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// counts[chunk]: scores of the chunk that are equal to the threshold.
 __global__ void __launch_bounds__(kThreads)
     ties_kernel(const float* __restrict__ scores, int64_t n, uint32_t threshold, int32_t* __restrict__ counts) {
   int32_t* sums = shared<int32_t[kThreads / kWarp]>();
@@ -166,7 +171,8 @@ __global__ void __launch_bounds__(kThreads)
   counts[blockIdx.x] = count;
 }
 
-// `ordered`: some of the ties are kept, so that their order counts; ties_before[chunk] are those of the chunks before.
+// kept and weights (or null) [n]. `ordered`: some of the ties are kept, so that their order counts; ties_before[chunk] are those
+// of the chunks before.
 template <bool ordered>
 __global__ void __launch_bounds__(kThreads)
     mask_kernel(const float* __restrict__ scores, int64_t n, uint32_t threshold, int64_t pruned_ties,
