@@ -3,14 +3,10 @@
 // Everything runs on torch's current stream. The host waits where it needs a number: how many columns are in use, whether a
 // factorisation failed, between the steps of a selection.
 #include <ATen/ops/arange.h>
-#include <ATen/ops/bitwise_and.h>
 #include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/cumsum.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/floor_divide.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/nonzero.h>
-#include <ATen/ops/ones_like.h>
 #include <ATen/ops/searchsorted.h>
 #include <ATen/ops/sort.h>
 #include <ATen/ops/tensor.h>
