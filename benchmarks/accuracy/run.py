@@ -264,7 +264,7 @@ def main() -> None:
         "",
         f"top-1 in per cent on {len(bench.validation[1]):,} validation images (dense: {dense:.1f}), mean ± standard "
         f"deviation of the seeds; {M} gradients of 32 training images, R recomputations; seconds: wall time of "
-        "pruning, the gradients included but for R = 1, on whatever else the machine did. Without ±: one seed; empty: not run.",
+        "pruning, the gradients included but for R = 1, beside other work. Without ±: one seed; empty: not run.",
         "",
         table(rows, "top1"),
         "",
