@@ -83,6 +83,13 @@ def fingerprint() -> str:
     return f"mfac-{digest.hexdigest()[:16]}/torch-{torch.__version__}"
 
 
+@functools.cache
+def _ask(*command: str) -> str:
+    """Return what a program prints, asked once in a process: `cuda_plan` is needed several times for a load."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
 def cuda_home() -> Path | None:
     """Return the folder of the CUDA toolkit: that of torch, /usr/local/cuda or what the nvcc of the PATH is in.
 
@@ -92,8 +99,7 @@ def cuda_home() -> Path | None:
 
     candidates = [CUDA_HOME, "/usr/local/cuda"]
     if found := shutil.which("nvcc"):
-        dry = subprocess.run([found, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
-        if top := re.search(r"^#\$ TOP=(.*)$", dry, re.MULTILINE):
+        if top := re.search(r"^#\$ TOP=(.*)$", _ask(found, "--dryrun", "-c", "x.cu"), re.MULTILINE):
             candidates.append(top[1].strip())
     for folder in (Path(c).resolve() for c in candidates if c):
         if (folder / "bin" / "nvcc").exists() and (folder / "include" / "cuda_runtime_api.h").exists():
@@ -140,7 +146,7 @@ def cuda_plan() -> tuple[list[str], str]:
     if home is None:
         return [], f"none: torch has CUDA {torch.version.cuda}, but nvcc and its headers were not found; set CUDA_HOME"
     nvcc = home / "bin" / "nvcc"
-    version = re.search(r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    version = re.search(r"release (\d+)", _ask(str(nvcc), "--version"))
     if version is None or version[1] != torch.version.cuda.partition(".")[0]:
         found = version[1] if version else "another program"
         return [], f"none: torch has CUDA {torch.version.cuda}, but {nvcc} is {found}; set CUDA_HOME to a matching one"
@@ -148,7 +154,7 @@ def cuda_plan() -> tuple[list[str], str]:
         return own.split(";"), f"for {own} (MFAC_CUDA_ARCH)"
     if not gpus_here():
         return [], "none: there is no GPU here; MFAC_CUDA_ARCH=90a, say, builds for one elsewhere"
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    known = _ask(str(nvcc), "--list-gpu-code").split()
     served = [gpu for gpu in gpus_here() if f"sm_{gpu.rstrip('a')}" in known]
     if not served:
         return [], f"none: {nvcc} does not know the GPUs of this machine, {';'.join(gpus_here())}"

@@ -68,10 +68,8 @@ class Fisher:
         grads = grads.tensor if isinstance(grads, GradientBuffer) else grads
         self.mean_square = check_gradients(grads)
         self.grads = grads.detach() if grads.stride(1) == 1 else grads.detach().contiguous()
-        try:
-            self.device = (
-                grads.device if device is None else torch.empty(0, device=device).device
-            )  # cuda: with its index
+        try:  # the device of a tensor has its index
+            self.device = grads.device if device is None else torch.empty(0, device=device).device
         except (RuntimeError, AssertionError, TypeError) as error:  # torch's, for a name or a device that is not there
             raise ValueError(f"device: expected one that there is, got {device!r} ({error})") from error
         if grads.device not in (self.device, torch.device("cpu")):
@@ -185,12 +183,8 @@ class Fisher:
             left, right = inverse.split(len(where))
             used = active[wanted - start][:, None]
             if m < int(active.sum()):
-                z = (
-                    torch.linalg.solve_triangular(
-                        factor, self.grads[:, wanted.to(self.grads.device)].to(device).double(), upper=False
-                    ).T
-                    * used
-                )
+                g = self.grads[:, wanted.to(self.grads.device)].to(device).double()
+                z = torch.linalg.solve_triangular(factor, g, upper=False).T * used
                 dot = (z[left] * z[right]).sum(1)
                 out[where] = ((i[where] == j[where]).double() - dot) / self.damping
             else:

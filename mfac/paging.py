@@ -44,10 +44,8 @@ class PagedOps:
             columns, slot = bounds[index], index % 2
             page = buffers[slot][: m * (columns.stop - columns.start)].view(m, -1)
             with torch.cuda.stream(copier):  # None: no stream
-                if cuda:
-                    copier.wait_event(
-                        done[slot]
-                    )  # the work on what the buffer held; nothing if that was never recorded
+                if cuda:  # the work on what the buffer held; at first there was none
+                    copier.wait_event(done[slot])
                 for target, row in zip(page, grads, strict=True):  # a row's piece is one piece of memory, a page is not
                     target.copy_(row[columns], non_blocking=cuda)
                 if cuda:

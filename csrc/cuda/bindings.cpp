@@ -15,6 +15,8 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
+#include <limits>
+
 #include "members.h"
 #include "selection.h"
 #include "tiles.h"
@@ -181,9 +183,7 @@ Tensor joint_update_op(const Tensor& grads, Tensor& weights, const Tensor& kept,
   std::vector<int32_t> emptied;  // blocks of which no weight is kept
   for (int64_t b = 0; b < blocks.count; ++b)
     if (chosen[b] && blocks.in_use[b] == 0) emptied.push_back(static_cast<int32_t>(b));
-  if (!emptied.empty()) {
-    gradient_term += squared_rows(blocks, blocks.to_device(emptied), x);
-  }
+  if (!emptied.empty()) gradient_term += squared_rows(blocks, blocks.to_device(emptied), x);
   blocks.for_each_batch(chosen, [&](const Batch& batch) {
     Tensor r = blocks.rows(batch.tile, x);
     const Tensor l = blocks.factor(batch, precision, false).l;

@@ -27,8 +27,8 @@ struct Gradients {
 // How d columns make blocks, and a list of some columns of each.
 struct Layout {
   int64_t d, block_size;
-  const int32_t* columns =
-      nullptr;  // of block b at [offsets[b], offsets[b + 1]), from its first column; null: all, in order
+  // Of block b at [offsets[b], offsets[b + 1]), counted from its first column; null: all, in order.
+  const int32_t* columns = nullptr;
   const int64_t* offsets = nullptr;  // [blocks + 1]
 };
 

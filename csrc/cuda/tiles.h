@@ -17,9 +17,8 @@
 #include <c10/cuda/CUDAStream.h>
 #include <product.h>
 
-#include <limits>
 #include <optional>
-#include <string>
+#include <string_view>
 #include <vector>
 
 #include "../checks.h"
@@ -45,8 +44,8 @@ struct Precision {
                                     : 0x1p-22) {}
   bool exact;
   int factor_parts, grads_parts;
-  double
-      rounding;  // of a small matrix, over its trace: float64 sums, float32 sums, or those and the product that is left out
+  // Of a small matrix, over its trace: that of float64 sums, of float32 sums and the product left out, or of float32 sums.
+  double rounding;
 };
 
 // A matrix as the sum of its terms: one of float64, or some of bfloat16.
@@ -217,8 +216,7 @@ class Blocks {
   void check_factors() const {
     TORCH_CHECK(failed.item<int32_t>() == 0,
                 "mfac: the gradients of a block have no Cholesky factor; expected finite numbers, and a larger damping "
-                "where the "
-                "precision is not 'highest'");
+                "where the precision is not 'highest'");
   }
 
   // G x of each block of a tile: [k, count, m] for x [k, d] float64.
