@@ -53,7 +53,7 @@ sanitize: $(READY)  ## the kernels under AddressSanitizer and UndefinedBehaviorS
 
 # The tests of the ops and of what is made of them, with the CUDA ops emulated on the CPU.
 EMULATED = block_factor inverse_diagonal inverse_product joint_update independent_update quadratic_form group_saliency \
-	select_smallest ops fisher quadratic patterns step paging
+	select_smallest ops fisher quadratic patterns step offload
 
 cuda-check: $(READY)  ## the CUDA kernels, with no GPU: nvcc for three GPUs without spills; on the CPU, under sanitizers and in all tests of the ops
 	nvcc --version

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import DAMPING, B, diagonal_flops, widths
 
-from mfac import ops, reference
+from mfac.ops import compiled as ops
+from mfac.ops import reference
 
 PATTERNS = {"2:4": list(itertools.combinations(range(4), 2)), "block4": [(0, 1, 2, 3)]}
 

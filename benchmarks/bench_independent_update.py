@@ -3,7 +3,8 @@
 import pytest
 from conftest import DAMPING, B, factor_flops, widths
 
-from mfac import ops, reference
+from mfac.ops import compiled as ops
+from mfac.ops import reference
 
 WAYS = {"reference": reference, "compiled": ops}
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import DAMPING, B, diagonal_flops, random_gradients, widths
 
-from mfac import ops, reference
+from mfac.ops import compiled as ops
+from mfac.ops import recursion, reference
 
 WAYS = {
-    "textbook recursion": reference.recursion_inverse_diagonal,
+    "textbook recursion": recursion.recursion_inverse_diagonal,
     "reference": reference.inverse_diagonal,
     "compiled": ops.inverse_diagonal,
 }

@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import DAMPING, B
 
-from mfac import ops, reference
+from mfac.ops import compiled as ops
+from mfac.ops import reference
 
 WAYS = {"reference": reference, "compiled": ops}
 

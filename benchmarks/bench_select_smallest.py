@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mfac import ops
+from mfac.ops import compiled as ops
 
 N, K = 25_000_000, 22_500_000
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mfac import ops
+from mfac.ops import compiled as ops
 
 RESULTS = Path(__file__).parent / "results"
 M, B, D, DAMPING, DENSITY = 256, 2000, 1_000_000, 1e-5, 0.2  # gradients, block size, weights, λ, share kept

@@ -82,7 +82,8 @@ def random_gradients(m, d, dtype):
 
 def fisher_rows(rates):
     """Yield the rows of factor, inverse diagonal and saliency, and of the inverse product."""
-    from mfac import ops, reference
+    from mfac.ops import compiled as ops
+    from mfac.ops import recursion, reference
 
     weights, damping = torch.randn(RESNET50, device="cuda"), 1e-5
     for title, m, block_size, dtype, precisions in (
@@ -93,8 +94,8 @@ def fisher_rows(rates):
         grads = random_gradients(m, RESNET50, dtype)
         some = min(block_size, 500_000)  # the recursion is timed on a part, and takes as much longer as there are more
         part = grads[:, :some].float()
-        recursion = median(lambda g=part, b=block_size: reference.recursion_inverse_diagonal(g, damping, b), 1)
-        recursion *= RESNET50 / some
+        published = median(lambda g=part, b=block_size: recursion.recursion_inverse_diagonal(g, damping, b), 1)
+        published *= RESNET50 / some
         few = grads[:, : min(block_size, 4096)].contiguous()
         exact = reference.inverse_diagonal(few, damping, block_size)
         del part
@@ -103,7 +104,7 @@ def fisher_rows(rates):
                           weights.square() / (2 * ops.inverse_diagonal(g, damping, b, None, p)), 3)  # fmt: skip
             floor = max(2 * m * m * RESNET50 / rates[dtype], grads.nbytes / rates["copy"])
             error = float((ops.inverse_diagonal(few, damping, block_size, None, precision) / exact - 1).abs().max())
-            yield f"{title}, {precision}", time, floor, f"{recursion / time:.0f}x the recursion (scaled)", error
+            yield f"{title}, {precision}", time, floor, f"{published / time:.0f}x the recursion (scaled)", error
         if block_size == 2000:
             factor = ops.block_factor(grads, damping, block_size)
             x = torch.randn(RESNET50, device="cuda")
@@ -119,7 +120,7 @@ def fisher_rows(rates):
 
 def selection_rows(rates):
     """Yield the row of the selection."""
-    from mfac import ops
+    from mfac.ops import compiled as ops
 
     n = 100_000_000
     scores = torch.rand(n, device="cuda")
@@ -161,7 +162,7 @@ def main():
         what = "no torch" if torch is None else "no NVIDIA GPU that torch can use"
         print(f"make gpu: {what} for {sys.executable}; nothing to do (make gpu PYTHON=... names another python)")
         return 0
-    from mfac import doctor, ops
+    from mfac.cli import doctor, ops
 
     status = doctor.main()
     if status or not ops.load()["cuda"]:

@@ -3,17 +3,17 @@
 Importing compiles nothing; the kernels are built at first use.
 """
 
-from mfac.batchnorm import reestimate_batchnorm
-from mfac.collect import collect_gradients
 from mfac.fisher import Fisher
-from mfac.frontier import Frontier, frontier
-from mfac.gradients import GradientBuffer
-from mfac.one_shot import prune
-from mfac.parameters import prunable_parameters
-from mfac.pruner import Pruner
-from mfac.result import PruneResult
-from mfac.schedule import Schedule
-from mfac.step import prune_step
+from mfac.gradients.buffer import GradientBuffer
+from mfac.gradients.collect import collect_gradients
+from mfac.model.targets import prunable_parameters
+from mfac.pruning.batchnorm import reestimate_batchnorm
+from mfac.pruning.frontier import Frontier, frontier
+from mfac.pruning.gradual import Pruner
+from mfac.pruning.iterative import prune
+from mfac.pruning.result import PruneResult
+from mfac.pruning.schedule import Schedule
+from mfac.pruning.step import prune_step
 
 __version__ = "0.1.0"
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from mfac.cli import main
+from mfac.cli.main import main
 
 sys.exit(main())

@@ -8,10 +8,11 @@ import re
 import torch
 from torch import Tensor
 
-from mfac import ops
-from mfac.gradients import GradientBuffer
-from mfac.paging import PagedOps
-from mfac.reference import check_groups
+from mfac.gradients.buffer import GradientBuffer
+from mfac.ops import compiled
+from mfac.ops.backend import select_backend
+from mfac.ops.offload import PagedOps
+from mfac.ops.reference import check_groups
 
 
 class Fisher:
@@ -32,7 +33,7 @@ class Fisher:
         precision: ``"highest"``, ``"high"`` or ``"medium"``: what the large matrix products may give up for speed on a
             GPU; see :mod:`mfac.ops`. No effect on the CPU.
         device: Where the work is done and all vectors are; default where the gradients are. For gradients on the CPU
-            it may be a GPU: they go there page by page (:mod:`mfac.paging`).
+            it may be a GPU: they go there page by page (:mod:`mfac.ops.offload`).
 
     Attributes:
         backend: ``"compiled"`` or ``"reference"``: what computes.
@@ -76,8 +77,8 @@ class Fisher:
             raise ValueError(f"grads: expected on {self.device} or the CPU, got {grads.device}")
         self.precision = check_precision(precision)
         self._set(active, damping, block_size)
-        kernels = ops.select_backend(backend, self.device)
-        self.backend = "compiled" if kernels is ops else "reference"  # what computes
+        kernels = select_backend(backend, self.device)
+        self.backend = "compiled" if kernels is compiled else "reference"  # what computes
         self.kernels = kernels if grads.device == self.device else PagedOps(kernels, self.device)
 
     def replace(self, **changes: Tensor | float | int | None) -> Fisher:

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mfac import ops, reference
+from mfac.ops import compiled as ops
+from mfac.ops import reference
 
 ops.load()
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mfac import _build, doctor
+from mfac import _build
+from mfac.cli import doctor
 
 REPO = Path(__file__).resolve().parents[1]
 STUB = """

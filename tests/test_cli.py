@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mfac._build import BuildError
-from mfac.cli import build_parser, main
-from mfac.vision.train import TrainSettings
+from mfac.cli.main import build_parser, main
+from mfac.tutorial.train import TrainSettings
 
 
 def test_help_teaches(capsys):
@@ -67,7 +67,7 @@ def test_failures_are_said_without_a_traceback(error, text, monkeypatch, capsys)
     def fail(settings):
         raise error
 
-    monkeypatch.setattr("mfac.vision.train.train", fail)
+    monkeypatch.setattr("mfac.tutorial.train.train", fail)
     assert main(["train", "--recipe-path", "r.yaml"]) == 2
     assert capsys.readouterr().err == f"mfac: error: {text}\n"
 
@@ -81,7 +81,7 @@ def test_wrong_options_exit_with_2(command, capsys):
 
 
 def test_doctor(monkeypatch):
-    monkeypatch.setattr("mfac.doctor.main", lambda: 7)
+    monkeypatch.setattr("mfac.cli.doctor.main", lambda: 7)
     assert main(["doctor"]) == 7
 
 

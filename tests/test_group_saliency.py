@@ -7,7 +7,9 @@ import pytest
 import torch
 from oracle import BACKENDS, KINDS, SHAPES, TOLERANCE
 
-from mfac import Fisher, ops, reference
+from mfac import Fisher
+from mfac.ops import compiled as ops
+from mfac.ops import reference
 
 
 def dense_saliency(dense, weights, groups, subsets):

@@ -8,7 +8,10 @@ import torch
 from oracle import BACKENDS, TOLERANCE
 
 import mfac
-from mfac import _build, ops, reference
+from mfac import _build
+from mfac.ops import compiled as ops
+from mfac.ops import reference
+from mfac.ops.backend import select_backend
 
 GRADS = torch.randn(6, 20)
 KEPT = torch.arange(20) % 2 == 0
@@ -126,15 +129,15 @@ def broken_build(monkeypatch):
 
 def test_auto_falls_back_with_one_warning(broken_build):
     with pytest.warns(RuntimeWarning, match=r"(?s)reference path serves.*no compiler here"):
-        assert ops.select_backend("auto") is reference
+        assert select_backend("auto") is reference
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ops.select_backend("auto") is reference
+        assert select_backend("auto") is reference
 
 
 def test_compiled_never_falls_back(broken_build, monkeypatch):
     with pytest.raises(_build.BuildError, match="no compiler here"):
-        ops.select_backend("compiled")
+        select_backend("compiled")
     monkeypatch.setenv("MFAC_BACKEND", "compiled")
     with pytest.raises(_build.BuildError, match="no compiler here"):
         mfac.prune_step(torch.nn.Linear(4, 4), torch.randn(3, 16))
@@ -142,24 +145,24 @@ def test_compiled_never_falls_back(broken_build, monkeypatch):
 
 def test_environment_chooses(monkeypatch):
     monkeypatch.setenv("MFAC_BACKEND", "reference")
-    assert ops.select_backend() is reference
-    assert ops.select_backend("compiled") is ops  # an argument wins
+    assert select_backend() is reference
+    assert select_backend("compiled") is ops  # an argument wins
     monkeypatch.setenv("MFAC_BACKEND", "fast")
     with pytest.raises(ValueError, match="MFAC_BACKEND: expected one of auto, compiled, reference, got 'fast'"):
-        ops.select_backend()
+        select_backend()
     with pytest.raises(ValueError, match="backend: expected one of auto, compiled, reference, got 'quick'"):
-        ops.select_backend("quick")
+        select_backend("quick")
 
 
 def test_other_devices_take_the_reference():
     with pytest.raises(RuntimeError, match="backend: there are no compiled kernels for meta"):
-        ops.select_backend("compiled", "meta")
+        select_backend("compiled", "meta")
     ops._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="no compiled kernels for meta"):
-        assert ops.select_backend("auto", "meta") is reference
+        assert select_backend("auto", "meta") is reference
 
 
 def test_the_compiled_path_is_there():
     """The tests must not pass on the reference alone."""
     ops.load()
-    assert ops.select_backend("auto") is ops
+    assert select_backend("auto") is ops

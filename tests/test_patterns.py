@@ -10,7 +10,7 @@ from torch import nn
 from torch.sparse import _semi_structured_conversions
 
 import mfac
-from mfac.patterns import parse_pattern
+from mfac.pruning.patterns import parse_pattern
 
 
 def layer_of(kind):

@@ -9,8 +9,8 @@ from oracle import BACKENDS, TOLERANCE
 from torch import nn
 
 import mfac
-from mfac.quadratic import BLOCK_SIZES, DAMPINGS
-from mfac.selection import Selection
+from mfac.pruning.quadratic import BLOCK_SIZES, DAMPINGS
+from mfac.pruning.selection import Selection
 
 
 def linear(inputs=12, outputs=10):

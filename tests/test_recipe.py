@@ -12,8 +12,8 @@ from torch import nn
 import mfac
 from mfac.recipe import Manager, load_recipe
 from mfac.recipe.modifiers import MODIFIERS
-from mfac.vision.demo import recipe_path
-from mfac.vision.models import MobileNetV1
+from mfac.tutorial.demo import recipe_path
+from mfac.tutorial.models import MobileNetV1
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

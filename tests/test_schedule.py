@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mfac.schedule import Schedule
+from mfac.pruning.schedule import Schedule
 
 CURVES = ["linear", "cubic", "inverse_cubic"]
 

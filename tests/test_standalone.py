@@ -15,7 +15,7 @@ import pytest
 import torch
 from oracle import TOLERANCE
 
-from mfac import reference
+from mfac.ops import reference
 
 SOURCE = Path(__file__).with_name("standalone.cpp")
 SANITIZE = os.environ.get("MFAC_SANITIZE", "")  # what -fsanitize is given

@@ -5,7 +5,8 @@ import pytest
 import torch
 from oracle import TOLERANCE
 
-from mfac import ops, reference
+from mfac.ops import compiled as ops
+from mfac.ops import reference
 
 # Blocks side by side, threads within a block on both sides, and one so long that its Gram matrix is summed in slices.
 SHAPES = [(96, 5000, 500), (96, 5000, 5000), (300, 700, 100), (1500, 300, 300), (5, 70_001, 70_001), (70_001, 5, 5)]

@@ -26,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 import mfac
-from mfac.patterns import parse_pattern
+from mfac.pruning.patterns import parse_pattern
 
 M = 256  # gradients of 32 images
 REFRESH = M // 4

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from mfac.pruner import Pruner
+from mfac.pruning.gradual import Pruner
+from mfac.pruning.result import PruneResult
 from mfac.recipe.load import load_recipe
 from mfac.recipe.modifiers import EpochRange, MagnitudePruning, Modifier, OptimizerSetting, build
-from mfac.result import PruneResult
 
 
 class Manager:

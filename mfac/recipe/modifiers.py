@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from mfac.patterns import parse_pattern
-from mfac.pruner import Pruner
-from mfac.quadratic import check_settings
+from mfac.pruning.gradual import Pruner
+from mfac.pruning.patterns import parse_pattern
+from mfac.pruning.quadratic import check_settings
+from mfac.pruning.schedule import CURVES
+from mfac.pruning.step import UPDATES
 from mfac.recipe.load import Item
-from mfac.schedule import CURVES
-from mfac.step import UPDATES
 
 _OTHER_WORK = ("Quantization", "Distillation")  # modifiers of these kinds are left out with a warning
 

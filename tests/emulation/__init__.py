@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from mfac import _build, ops
+from mfac import _build
+from mfac.ops import compiled as ops
 
 HERE = Path(__file__).parent
 CUDA = _build.sources_root() / "cuda"

@@ -128,15 +128,15 @@ def _run(options: dict) -> int:
     # Each command imports what it needs, so that `mfac --help` is fast.
     command = options.pop("command")
     if command == "doctor":
-        from mfac import doctor
+        from mfac.cli import doctor
 
         return doctor.main()
     if command == "demo":
-        from mfac.vision.demo import demo
+        from mfac.tutorial.demo import demo
 
         demo(**options)
     else:
-        from mfac.vision.train import TrainSettings, train
+        from mfac.tutorial.train import TrainSettings, train
 
         train(TrainSettings(**options))
     return 0

@@ -8,9 +8,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mfac.parameters import matching_names
-from mfac.patterns import parse_pattern
-from mfac.schedule import between
+from mfac.model.targets import matching_names
+from mfac.pruning.patterns import parse_pattern
+from mfac.pruning.schedule import between
 
 _MOST_BYTES = 8e9  # of the scores of all ways to prune all groups
 
@@ -84,7 +84,7 @@ class Selection:
         chosen: Name to parameter, in the order of the flat vector.
         sparsity: A share for all, or shares by name or ``"re:<regex>"``.
         scope: ``"global"`` or ``"layer"``.
-        pattern: How weights group; see :func:`mfac.patterns.parse_pattern`.
+        pattern: How weights group; see :func:`mfac.pruning.patterns.parse_pattern`.
         named: What the user wrote to choose the parameters; those under their own names must have groups.
 
     Raises:
@@ -176,7 +176,7 @@ class Selection:
             scores: [d], or [units, k] for the k ways to prune a group; the smallest of them counts. Written.
             active: [d] bool: the weights not pruned before.
             share: How much of the way from ``active`` to the sparsity, in (0, 1], in the logarithm of the density.
-            kernels: :mod:`mfac.ops` or :mod:`mfac.reference`.
+            kernels: :mod:`mfac.ops` or :mod:`mfac.ops.reference`.
             weights: [d] float32; becomes zero where pruned, if given.
 
         Returns:

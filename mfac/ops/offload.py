@@ -20,7 +20,7 @@ class PagedOps:
     takes on the device is two pages, at least one block each, and what the op itself needs.
 
     Args:
-        kernels: :mod:`mfac.ops` or :mod:`mfac.reference`, for the device.
+        kernels: :mod:`mfac.ops` or :mod:`mfac.ops.reference`, for the device.
         device: Where the work is done.
         page_bytes: Gradients on the device at a time, twice.
     """
@@ -65,7 +65,7 @@ class PagedOps:
                 done[index % 2].record(torch.cuda.current_stream(self.device))
 
     def block_factor(self, grads, damping, block_size, active=None):
-        """See :func:`mfac.ops.block_factor`. The factors of all blocks are on the device together."""
+        """See :func:`mfac.ops.compiled.block_factor`. The factors of all blocks are on the device together."""
         s = min(grads.shape[0], block_size, grads.shape[1])
         out = torch.zeros(-(-grads.shape[1] // block_size), s, s, dtype=torch.float64, device=self.device)
         for page, columns, blocks in self._pages(grads, block_size):
@@ -74,7 +74,7 @@ class PagedOps:
         return out
 
     def inverse_diagonal(self, grads, damping, block_size, active=None, precision="highest"):
-        """See :func:`mfac.ops.inverse_diagonal`."""
+        """See :func:`mfac.ops.compiled.inverse_diagonal`."""
         parts = [
             self.kernels.inverse_diagonal(page, damping, block_size, _slice(active, columns), precision)
             for page, columns, _ in self._pages(grads, block_size)
@@ -82,7 +82,7 @@ class PagedOps:
         return torch.cat(parts)
 
     def inverse_product(self, grads, factor, x, damping, block_size, active=None):
-        """See :func:`mfac.ops.inverse_product`."""
+        """See :func:`mfac.ops.compiled.inverse_product`."""
         parts = []
         for page, columns, blocks in self._pages(grads, block_size):
             s = min(page.shape[0], block_size, page.shape[1])
@@ -91,7 +91,7 @@ class PagedOps:
         return torch.cat(parts, -1)
 
     def joint_update(self, grads, weights, kept, damping, block_size, precision="highest"):
-        """See :func:`mfac.ops.joint_update`."""
+        """See :func:`mfac.ops.compiled.joint_update`."""
         return sum(
             self.kernels.joint_update(page, weights[columns], kept[columns], damping, block_size, precision)
             for page, columns, _ in self._pages(grads, block_size)
@@ -100,7 +100,7 @@ class PagedOps:
     def independent_update(
         self, grads, weights, kept, inverse_diagonal, damping, block_size, active=None, precision="highest"
     ):
-        """See :func:`mfac.ops.independent_update`."""
+        """See :func:`mfac.ops.compiled.independent_update`."""
         for page, columns, _ in self._pages(grads, block_size):
             self.kernels.independent_update(
                 page, weights[columns], kept[columns], inverse_diagonal[columns], damping, block_size,
@@ -108,12 +108,12 @@ class PagedOps:
             )  # fmt: skip
 
     def quadratic_form(self, grads, x, damping, block_size):
-        """See :func:`mfac.ops.quadratic_form`."""
+        """See :func:`mfac.ops.compiled.quadratic_form`."""
         pages = self._pages(grads, block_size)
         return sum(self.kernels.quadratic_form(page, x[columns], damping, block_size) for page, columns, _ in pages)
 
     def group_saliency(self, grads, weights, groups, subsets, damping, block_size, active=None, precision="highest"):
-        """See :func:`mfac.ops.group_saliency`. A group whose members lie in several blocks is a sum of parts."""
+        """See :func:`mfac.ops.compiled.group_saliency`. Groups that straddle blocks are sums of parts."""
         out = torch.zeros(len(groups), len(subsets), device=self.device)
         for page, columns, _ in self._pages(grads, block_size):
             inside = (columns.start <= groups) & (groups < columns.stop)
@@ -124,7 +124,7 @@ class PagedOps:
         return out
 
     def select_smallest(self, scores, k, sizes=None, weights=None):
-        """See :func:`mfac.ops.select_smallest`."""
+        """See :func:`mfac.ops.compiled.select_smallest`."""
         return self.kernels.select_smallest(scores, k, sizes, weights)
 
 

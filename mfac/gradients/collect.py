@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mfac.gradients import GradientBuffer
-from mfac.parameters import prunable_parameters
+from mfac.gradients.buffer import GradientBuffer
+from mfac.model.targets import prunable_parameters
 
 
 def collect_gradients(

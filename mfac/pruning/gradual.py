@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfac.collect import GradientSource
 from mfac.fisher import check_precision
-from mfac.gradients import GradientBuffer, check_grads_device
-from mfac.ops import BACKENDS
-from mfac.parameters import names_of, prunable_parameters
-from mfac.quadratic import check_settings
-from mfac.result import PruneResult
-from mfac.schedule import Schedule, between
-from mfac.selection import Selection, sparsity_groups
-from mfac.step import Problem, check_method, prune_problem
+from mfac.gradients.buffer import GradientBuffer, check_grads_device
+from mfac.gradients.collect import GradientSource
+from mfac.model.targets import names_of, prunable_parameters
+from mfac.ops.backend import BACKENDS
+from mfac.pruning.quadratic import check_settings
+from mfac.pruning.result import PruneResult
+from mfac.pruning.schedule import Schedule, between
+from mfac.pruning.selection import Selection, sparsity_groups
+from mfac.pruning.step import Problem, check_method, prune_problem
 
 
 class Pruner:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import mfac
-from mfac.schedule import between
+from mfac.pruning.schedule import between
 
 LOSS = nn.functional.cross_entropy
 FAST = {"num_grads": 8, "recomputations": 3, "progress": False, "damping": 1e-3, "block_size": 50}

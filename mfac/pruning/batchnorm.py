@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mfac.collect import cycle, forward
+from mfac.gradients.collect import cycle, forward
 
 _NORMS = torch.nn.modules.batchnorm._BatchNorm
 

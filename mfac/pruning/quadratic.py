@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mfac.fisher import Fisher, check_fisher_settings
-from mfac.selection import Selection
+from mfac.pruning.selection import Selection
 
 DAMPINGS = ("1e-3*mean", "1e-2*mean", "1e-1*mean", "1*mean")  # candidates for "auto"
 BLOCK_SIZES = (64, 128, 256, 512, 2048, 8192)

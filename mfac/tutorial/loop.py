@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from mfac.result import PruneResult
-from mfac.vision.data import Batches, Data
+from mfac.pruning.result import PruneResult
+from mfac.tutorial.data import Batches, Data
 
 
 class Stepper(Protocol):

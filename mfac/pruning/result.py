@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mfac.quadratic import Candidate
+from mfac.pruning.quadratic import Candidate
 
 
 @dataclass(frozen=True)

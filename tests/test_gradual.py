@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import mfac.pruner
+import mfac.pruning.gradual
 from mfac import GradientBuffer, Pruner, prunable_parameters, prune_step
-from mfac.step import Problem
+from mfac.pruning.step import Problem
 
 mse = nn.functional.mse_loss
 SIZES = {"0.weight": 60, "2.weight": 20}
@@ -148,7 +148,7 @@ def test_recomputations(monkeypatch, final):
         seen.append(grads.tensor.clone())
         return Problem(model, grads, sparsity, **options)
 
-    monkeypatch.setattr(mfac.pruner, "Problem", spy)
+    monkeypatch.setattr(mfac.pruning.gradual, "Problem", spy)
     model = make_model()
     pruner = make(model, sparsity=final, initial_sparsity=0.2, end=2, recomputations=3)
     pruner.step()

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mfac.vision.data import Digits, ImageFolder, load_data
-from mfac.vision.demo import METHODS, demo
-from mfac.vision.dense import dense_digits, load_weights
-from mfac.vision.loop import evaluate
-from mfac.vision.models import MobileNetV1
-from mfac.vision.train import TrainSettings, train
+from mfac.tutorial.data import Digits, ImageFolder, load_data
+from mfac.tutorial.demo import METHODS, demo
+from mfac.tutorial.dense import dense_digits, load_weights
+from mfac.tutorial.loop import evaluate
+from mfac.tutorial.models import MobileNetV1
+from mfac.tutorial.train import TrainSettings, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

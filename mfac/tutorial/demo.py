@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from mfac import ops
+from mfac.ops.backend import select_backend
+from mfac.pruning.result import write_csv
 from mfac.recipe.load import tutorial_recipes
 from mfac.recipe.manager import Manager
-from mfac.result import write_csv
-from mfac.vision.data import load_data
-from mfac.vision.dense import DENSE_EPOCHS, dense_digits
-from mfac.vision.loop import Measurement, evaluate, fit
+from mfac.tutorial.data import load_data
+from mfac.tutorial.dense import DENSE_EPOCHS, dense_digits
+from mfac.tutorial.loop import Measurement, evaluate, fit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -244,7 +244,7 @@ def demo(
     _, dense_top1, _ = evaluate(dense, load_data().validation)
     tqdm.write(f"dense: top-1 {dense_top1:.1f} %")
     tqdm.write("loading the kernels; at their first use they are compiled, which takes half a minute")
-    ops.select_backend()  # here, so that no method's time contains it
+    select_backend()  # here, so that no method's time contains it
     budget = {"num_grads": num_grads, "num_recomputations": num_recomputations}
     runs = []
     for seed in range(seeds):

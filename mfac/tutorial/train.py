@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from mfac.pruning.result import write_csv
 from mfac.recipe.manager import Manager
-from mfac.result import write_csv
-from mfac.vision.data import Data, load_data
-from mfac.vision.dense import dense_digits, load_weights, save
-from mfac.vision.loop import Measurement, evaluate, fit
-from mfac.vision.models import MobileNetV1
+from mfac.tutorial.data import Data, load_data
+from mfac.tutorial.dense import dense_digits, load_weights, save
+from mfac.tutorial.loop import Measurement, evaluate, fit
+from mfac.tutorial.models import MobileNetV1
 
 ARCHITECTURES = ("mobilenet",)
 

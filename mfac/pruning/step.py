@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mfac import ops
 from mfac.fisher import Fisher, check_precision
-from mfac.gradients import GradientBuffer
-from mfac.parameters import names_of, prunable_parameters
-from mfac.quadratic import Method, check_settings, choose_settings, prune_vector, saliencies, timed
-from mfac.result import PruneResult
-from mfac.selection import Selection
+from mfac.gradients.buffer import GradientBuffer
+from mfac.model.targets import names_of, prunable_parameters
+from mfac.ops import compiled
+from mfac.ops.backend import select_backend
+from mfac.pruning.quadratic import Method, check_settings, choose_settings, prune_vector, saliencies, timed
+from mfac.pruning.result import PruneResult
+from mfac.pruning.selection import Selection
 
 SCOPES = ("global", "layer")
 UPDATES = ("joint", "independent", "none")
@@ -137,7 +138,7 @@ class Problem:
         self.selection = Selection(self.chosen, sparsity, scope, pattern, named or ())
         matrix = None if grads is None else _gradient_matrix(grads, self.chosen, device)
         self.active = None if masks is None else _flat_masks(masks, self.chosen, device)
-        self.kernels = ops.select_backend(backend, device)
+        self.kernels = select_backend(backend, device)
         options = {"backend": backend, "precision": check_precision(precision), "device": device}
         # With a damping that always serves: the real one may depend on the gradients.
         self.fisher = None if matrix is None else Fisher(matrix, 1.0, **options)
@@ -211,7 +212,7 @@ def prune_problem(problem: Problem, method: Method, damping: float | str, block_
         block_size=None if fisher is None else fisher.block_size,
         candidates=candidates,
         seconds=seconds,
-        backend="compiled" if problem.kernels is ops else "reference",
+        backend="compiled" if problem.kernels is compiled else "reference",
     )
 
 

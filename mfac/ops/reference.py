@@ -2,9 +2,7 @@
 
 Every function here has the signature of its namesake in :mod:`mfac.ops` and computes in float64, block by block,
 whatever the precision asked for. It
-is what the compiled kernels are tested against, and what serves where they cannot be built. The ``recursion_*``
-functions are the algorithm as published (M-FAC, Frantar, Kurtic, Alistarh, NeurIPS 2021, section 3.1), an independent
-check and the benchmarks' baseline.
+is what the compiled kernels are tested against, and what serves where they cannot be built.
 
 Symbols: G [m, d] gradients, λ ``damping``, B ``block_size``, F = λ I + (1/m) Gᵀ G block by block.
 """
@@ -17,7 +15,8 @@ import torch
 from torch import Tensor
 
 
-def _blocks(d: int, block_size: int) -> Iterator[slice]:
+def block_slices(d: int, block_size: int) -> Iterator[slice]:
+    """Return the columns of each block of F."""
     return (slice(start, min(start + block_size, d)) for start in range(0, d, block_size))
 
 
@@ -57,10 +56,10 @@ def _used(grads: Tensor, block: slice, active: Tensor | None) -> tuple[Tensor, T
 
 
 def block_factor(grads: Tensor, damping: float, block_size: int, active: Tensor | None = None) -> Tensor:
-    """Cholesky factors of all blocks; see :func:`mfac.ops.block_factor`."""
+    """Cholesky factors of all blocks; see :func:`mfac.ops.compiled.block_factor`."""
     m, d = grads.shape
     s = min(m, block_size, d)
-    blocks = list(_blocks(d, block_size))
+    blocks = list(block_slices(d, block_size))
     out = torch.zeros(len(blocks), s, s, dtype=torch.float64, device=grads.device)
     for factor, block in zip(out, blocks, strict=True):
         g, columns = _used(grads, block, active)
@@ -72,10 +71,10 @@ def block_factor(grads: Tensor, damping: float, block_size: int, active: Tensor 
 def inverse_diagonal(
     grads: Tensor, damping: float, block_size: int, active: Tensor | None = None, precision: str = "highest"
 ) -> Tensor:
-    """Diagonal of F⁻¹; see :func:`mfac.ops.inverse_diagonal`."""
+    """Diagonal of F⁻¹; see :func:`mfac.ops.compiled.inverse_diagonal`."""
     m, d = grads.shape
     out = torch.full((d,), 1 / damping, dtype=torch.float64, device=grads.device)
-    for block in _blocks(d, block_size):
+    for block in block_slices(d, block_size):
         g, columns = _used(grads, block, active)
         factor = _factor(g, damping)
         if _capacitance_side(g):
@@ -92,11 +91,11 @@ def inverse_diagonal(
 def inverse_product(
     grads: Tensor, factor: Tensor, x: Tensor, damping: float, block_size: int, active: Tensor | None = None
 ) -> Tensor:
-    """F⁻¹ x; see :func:`mfac.ops.inverse_product`."""
+    """F⁻¹ x; see :func:`mfac.ops.compiled.inverse_product`."""
     d = grads.shape[1]
     vectors = x.double().reshape(x.numel() // d, d).T
     out = vectors / damping
-    for l, block in zip(factor, _blocks(d, block_size), strict=True):
+    for l, block in zip(factor, block_slices(d, block_size), strict=True):
         g, columns = _used(grads, block, active)
         n = min(g.shape)
         out[columns] = _inverse_times(g, l[:n, :n], vectors[columns], damping)
@@ -106,10 +105,10 @@ def inverse_product(
 def joint_update(
     grads: Tensor, weights: Tensor, kept: Tensor, damping: float, block_size: int, precision: str = "highest"
 ) -> Tensor:
-    """Exact update for pruning all weights that are not kept; see :func:`mfac.ops.joint_update`."""
+    """Exact update for pruning all weights that are not kept; see :func:`mfac.ops.compiled.joint_update`."""
     m, d = grads.shape
     loss = torch.zeros((), dtype=torch.float64, device=grads.device)
-    for block in _blocks(d, block_size):
+    for block in block_slices(d, block_size):
         g, _ = _used(grads, block, None)
         keep = kept[block]
         removed = weights[block].double()[~keep]
@@ -140,7 +139,7 @@ def independent_update(
     active: Tensor | None = None,
     precision: str = "highest",
 ) -> None:
-    """Sum of single-weight updates, as published; see :func:`mfac.ops.independent_update`."""
+    """Sum of single-weight updates, as published; see :func:`mfac.ops.compiled.independent_update`."""
     u = torch.where(kept, 0, weights.double() / inverse_diagonal.double())
     factor = block_factor(grads, damping, block_size, active)
     step = inverse_product(grads, factor, u, damping, block_size, active)
@@ -148,10 +147,10 @@ def independent_update(
 
 
 def quadratic_form(grads: Tensor, x: Tensor, damping: float, block_size: int) -> Tensor:
-    """½ xᵀFx; see :func:`mfac.ops.quadratic_form`."""
+    """½ xᵀFx; see :func:`mfac.ops.compiled.quadratic_form`."""
     m, d = grads.shape
     total = damping * x.double().square().sum()
-    for block in _blocks(d, block_size):
+    for block in block_slices(d, block_size):
         total = total + (grads[:, block].double() @ x[block].double()).square().sum() / m
     return 0.5 * total
 
@@ -182,14 +181,14 @@ def group_saliency(
     active: Tensor | None = None,
     precision: str = "highest",
 ) -> Tensor:
-    """Saliency of weights that go together; see :func:`mfac.ops.group_saliency`."""
+    """Saliency of weights that go together; see :func:`mfac.ops.compiled.group_saliency`."""
     m, d = grads.shape
     check_groups(groups, subsets, d, grads.device)
     out = torch.zeros(len(groups), len(subsets), dtype=torch.float64, device=grads.device)
     size, blocks = groups.shape[1], torch.where(groups < 0, -1, groups // block_size).flatten()
     blocks, order = torch.sort(blocks, stable=True)  # the members of the groups, by block
     bounds = torch.searchsorted(blocks, torch.arange(-(-d // block_size) + 1, device=grads.device)).tolist()
-    for block in _blocks(d, block_size):
+    for block in block_slices(d, block_size):
         g, columns = _used(grads, block, active)
         here = order[bounds[block.start // block_size] : bounds[block.start // block_size + 1]]
         where = torch.unique(here // size)
@@ -218,7 +217,7 @@ def group_saliency(
 def select_smallest(
     scores: Tensor, k: int | list[int], sizes: list[int] | None = None, weights: Tensor | None = None
 ) -> Tensor:
-    """Mask of the k smallest scores; see :func:`mfac.ops.select_smallest`."""
+    """Mask of the k smallest scores; see :func:`mfac.ops.compiled.select_smallest`."""
     sizes = [len(scores)] if sizes is None else sizes
     k = [k] if isinstance(k, int) else k
     if len(k) != len(sizes):
@@ -240,33 +239,3 @@ def select_smallest(
     if weights is not None:
         weights.masked_fill_(~kept, 0)
     return kept
-
-
-def recursion_vectors(g: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Run the published recursion on one block: v_k = F_{k-1}⁻¹ g_k and q_k = m + g_kᵀ v_k.
-
-    Sherman-Morrison gives F_k⁻¹ = F_{k-1}⁻¹ - v_k v_kᵀ / q_k with F_0⁻¹ = I/λ, so that
-    F_{k-1}⁻¹ g = g/λ - Σ_{j<k} v_j (v_jᵀ g) / q_j. Two passes over the k-1 vectors so far for each of the m gradients.
-
-    Args:
-        g: [m, B] gradients of one block.
-        damping: λ.
-
-    Returns:
-        v [m, B] and q [m], in the type of g.
-    """
-    m = g.shape[0]
-    v, q = torch.empty_like(g), g.new_empty(m)
-    for k in range(m):
-        torch.sub(g[k] / damping, v[:k].T @ ((v[:k] @ g[k]) / q[:k]), out=v[k])
-        q[k] = m + g[k] @ v[k]
-    return v, q
-
-
-def recursion_inverse_diagonal(grads: Tensor, damping: float, block_size: int) -> Tensor:
-    """Diagonal of F⁻¹ [d] by the published recursion, in the type of grads."""
-    out = []
-    for block in _blocks(grads.shape[1], block_size):
-        v, q = recursion_vectors(grads[:, block].contiguous(), damping)
-        out.append(1 / damping - (v.square() / q[:, None]).sum(0))
-    return torch.cat(out)

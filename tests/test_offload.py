@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional as F
 
 import mfac
-from mfac import ops, reference
-from mfac.paging import PagedOps
+from mfac.ops import reference
+from mfac.ops.backend import select_backend
+from mfac.ops.offload import PagedOps
 
 CUDA = torch.cuda.is_available()
 
@@ -18,7 +19,7 @@ def device(request):
 
 @pytest.fixture(params=[1, 4 * 12 * 30 * 2, 1 << 20], ids=["a block each", "two blocks each", "one page"])
 def paged(request, device):
-    kernels = ops.select_backend("auto", device)
+    kernels = select_backend("auto", device)
     return kernels, PagedOps(kernels, device, request.param)
 
 

@@ -1,31 +1,15 @@
-"""The compiled ops, one thin function each, and the choice between them and the reference.
-
-Shapes, here and in :mod:`mfac.reference`: ``grads`` [m, d] float32 or bfloat16, one gradient per row; ``damping`` λ > 0
-of F = λ I + (1/m) Gᵀ G; ``block_size`` B >= 1, F being block-diagonal with blocks of B columns; ``active`` [d]
-bool, columns that take part, the others counting as zero gradients; ``kept`` [d] bool, False = pruned. Wrong
-arguments raise ValueError or TypeError from the op itself.
-
-``precision`` of the large matrix products: ``"highest"``, the results of the reference to four digits at least;
-``"high"``, numbers as sums of two bfloat16 on the tensor cores of a GPU, some three digits at a moderate damping;
-``"medium"``, one bfloat16, some two. A lower one is leave, not an order: CPU kernels always give the highest.
-"""
+"""The compiled ops, one thin function each; see :mod:`mfac.ops` for the shapes."""
 
 from __future__ import annotations
 
 import functools
-import os
-import sys
-import warnings
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mfac import _build, reference
-
-BACKENDS = ("auto", "compiled", "reference")
+from mfac import _build
 
 _FAKES: dict[str, Callable] = {}
 
@@ -34,53 +18,6 @@ def _fake(kernel: Callable) -> Callable:
     """Register the fake kernel of the op that its name, `_fake_<op>`, says, once the extension is loaded."""
     _FAKES[kernel.__name__.removeprefix("_fake_")] = kernel
     return kernel
-
-
-def select_backend(backend: str = "auto", device: torch.device | str = "cpu") -> ModuleType:
-    """Return the module that serves: :mod:`mfac.ops` or :mod:`mfac.reference`, which hold the same functions.
-
-    Args:
-        backend: ``"compiled"`` (an error if it cannot be built or lacks the device), ``"reference"``, or ``"auto"``:
-            what the environment variable MFAC_BACKEND says, else compiled where possible, with one warning where not.
-        device: Where the tensors are.
-
-    Raises:
-        ValueError: If the name is not one of these.
-        RuntimeError: If ``"compiled"`` is asked for and there are no such kernels for the device.
-        BuildError: If ``"compiled"`` is asked for and cannot be built.
-
-    Returns:
-        The module.
-    """
-    source = "backend"
-    if backend == "auto":
-        backend, source = os.environ.get("MFAC_BACKEND", "auto"), "MFAC_BACKEND"
-    if backend not in BACKENDS:
-        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "reference":
-        return reference
-    try:
-        config = load()
-    except _build.BuildError as error:
-        if backend == "compiled":
-            raise
-        _warn_once(f"mfac: the compiled kernels are not available, the slower reference path serves.\n{error}")
-        return reference
-    device = torch.device(device)
-    if device.type == "cpu" or (device.type == "cuda" and config["cuda"]):
-        return sys.modules[__name__]
-    reason = f"there are no compiled kernels for {device.type}"
-    if device.type == "cuda":
-        reason += f" ({_build.cuda_plan()[1]})"
-    if backend == "compiled":
-        raise RuntimeError(f"backend: {reason}; use backend='reference', or move model and gradients to the CPU")
-    _warn_once(f"mfac: {reason}; the reference path (plain PyTorch on {device.type}) serves.")
-    return reference
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 @functools.cache

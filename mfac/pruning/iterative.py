@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mfac import ops
-from mfac.batchnorm import reestimate_batchnorm
-from mfac.collect import GradientSource
 from mfac.fisher import check_precision
-from mfac.gradients import check_grads_device
-from mfac.parameters import names_of, prunable_parameters
-from mfac.quadratic import Candidate, check_settings, choose_settings, timed
-from mfac.result import PruneResult, PruneStep
-from mfac.schedule import between
-from mfac.selection import Selection
-from mfac.step import Problem, check_method, prune_problem
+from mfac.gradients.buffer import check_grads_device
+from mfac.gradients.collect import GradientSource
+from mfac.model.targets import names_of, prunable_parameters
+from mfac.ops.backend import select_backend
+from mfac.pruning.batchnorm import reestimate_batchnorm
+from mfac.pruning.quadratic import Candidate, check_settings, choose_settings, timed
+from mfac.pruning.result import PruneResult, PruneStep
+from mfac.pruning.schedule import between
+from mfac.pruning.selection import Selection
+from mfac.pruning.step import Problem, check_method, prune_problem
 
 
 def prune(
@@ -112,7 +112,7 @@ def prune(
     names = list(chosen)
     Selection(chosen, sparsity, scope, pattern, params or ())  # checks
     device = next(iter(chosen.values())).device
-    ops.select_backend(backend, device)
+    select_backend(backend, device)
     check_grads_device("grads_device", grads_device, device)
     refresh = max(1, num_grads // 4) if refresh is None and isinstance(num_grads, int) else refresh
     source = GradientSource(batches, loss_fn, num_grads, refresh, dtype, grads_device, announce=True)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mfac.gradients import GradientBuffer
-from mfac.parameters import names_of
-from mfac.patterns import parse_pattern
-from mfac.quadratic import check_settings, choose_settings, prune_vector
-from mfac.result import write_csv
-from mfac.selection import share_of_zeros
-from mfac.step import Problem, check_method
+from mfac.gradients.buffer import GradientBuffer
+from mfac.model.targets import names_of
+from mfac.pruning.patterns import parse_pattern
+from mfac.pruning.quadratic import check_settings, choose_settings, prune_vector
+from mfac.pruning.result import write_csv
+from mfac.pruning.selection import share_of_zeros
+from mfac.pruning.step import Problem, check_method
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from torch import nn
 from tqdm import tqdm
 
 from mfac._build import cache_dir
-from mfac.result import PruneResult
-from mfac.vision.data import load_data
-from mfac.vision.loop import evaluate, fit
-from mfac.vision.models import MobileNetV1
+from mfac.pruning.result import PruneResult
+from mfac.tutorial.data import load_data
+from mfac.tutorial.loop import evaluate, fit
+from mfac.tutorial.models import MobileNetV1
 
 # Reaches about 99 % on the validation digits, in about 40 s on one CPU core at width 0.35.
 DENSE_EPOCHS = 10

@@ -1,0 +1,116 @@
+"""Checks of arguments: every error reads ``name: expected ..., got ...``; numpy and 0-d tensor scalars are numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+T = TypeVar("T")
+
+
+def as_number(value: Any) -> int | float | None:
+    """Return a number as Python's own int or float.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        The number; None if it is not one. Booleans are not numbers here; numpy scalars and 0-d tensors are.
+    """
+    if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0:
+        value = value.item()
+    elif isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, bool) or not isinstance(value, (int, float)) else value
+
+
+def check_int(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """Check a count.
+
+    Args:
+        name: Of the argument, for the error.
+        value: What the user gave.
+        least: The smallest value.
+        most: The largest value; None: no limit.
+
+    Returns:
+        The value as int.
+
+    Raises:
+        TypeError: If it is not an integer.
+        ValueError: If it is out of range.
+    """
+    number = as_number(value)
+    if not isinstance(number, int):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    if number < least or (most is not None and number > most):
+        wanted = f">= {least}" if most is None else f"{least} to {most}"
+        raise ValueError(f"{name}: expected an int {wanted}, got {number}")
+    return number
+
+
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """Check a finite number.
+
+    Args:
+        name: Of the argument, for the error.
+        value: What the user gave.
+        low: The smallest value.
+        high: The largest value.
+
+    Returns:
+        The value as int or float.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is not finite or out of range.
+    """
+    number = as_number(value)
+    if number is None:
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not (low <= number <= high and math.isfinite(number)):
+        bounds = {(False, False): "a finite number", (True, False): f">= {low:g}", (False, True): f"<= {high:g}"}
+        wanted = bounds.get((low > -math.inf, high < math.inf), f"in [{low:g}, {high:g}]")
+        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+    return number
+
+
+def check_sparsity(name: str, value: Any) -> float:
+    """Check a sparsity, the share of zeros in [0, 1].
+
+    Args:
+        name: Of the argument, for the error.
+        value: What the user gave.
+
+    Returns:
+        The value as float.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is not in [0, 1].
+    """
+    return float(check_number(name, value, 0, 1))
+
+
+def check_choice(name: str, value: T, known: Iterable[T]) -> T:
+    """Check that a value is one of a few.
+
+    Args:
+        name: Of the argument, for the error.
+        value: What the user gave.
+        known: The values allowed.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: If it is another.
+    """
+    known = list(known)
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}, got {value!r}")
+    return value

@@ -1,0 +1,1 @@
+"""Pruning: criteria, patterns, schedules, and the engine that every entry point drives."""
