@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from test_pruner import SIZES, make, make_model, sgd, train, zeros
+from test_gradual import SIZES, make, make_model, sgd, train, zeros
 from torch import nn
 
 
