@@ -1,8 +1,13 @@
-"""Checks of arguments: every error reads ``name: expected ..., got ...``; numpy and 0-d tensor scalars are numbers."""
+"""Checks of arguments, and warnings.
+
+Every error reads ``name: expected ..., got ...``; numpy scalars and 0-d tensors are numbers.
+"""
 
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -114,3 +119,16 @@ def check_choice(name: str, value: T, known: Iterable[T]) -> T:
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}, got {value!r}")
     return value
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn, pointing at the line of the user's program that called into this package.
+
+    Args:
+        message: What the user should know.
+        category: Of the warning.
+    """
+    level, frame = 1, sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

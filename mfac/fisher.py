@@ -8,11 +8,14 @@ import re
 import torch
 from torch import Tensor
 
+from mfac.checks import as_number, check_choice, check_int
 from mfac.gradients.buffer import GradientBuffer
 from mfac.ops import compiled
 from mfac.ops.backend import select_backend
 from mfac.ops.offload import PagedOps
 from mfac.ops.reference import check_groups
+
+PRECISIONS = ("highest", "high", "medium")
 
 
 class Fisher:
@@ -66,16 +69,19 @@ class Fisher:
         device: torch.device | str | None = None,
     ) -> None:
         """Check the arguments; nothing is computed yet."""
-        grads = grads.tensor if isinstance(grads, GradientBuffer) else grads
-        self.mean_square = check_gradients(grads)
+        if isinstance(grads, GradientBuffer) and len(grads):  # its rows were checked as they came
+            self.mean_square, grads = grads.mean_square, grads.tensor
+        else:
+            grads = grads.tensor if isinstance(grads, GradientBuffer) else grads
+            self.mean_square = check_gradients(grads)
         self.grads = grads.detach() if grads.stride(1) == 1 else grads.detach().contiguous()
         try:  # the device of a tensor has its index
             self.device = grads.device if device is None else torch.empty(0, device=device).device
         except (RuntimeError, AssertionError, TypeError) as error:  # torch's, for a name or a device that is not there
-            raise ValueError(f"device: expected one that there is, got {device!r} ({error})") from error
+            raise ValueError(f"device: expected an available device, got {device!r} ({error})") from error
         if grads.device not in (self.device, torch.device("cpu")):
             raise ValueError(f"grads: expected on {self.device} or the CPU, got {grads.device}")
-        self.precision = check_precision(precision)
+        self.precision = check_choice("precision", precision, PRECISIONS)
         self._set(active, damping, block_size)
         kernels = select_backend(backend, self.device)
         self.backend = "compiled" if kernels is compiled else "reference"  # what computes
@@ -107,7 +113,7 @@ class Fisher:
         if active is not None:
             self._check_vector("active", active, torch.bool)
         self.damping = float(damping)
-        self.block_size = min(block_size or self.grads.shape[1], self.grads.shape[1])
+        self.block_size = min(int(block_size or self.grads.shape[1]), self.grads.shape[1])
         self._active = active
         self._factor: Tensor | None = None
 
@@ -351,32 +357,13 @@ def check_fisher_settings(damping: float | str, block_size: int | None) -> float
             value = float(match[1]) if match else float("nan")
         except ValueError:
             value = float("nan")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    value = as_number(value)
+    if value is None:
         raise TypeError(f"damping: expected a number, got {damping!r}")
     if not 1e-30 <= value <= 1e30:
         also = ", or such a number times the mean square of the gradients, as in '1e-2*mean'"
         also = also if isinstance(damping, str) else ""
         raise ValueError(f"damping: expected a number in [1e-30, 1e30]{also}, got {damping!r}")
     if block_size is not None:
-        if isinstance(block_size, bool) or not isinstance(block_size, int):
-            raise TypeError(f"block_size: expected an int or None, got {block_size!r}")
-        if block_size < 1:
-            raise ValueError(f"block_size: expected >= 1 or None, got {block_size}")
+        check_int("block_size", block_size)
     return value
-
-
-def check_precision(precision: str) -> str:
-    """Check the precision of matrix products.
-
-    Args:
-        precision: ``"highest"``, ``"high"`` or ``"medium"``.
-
-    Returns:
-        The same.
-
-    Raises:
-        ValueError: If it is another.
-    """
-    if precision not in ("highest", "high", "medium"):
-        raise ValueError(f"precision: expected 'highest', 'high' or 'medium', got {precision!r}")
-    return precision

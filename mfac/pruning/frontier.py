@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
+from mfac.checks import check_sparsity
 from mfac.gradients.buffer import GradientBuffer
-from mfac.model.targets import names_of
+from mfac.pruning.engine import Engine
 from mfac.pruning.patterns import parse_pattern
-from mfac.pruning.quadratic import check_settings, choose_settings, prune_vector
 from mfac.pruning.result import write_csv
-from mfac.pruning.selection import share_of_zeros
-from mfac.pruning.step import Problem, check_method
+from mfac.pruning.settings import StepSettings, accepts
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class FrontierPoint:
     Attributes:
         pattern: As given.
         target: Sparsity as given.
-        sparsity: Share of zeros over all chosen parameters.
+        sparsity: Reached, over all chosen parameters.
         predicted_loss_increase: ½ δᵀFδ of the step that leads there.
     """
 
@@ -96,23 +98,13 @@ class Frontier:
         figure.savefig(path)
 
 
+@accepts(StepSettings)
 def frontier(
     model: nn.Module,
     grads: GradientBuffer | Tensor | Sequence[Mapping[str, Tensor]],
     sparsities: Iterable[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
     patterns: Iterable[str | Sequence[int]] = ("unstructured",),
-    *,
-    params: str | Iterable[str] | None = None,
-    damping: float | str = "3e-2*mean",
-    block_size: int | str | None = 512,
-    scope: str = "global",
-    update: str = "joint",
-    criterion: str = "fisher",
-    substeps: int = 8,
-    masks: Mapping[str, Tensor] | None = None,
-    backend: str = "auto",
-    precision: str = "highest",
-    progress: bool = False,
+    **settings: Unpack[StepSettings],
 ) -> Frontier:
     """Predict what pruning costs, over sparsities and patterns, from one set of gradients; the model is not touched.
 
@@ -122,20 +114,10 @@ def frontier(
 
     Args:
         model: Any module.
-        grads: See :func:`prune_step`, as for all that is not said here.
-        sparsities: Shares of zeros. For a pattern that allows less (2:4 allows 0.5), those above are left out.
-        patterns: ``"unstructured"``, ``"N:M"``, ``"block4"`` or ``[rows, cols]``.
-        params: What to prune.
-        damping: λ, relative, or ``"auto"``: chosen once, for the first pattern at its highest sparsity.
-        block_size: B, None or ``"auto"``.
-        scope: ``"global"`` or ``"layer"``.
-        update: ``"joint"``, ``"independent"`` or ``"none"``.
-        criterion: ``"fisher"`` or ``"magnitude"``.
-        substeps: Sub-steps of each step.
-        masks: Of an earlier step.
-        backend: What computes.
-        precision: Of matrix products.
-        progress: Show a progress bar.
+        grads: See :func:`prune_step`.
+        sparsities: Sparsities in [0, 1]. For a pattern that allows less (2:4 allows 0.5), those above are left out.
+        patterns: ``"unstructured"``, ``"N:M"``, ``"block4"`` or ``[rows, cols]``; in place of ``pattern``.
+        settings: How; each is described below. ``"auto"`` chooses once, for the first pattern at its highest sparsity.
 
     Returns:
         The points.
@@ -145,41 +127,33 @@ def frontier(
         ValueError: If a value is wrong, there are no gradients, or no sparsity is within what a pattern allows.
 
     Example:
+        >>> import torch
         >>> points = frontier(nn.Linear(8, 8), torch.randn(16, 64), [0.25, 0.5], ["unstructured", "2:4"]).points
         >>> [(point.pattern, point.sparsity) for point in points]
         [('unstructured', 0.25), ('unstructured', 0.5), ('2:4', 0.25), ('2:4', 0.5)]
     """
     if grads is None:
         raise ValueError("grads: expected gradients, got None")
-    method = check_method(scope, update, criterion, substeps)
-    check_settings(damping, block_size)
-    params = names_of(params)
-    wanted = sorted({share_of_zeros(sparsity, "sparsities") for sparsity in sparsities})
-    plan = []
+    wanted = sorted({check_sparsity("sparsities", sparsity) for sparsity in sparsities})
+    plan: list[tuple[str | Sequence[int], list[float]]] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         parsed = parse_pattern(pattern)
-        within = [sparsity for sparsity in wanted if sparsity <= parsed.most + 1e-9]
+        within = [sparsity for sparsity in wanted if sparsity <= parsed.max_sparsity + 1e-9]
         if not within:
-            raise ValueError(f"sparsities: expected some up to {parsed.most:g} for {parsed.name}, got {wanted}")
-        plan += [(pattern, parsed.name, sparsity) for sparsity in within]
+            raise ValueError(f"sparsities: expected some up to {parsed.max_sparsity:g} for {parsed.name}, got {wanted}")
+        plan.append((pattern, within))
     if not plan:
         raise ValueError("patterns: expected at least one, got none")
-    problem, points, fisher = None, [], None
-    with torch.no_grad(), tqdm(total=len(plan), desc="frontier", disable=not progress) as bar:
-        first = max(sparsity for pattern, name, sparsity in plan if name == plan[0][1])
-        for pattern, name, sparsity in [(*plan[0][:2], first), *plan]:
-            problem = Problem(
-                model, grads, sparsity, params=params, pattern=pattern, scope=scope, masks=masks, criterion=criterion,
-                backend=backend,
-                precision=precision,
-            )  # fmt: skip
-            weights = problem.weights()
-            if fisher is None:
-                fisher, _ = choose_settings(
-                    problem.fisher, weights, problem.active, problem.selection, method, damping, block_size
-                )
-                continue
-            kept, loss = prune_vector(weights, problem.active, fisher, problem.selection, method)
-            points.append(FrontierPoint(name, sparsity, 1 - int(kept.sum()) / len(kept), loss))
-            bar.update()
+    (pattern, within), points = plan[0], []
+    names = grads.names if isinstance(grads, GradientBuffer) else None
+    engine = Engine(model, within[-1], {**settings, "pattern": pattern}, names)
+    selections = [engine.select_by(pattern) for pattern, _ in plan]
+    fisher, _ = engine.choose(grads, engine.targets, settings["progress"])
+    total = sum(len(within) for _, within in plan)
+    with tqdm(total=total, desc="frontier", disable=not settings["progress"], leave=False) as bar:
+        for selection, (_, within) in zip(selections, plan, strict=True):
+            for target in within:
+                sparsity, loss = engine.predict(grads, fisher, {None: target}, selection)
+                points.append(FrontierPoint(selection.pattern.name, target, sparsity, loss))
+                bar.update()
     return Frontier(points, fisher.damping, fisher.block_size)

@@ -2,70 +2,73 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
-import math
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from mfac.fisher import check_precision
-from mfac.gradients.buffer import GradientBuffer, check_grads_device
-from mfac.gradients.collect import GradientSource
-from mfac.model.targets import names_of, prunable_parameters
-from mfac.ops.backend import BACKENDS
-from mfac.pruning.quadratic import check_settings
+from mfac.checks import check_number, warn
+from mfac.pruning.engine import Engine
+from mfac.pruning.masks import check_masks
 from mfac.pruning.result import PruneResult
-from mfac.pruning.schedule import Schedule, between
-from mfac.pruning.selection import Selection, sparsity_groups
-from mfac.pruning.step import Problem, check_method, prune_problem
+from mfac.pruning.schedule import Schedule
+from mfac.pruning.settings import PrunerSettings, accepts
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# What a resumed run must have in common with the run that was saved; the schedule may change.
+_SAVED_SETTINGS = (
+    "params", "exclude", "pattern", "scope", "max_layer_sparsity", "criterion", "update", "substeps", "damping",
+    "block_size", "num_grads", "refresh", "recomputations", "mode",
+)  # fmt: skip
+
+_STEPPED: weakref.WeakSet[Pruner] = weakref.WeakSet()  # looked at when the program ends
 
 
+def _warn_if_unfinished(pruner: Pruner) -> None:
+    if not pruner.finished:
+        warn(f"{pruner!r} ends before its last update: training never reached end={pruner._schedule.end:g}")
+    pruner._stepped = False
+
+
+@atexit.register
+def _warn_at_exit() -> None:
+    for pruner in list(_STEPPED):
+        if pruner._stepped:
+            _warn_if_unfinished(pruner)
+
+
+@accepts(PrunerSettings)
 class Pruner:
     """Raises the sparsity of a model along a schedule while it trains, and holds the masks.
 
-    Call :meth:`step` after every ``optimizer.step()``: it sets pruned weights back to zero and prunes when an update is
-    due. Nothing is hooked into the model, so copies, compiled and saved models are ordinary ones. Parameters are looked
-    up by name at each use: the model may be moved to another device or have them replaced.
+    Call :meth:`step` after every ``optimizer.step()``, or :meth:`attach` it to the optimizer once: it sets pruned
+    weights back to zero and prunes when an update is due, at the nominal times ``start``, ``start + frequency``, ...
+    and ``end``. Nothing is hooked into the model, so copies, compiled and saved models are ordinary ones. Parameters
+    are looked up by name at each use: the model may be moved, wrapped or compiled, or have them replaced.
 
-    Each update may be split into R ``recomputations``: R steps at equal ratios of the remaining weights, with new
-    gradients at each. A big jump at once defeats every quadratic model; with R = 8 most of the accuracy survives.
+    Each update may be split into R ``recomputations``. A big jump at once defeats every quadratic model; with R = 8
+    most of the accuracy survives.
+
+    An error or Ctrl-C in an update loses nothing: the model is pruned as far as :attr:`masks` say, the update stays
+    due, and the next :meth:`step` goes on with it.
 
     Args:
         model: Its weights are written.
         batches: Iterable of (inputs, targets) or dicts, gone through again and again; ``num_grads`` of them make the
-            gradients of each recomputation (see :func:`collect_gradients`). A loader that shuffles draws,
-            whenever it starts again, from a seed of the Pruner's own that follows from torch's; torch's random state
-            stays.
-        loss_fn: Loss of (outputs, targets); needed with ``batches``.
+            gradients of an update (see :func:`collect_gradients`). A DataLoader is not disturbed: the Pruner reads its
+            dataset in an order of its own, which follows from torch's seed.
+        loss_fn: Loss of (outputs, targets); None for models whose output has a ``.loss``.
         sparsity: Final sparsity: a float, or a dict of them by name or ``"re:<regex>"`` (others are left alone, unless
             ``params`` or the buffer has them: then they stay dense, but take part in the updates).
-        initial_sparsity: Sparsity at the first update.
-        start: Time of the first update.
         end: Time of the last update, which gives ``sparsity`` exactly.
-        frequency: Time between updates.
-        schedule: ``"cubic"``, ``"linear"`` or ``"inverse_cubic"``.
-        recomputations: R >= 1.
-        num_grads: m gradients of the Fisher.
-        refresh: How many of them are new at each recomputation but the first of an update, the others being kept from
-            the ones before (rolling gradients); None: all.
-        params: What to prune; see :func:`prunable_parameters`.
-        damping: See :func:`prune_step`, as for the next four.
-        block_size: Columns per block of the Fisher.
-        pattern: How weights group.
-        scope: ``"global"`` or ``"layer"``.
-        update: ``"joint"``, ``"independent"`` or ``"none"``.
-        criterion: ``"fisher"``, or ``"magnitude"``, which needs neither batches nor buffer, and then updates nothing;
-            given one of them, it makes the ``update``.
-        substeps: Sub-steps of selection and update under the same gradients.
-        dtype: Type of collected gradients.
-        grads_device: Where they are kept: the model's device, or ``"cpu"`` if they do not fit there.
-        buffer: A :class:`GradientBuffer` that the training loop feeds, in place of ``batches``.
-        backend: ``"auto"``, ``"compiled"`` or ``"reference"``.
-        precision: See :func:`prune_step`.
-        progress: Show progress bars while gradients are collected.
+        settings: How; each is described below.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -73,15 +76,15 @@ class Pruner:
             ``criterion="fisher"``.
 
     Attributes:
-        masks: Name -> bool tensor, True = kept; empty before the first update.
         results: (time, :class:`PruneResult`) of every update, without its masks: those of the last are in ``masks``.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Linear(20, 2)
         >>> data = [(torch.randn(8, 20), torch.randint(2, (8,))) for _ in range(4)]
         >>> loss_fn = torch.nn.functional.cross_entropy
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> pruner = Pruner(model, data, loss_fn, sparsity=0.9, end=6, frequency=3, num_grads=4)
+        >>> pruner = Pruner(model, data, loss_fn, sparsity=0.9, end=6, frequency=3, num_grads=4, progress=False)
         >>> for inputs, targets in data * 2:
         ...     optimizer.zero_grad()
         ...     loss_fn(model(inputs), targets).backward()
@@ -89,6 +92,8 @@ class Pruner:
         ...     result = pruner.step()
         >>> pruner.sparsity
         0.9
+        >>> pruner
+        Pruner(sparsity 90.0 % of 90.0 %, time 8 of 6, 2 updates)
     """
 
     def __init__(
@@ -98,87 +103,82 @@ class Pruner:
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         *,
         sparsity: float | Mapping[str, float],
-        initial_sparsity: float = 0.0,
-        start: float = 0,
         end: float,
-        frequency: float = 1,
-        schedule: str = "cubic",
-        recomputations: int = 1,
-        num_grads: int = 256,
-        refresh: int | None = None,
-        params: str | Iterable[str] | None = None,
-        damping: float | str = "3e-2*mean",
-        block_size: int | str | None = 512,
-        pattern: str | Sequence[int] = "unstructured",
-        scope: str = "global",
-        update: str = "joint",
-        criterion: str = "fisher",
-        substeps: int = 8,
-        dtype: torch.dtype = torch.float32,
-        grads_device: torch.device | str | None = None,
-        buffer: GradientBuffer | None = None,
-        backend: str = "auto",
-        precision: str = "highest",
-        progress: bool = False,
+        **settings: Unpack[PrunerSettings],
     ) -> None:
         """Check the arguments; the model is not touched."""
-        method = check_method(scope, update, criterion, substeps)
-        check_settings(damping, block_size)
+        buffer, criterion = settings["buffer"], settings["criterion"]
         sources = (batches is not None) + (buffer is not None)
         if sources > 1 or (sources == 0 and criterion == "fisher"):
             wanted = "exactly one of them for criterion='fisher'" if criterion == "fisher" else "at most one of them"
             raise ValueError(f"batches, buffer: expected {wanted}, got {'both' if sources else 'neither'}")
-        if isinstance(recomputations, bool) or not isinstance(recomputations, int) or recomputations < 1:
-            raise ValueError(f"recomputations: expected an int >= 1, got {recomputations!r}")
-        self._source = (
-            None if batches is None else GradientSource(batches, loss_fn, num_grads, refresh, dtype, grads_device)
-        )
-        if buffer is not None and not isinstance(buffer, GradientBuffer):
-            raise TypeError(f"buffer: expected a GradientBuffer, got {type(buffer).__name__}")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-        if buffer is not None and recomputations > 1:
+        if buffer is not None and settings["recomputations"] > 1:
             raise ValueError(
-                f"recomputations: expected 1 with a buffer (fresh gradients need batches), got {recomputations}"
+                "recomputations: expected 1 with a buffer (new gradients need batches), got "
+                f"{settings['recomputations']}"
             )
-        given = names_of(params)
-        self._names = list(prunable_parameters(model, buffer.names if given is None and buffer is not None else given))
-        groups = sparsity_groups(self._names, sparsity, scope)
-        if given is None and buffer is None and isinstance(sparsity, Mapping):
-            named = {name for names, _ in groups for name in names}
-            self._names = [name for name in self._names if name in named]
-        self._named, self._model = given or [], model
-        Selection(self._params, sparsity, scope, pattern, self._named)  # checks
-        if buffer is not None and self._names != buffer.names:
+        self._engine = Engine(model, sparsity, settings, None if buffer is None else buffer.names, only_keys=True)
+        if buffer is not None and self._engine.names != buffer.names:
             raise ValueError(
-                f"params: expected those of the buffer, {', '.join(buffer.names[:8])}; got {', '.join(self._names[:8])}"
+                f"params: expected those of the buffer, {', '.join(buffer.names[:8])}; got "
+                f"{', '.join(self._engine.names[:8])}"
             )
-        # One schedule per key of a dict, else one under None.
-        final = dict(sparsity) if isinstance(sparsity, Mapping) else {None: sparsity}
-        self._schedules = {
-            key: Schedule(initial_sparsity, value, start, end, frequency, schedule) for key, value in final.items()
+        self._source = None if batches is None else self._engine.source(batches, loss_fn)
+        self._buffer = buffer
+        self._schedules = {  # they differ in sparsity only
+            key: Schedule(
+                settings["initial_sparsity"], value, settings["start"], end, settings["frequency"], settings["schedule"]
+            )
+            for key, value in self._engine.targets.items()
         }
-        self._buffer, self._recomputations, self._progress = buffer, recomputations, progress
-        self._method, self._settings = method, (damping, block_size)
-        self._options = {"pattern": pattern, "scope": scope, "criterion": criterion, "backend": backend}
-        self._options["precision"] = check_precision(precision)
-        check_grads_device("grads_device", grads_device, next(iter(self._params.values())).device)
         self._calls = 0
-        self._last: float | None = None
-        self._reached = dict.fromkeys(self._schedules, 0.0)
-        self.masks: dict[str, Tensor] = {}
+        self._stepped = False  # by this very object, not by one that it was copied or loaded from
+        self._time: float | None = None  # of the latest call
+        self._last: float | None = None  # nominal time of the last update
         self.results: list[tuple[float, PruneResult]] = []
 
     @property
-    def _params(self) -> dict[str, nn.Parameter]:
-        """The parameters as they are now: the model may have been moved or given others since."""
-        return {name: self._model.get_parameter(name) for name in self._names}
+    def masks(self) -> dict[str, Tensor]:
+        """Name -> bool tensor, True = kept; empty before the first update."""
+        return self._engine.masks
+
+    @property
+    def params(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter, of all that are pruned, as they are now."""
+        return self._engine.params
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros that the masks hold now, over all chosen parameters."""
-        total = sum(p.numel() for p in self._params.values())
-        return 1 - sum(int(m.sum()) for m in self.masks.values()) / total if self.masks else 0.0
+        """Sparsity of the masks now, over all chosen parameters."""
+        return self._engine.sparsity
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last update has been made."""
+        return self._last is not None and self._last >= self._schedule.end
+
+    @property
+    def _schedule(self) -> Schedule:
+        return next(iter(self._schedules.values()))
+
+    def __repr__(self) -> str:
+        """Return sparsity, time and updates, each beside what it leads to."""
+        goals = sorted({schedule.final for schedule in self._schedules.values()})
+        goal = " to ".join(f"{100 * value:.1f}" for value in dict.fromkeys((goals[0], goals[-1])))
+        time = "not started" if self._time is None else f"time {self._time:g}"
+        return (
+            f"Pruner(sparsity {100 * self.sparsity:.1f} % of {goal} %, {time} of {self._schedule.end:g}, "
+            f"{len(self.results)} updates)"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and files hold."""
+        return {**self.__dict__, "_stepped": False}
+
+    def __del__(self) -> None:
+        """Warn if training ended before the schedule did."""
+        if getattr(self, "_stepped", False):
+            _warn_if_unfinished(self)
 
     def step(self, time: float | None = None) -> PruneResult | None:
         """Enforce the masks and prune if an update is due; call it after ``optimizer.step()``.
@@ -192,101 +192,179 @@ class Pruner:
 
         Raises:
             TypeError: If the time is not a number.
-            ValueError: If it is not finite.
+            ValueError: If it is not finite, or gradients cannot be collected.
         """
-        if time is not None and (isinstance(time, bool) or not isinstance(time, (int, float))):
-            raise TypeError(f"time: expected a number or None, got {time!r}")
-        if time is not None and not math.isfinite(time):
-            raise ValueError(f"time: expected a finite number, got {time!r}")
+        time = self._calls + 1 if time is None else check_number("time", time)
+        if self._time is not None and time < self._time:
+            warn(f"time: expected it to increase, got {time:g} after {self._time:g}")
         self._calls += 1
-        time = self._calls if time is None else time
-        self.apply_masks()
-        schedule = next(iter(self._schedules.values()))  # they differ in sparsity only
-        if not schedule.due(time, self._last):
-            return None
-        first = self._last is None and time < schedule.end
-        target = {key: s.initial if first else s.sparsity(time) for key, s in self._schedules.items()}
-        if target == self._reached:  # nothing to prune, as at a start from zero: no gradients are collected for it
-            self._last = time
-            return None
-        result = self._prune(target)
-        self._last = time
+        self._time, self._stepped = time, True
+        _STEPPED.add(self)
+        with torch.inference_mode(False):
+            self.apply_masks()
+            if not self._schedule.due(time, self._last):
+                return None
+            now = self._schedule.nominal_time(time)
+            # A run that goes on with another schedule keeps its sparsity until that has caught up.
+            reached = self._engine.reached
+            targets = {key: max(reached[key], schedule.sparsity(now)) for key, schedule in self._schedules.items()}
+            if targets == reached:  # nothing to prune, as at a start from zero: no gradients are collected for it
+                self._last = now
+                return None
+            result = self._update(targets)
+        self._last = now
         self.results.append((time, dataclasses.replace(result, masks={})))
         return result
 
-    def apply_masks(self) -> None:
-        """Set the pruned weights to zero."""
-        with torch.no_grad():
-            for name, mask in self.masks.items():
-                p = self._model.get_parameter(name)
-                self.masks[name] = mask.to(p.device)
-                p.masked_fill_(~self.masks[name], 0)
-
-    def _prune(self, target: dict[str | None, float]) -> PruneResult:
-        """Prune to the target by steps at equal ratios of the remaining weights."""
-        origin = dict(self._reached)
+    def _update(self, targets: dict[str | None, float]) -> PruneResult:
+        settings, buffer = self._engine.settings, self._buffer
+        if buffer is not None and len(buffer) < buffer.num_grads:
+            warn(f"buffer: only {len(buffer)} of {buffer.num_grads} gradients so far")
         try:
-            for r in range(1, self._recomputations + 1):
-                share = r / self._recomputations
-                now = {key: between(origin[key], target[key], share) for key in target}
-                problem = Problem(
-                    self._model, self._gradients(), now[None] if None in now else now,
-                    params=self._names, named=self._named, masks=self.masks or None, **self._options,
-                )  # fmt: skip
-                result = prune_problem(problem, self._method, *self._settings)
-                self.masks, self._reached = result.masks, now
+            return self._engine.run(
+                buffer if self._source is None else self._source,
+                targets,
+                settings["recomputations"],
+                progress=settings["progress"],
+            )
         finally:
             if self._source is not None:
                 self._source.release()  # memory; and until the next update the model is trained
-        return result
 
-    def _gradients(self) -> GradientBuffer | None:
-        if self._source is not None:
-            return self._source.collect(self._model, self._names, self._progress)
-        if self._buffer is not None and len(self._buffer) < self._buffer.num_grads:
-            warnings.warn(
-                f"buffer: only {len(self._buffer)} of {self._buffer.num_grads} gradients so far", stacklevel=4
-            )
-        return self._buffer
+    def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """Call :meth:`step` after every step of an optimizer from now on, in place of calls in the training loop.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return masks, progress and random state, for :meth:`load_state_dict` of a Pruner with the same arguments.
+        Steps that a GradScaler skips do not count. Time is the number of steps.
 
-        The place in ``batches`` is not among them: after a restart these are gone through from their beginning.
+        Args:
+            optimizer: The one that trains the model.
+
+        Returns:
+            A handle; its ``remove()`` ends it.
+
+        Raises:
+            TypeError: If it is not a torch optimizer.
+            ValueError: If it does not hold the parameters that are pruned, as one that keeps float32 master copies of
+                them: these would bring pruned weights back.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(20, 2)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> pruner = Pruner(model, sparsity=0.5, end=1, criterion="magnitude")
+            >>> handle = pruner.attach(optimizer)
+            >>> model(torch.randn(4, 20)).sum().backward()
+            >>> optimizer.step()
+            >>> pruner.sparsity
+            0.5
         """
-        return {
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        self.check_optimizer(optimizer)
+
+        def after_step(*_: Any) -> None:
+            self.step()
+
+        return optimizer.register_step_post_hook(after_step)
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Check that an optimizer trains the very parameters that are pruned.
+
+        Args:
+            optimizer: Any optimizer.
+
+        Raises:
+            ValueError: If it does not hold one of them.
+        """
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, p in self.params.items():
+            if p.requires_grad and id(p) not in held:
+                raise ValueError(
+                    f"optimizer: expected the model's own parameter {name!r} among its parameters, got others: one "
+                    "that keeps float32 master copies would bring pruned weights back; prune the float32 model and "
+                    "train it under torch.autocast"
+                )
+
+    def apply_masks(self) -> None:
+        """Set the pruned weights to zero."""
+        masks = self._engine.masks
+        with torch.no_grad():
+            for name, p in self.params.items() if masks else ():
+                masks[name] = masks[name].to(p.device)
+                p.masked_fill_(~masks[name], 0)
+
+    def mask_gradients(self) -> None:
+        """Set the gradients of pruned weights to zero; call it before gradients are clipped, whose norm counts them."""
+        masks = self._engine.masks
+        with torch.no_grad():
+            for name, p in self.params.items() if masks else ():
+                if p.grad is not None:
+                    p.grad.masked_fill_(~masks[name].to(p.grad.device), 0)
+
+    def state_dict(self, *, gradients: bool = False, results: bool = False) -> dict[str, Any]:
+        """Return what :meth:`load_state_dict` of a Pruner with the same arguments needs to go on as if uninterrupted.
+
+        Masks, progress, settings, and the place in ``batches``. ``torch.load(..., weights_only=True)`` reads it.
+
+        Args:
+            gradients: With the gradients of a buffer that the training loop feeds, which are many.
+            results: With :attr:`results`.
+
+        Returns:
+            Plain numbers, strings, lists, dicts and tensors.
+        """
+        settings = self._engine.settings
+        state = {
             "masks": {name: mask.clone() for name, mask in self.masks.items()},
             "calls": self._calls,
+            "time": self._time,
             "last": self._last,
-            "reached": dict(self._reached),
-            "random": None if self._source is None else self._source.get_state(),
+            "reached": dict(self._engine.reached),
+            "settings": {name: settings[name] for name in _SAVED_SETTINGS},
+            "names": list(self._engine.names),
+            "source": None if self._source is None else self._source.state_dict(),
         }
+        if gradients and self._buffer is not None:
+            state["buffer"] = self._buffer.state_dict()
+        if results:
+            state["results"] = [(time, result.to_dict()) for time, result in self.results]
+        return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore masks, progress and random state, and enforce the masks.
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Restore a state, and enforce the masks. The schedule may be another than that of the saved run.
 
         Args:
             state: From :meth:`state_dict`.
+            strict: Refuse a state whose settings (damping, pattern, ...) are others than this Pruner's.
 
         Raises:
-            ValueError: If it belongs to other parameters or schedules.
+            ValueError: If it belongs to other parameters, sparsities or settings; nothing is changed then.
         """
-        params = self._params
-        missing = {"masks", "calls", "last", "reached", "random"} - set(state)
+        engine = self._engine
+        missing = {"masks", "calls", "time", "last", "reached", "settings", "names", "source"} - set(state)
         if missing:
             raise ValueError(f"state: expected the keys of Pruner.state_dict(), missing {', '.join(sorted(missing))}")
-        for name, mask in state["masks"].items():
-            if name not in params or mask.shape != params[name].shape or mask.dtype != torch.bool:
-                got = f"{mask.dtype} and shape {list(mask.shape)}"
-                raise ValueError(f"state: mask {name!r} of {got} fits no parameter of this Pruner")
-        if state["masks"] and set(state["masks"]) != set(params):
-            raise ValueError(f"state: no masks for {', '.join(set(params) - set(state['masks']))}")
+        if list(state["names"]) != engine.names:
+            other = sorted(set(state["names"]) ^ set(engine.names)) or state["names"]
+            raise ValueError(f"state: expected the parameters of this Pruner, got others: {', '.join(other[:4])}")
         if set(state["reached"]) != set(self._schedules):
-            raise ValueError(
-                f"state: expected sparsities for {sorted(self._schedules)}, got {sorted(state['reached'])}"
-            )
-        if self._source is not None and state["random"] is not None:
-            self._source.set_state(state["random"])
-        self.masks = {name: mask.to(params[name].device, copy=True) for name, mask in state["masks"].items()}
-        self._calls, self._last, self._reached = state["calls"], state["last"], dict(state["reached"])
+            raise ValueError(f"state: expected sparsities for {list(self._schedules)}, got {list(state['reached'])}")
+        for name, value in state["settings"].items() if strict else ():
+            if value != engine.settings[name]:
+                raise ValueError(
+                    f"state: expected {name}={engine.settings[name]!r} like this Pruner, got {value!r}; strict=False "
+                    "goes on with the new one"
+                )
+        params = engine.params
+        masks = check_masks("state", state["masks"], params)
+        if masks and set(masks) != set(params):
+            raise ValueError(f"state: expected a mask for each parameter, got none for {set(params) - set(masks)}")
+        if "buffer" in state and self._buffer is not None:
+            self._buffer.load_state_dict(state["buffer"])
+        if self._source is not None and state["source"] is not None:
+            self._source.load_state_dict(state["source"])
+        engine.masks = {name: masks[name].to(p.device, copy=True) for name, p in params.items() if masks}
+        engine.reached = dict(state["reached"])
+        self._calls, self._time, self._last = state["calls"], state["time"], state["last"]
+        self.results = [(time, PruneResult.from_dict(values)) for time, values in state.get("results", ())]
         self.apply_masks()

@@ -5,28 +5,31 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from mfac.pruning.quadratic import Candidate
+from mfac.pruning.auto import Candidate
+from mfac.pruning.masks import apply_masks
 
 
-@dataclass(frozen=True)
+@dataclass
 class PruneStep:
-    """One of the steps of :func:`mfac.prune`.
+    """One of the steps of :func:`mfac.prune`, or of an update of :class:`mfac.Pruner`.
 
     Attributes:
-        sparsity: Share of zeros after it.
+        sparsity: Reached by it, over all chosen parameters.
         damping: λ.
         block_size: B.
         new_gradients: How many gradients were collected for it.
-        loss_before: Mean loss of the batches that gave those, in eval mode.
-        predicted_loss_increase: ½ δᵀFδ, times the samples of a batch, by which gradients of batches fall short.
-        loss_after: Mean loss of the batches that gave the next ones, or were drawn for this after the last step.
+        loss_before: Mean loss of the batches that gave those; NaN if not known.
+        predicted_loss_increase: ½ δᵀFδ, times the samples of a batch, by which gradients of batches fall short; None
+            without gradients.
+        loss_after: Mean loss of the batches that gave the next ones, or were drawn for this after the last step of
+            ``prune``; NaN if not measured.
         seconds: Wall time, gradients included.
     """
 
@@ -42,17 +45,17 @@ class PruneStep:
 
 @dataclass(repr=False)
 class PruneResult:
-    """What :func:`mfac.prune_step` or :func:`mfac.prune` did; ``print`` shows it as a table.
+    """What pruning did, or had done when it was interrupted (``error.result``); ``print`` shows it as a table.
 
     Attributes:
         masks: Name to bool tensor of the parameter's shape, True = kept.
-        sparsity: Share of zeros that the masks hold, over all chosen parameters.
+        sparsity: Sparsity of the masks, over all chosen parameters.
         layers: (name, weights, weights kept) of every parameter.
-        predicted_loss_increase: ½ δᵀFδ of the whole step (of the last one, after ``prune``); None without gradients.
+        predicted_loss_increase: ½ δᵀFδ of the step (of the last one, if there were several); None without gradients.
         damping: λ that was used (last); None without gradients.
         block_size: B that was used (last); None without gradients.
         candidates: Settings that ``"auto"`` tried, with their scores.
-        steps: Those of :func:`mfac.prune`; empty after a single ``prune_step``.
+        steps: One for each recomputation; empty after ``prune_step``.
         seconds: Wall time by stage.
         backend: ``"compiled"`` or ``"reference"``.
     """
@@ -97,6 +100,14 @@ class PruneResult:
         """Return one line."""
         return f"PruneResult(sparsity={self.sparsity:.4f}, layers={len(self.layers)}, backend={self.backend!r})"
 
+    def apply(self, model: nn.Module) -> None:
+        """Set the pruned weights of another model to zero: an average of weights (EMA, SWA), a copy.
+
+        Args:
+            model: Has parameters of the same names and shapes; see :func:`mfac.apply_masks`.
+        """
+        apply_masks(model, self.masks)
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the masks, as plain numbers, strings, lists and dicts."""
         out = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "masks"}
@@ -104,6 +115,23 @@ class PruneResult:
         out["candidates"] = [asdict(c) for c in self.candidates]
         out["steps"] = [asdict(s) for s in self.steps]
         return out
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], masks: Mapping[str, Tensor] | None = None) -> PruneResult:
+        """Return the result that :meth:`to_dict` described.
+
+        Args:
+            values: What ``to_dict`` returned.
+            masks: Its masks, which are not part of that.
+
+        Returns:
+            The result.
+        """
+        values = dict(values)
+        values["layers"] = [(row["name"], row["weights"], row["kept"]) for row in values["layers"]]
+        values["candidates"] = [Candidate(**row) for row in values["candidates"]]
+        values["steps"] = [PruneStep(**row) for row in values["steps"]]
+        return cls(masks=dict(masks or {}), **values)
 
     def to_json(self, path: str | Path) -> None:
         """Write :meth:`to_dict` as a JSON file; null for what is not finite.

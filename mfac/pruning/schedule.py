@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
+
+from mfac.checks import check_choice, check_number, check_sparsity
 
 CURVES = {
     "linear": lambda x: x,
@@ -11,14 +15,16 @@ CURVES = {
     "inverse_cubic": lambda x: 1 - (1 - x) ** (1 / 3),
 }
 
+Key = TypeVar("Key")
+
 
 @dataclass(frozen=True)
 class Schedule:
     """Sparsity as a function of time, and when it is to be raised.
 
-    Time is any increasing number: steps, or epochs as a float. The first update is due at ``start`` and gives
-    ``initial``, later ones every ``frequency``, the last one at the first time at or after ``end``, which gives
-    ``final`` exactly.
+    Time is any increasing number: steps, or epochs as a float. Updates are due at the nominal times ``start``, ``start
+    + frequency``, ``start + 2 · frequency``, ... and ``end``. An update takes place at the first opportunity at or
+    after its nominal time and gives the sparsity of that nominal time, whatever the time then is.
 
     Args:
         initial: Sparsity at ``start``, in [0, ``final``].
@@ -37,6 +43,8 @@ class Schedule:
         >>> schedule = Schedule(initial=0.0, final=0.8, start=0, end=10, frequency=5)
         >>> [round(schedule.sparsity(t), 3) for t in (0, 5, 10)]
         [0.0, 0.7, 0.8]
+        >>> [schedule.nominal_time(t) for t in (-1, 0, 4, 7, 12)]
+        [None, 0, 0, 5, 10]
     """
 
     initial: float
@@ -48,46 +56,42 @@ class Schedule:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        for name in ("initial", "final", "start", "end", "frequency"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                what = f"{name} sparsity" if name in ("initial", "final") else name
-                raise TypeError(f"{what}: expected a number, got {value!r}")
-        for name in ("initial", "final"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} sparsity: expected in [0, 1], got {value!r}")
+        for name, words in (("initial", "initial sparsity"), ("final", "final sparsity")):
+            object.__setattr__(self, name, check_sparsity(words, getattr(self, name)))
+        for name in ("start", "end", "frequency"):
+            object.__setattr__(self, name, check_number(name, getattr(self, name)))
         if self.initial > self.final:
             raise ValueError(f"initial sparsity: expected <= the final one, {self.final}, got {self.initial!r}")
-        if not (math.isfinite(self.start) and math.isfinite(self.end)):
-            raise ValueError(f"start, end: expected finite numbers, got {self.start!r} and {self.end!r}")
         if self.end < self.start:
             raise ValueError(f"end: expected >= start = {self.start}, got {self.end!r}")
         if not self.frequency > 0:
             raise ValueError(f"frequency: expected > 0, got {self.frequency!r}")
-        if self.interpolation not in CURVES:
-            raise ValueError(f"schedule interpolation: expected one of {', '.join(CURVES)}, got {self.interpolation!r}")
+        check_choice("schedule", self.interpolation, CURVES)
 
     def sparsity(self, time: float) -> float:
-        """Return the sparsity that an update at ``time`` gives."""
+        """Return the sparsity at ``time``."""
         if time >= self.end:
             return self.final
         x = max(0.0, (time - self.start) / (self.end - self.start))
         return self.initial + (self.final - self.initial) * CURVES[self.interpolation](x)
 
-    def due(self, time: float, last: float | None) -> bool:
-        """Return whether an update is due at ``time``, with ``last`` the time of the last one, or None."""
+    def nominal_time(self, time: float) -> float | None:
+        """Return the nominal time of the latest update due by ``time``; None before ``start``."""
         if time < self.start:
-            return False
-        if last is None:
-            return True
-        if last >= self.end:
-            return False
+            return None
+        if time >= self.end:
+            return self.end
         # Epochs as floats: 0.2 + 0.1 > 0.3, and without the allowance for rounding the update at 0.3 would be missed.
-        return time >= self.end or time - last >= self.frequency * (1 - 1e-9)
+        passed = math.floor((time - self.start) / self.frequency * (1 + 1e-12) + 1e-9)
+        return self.start + passed * self.frequency
+
+    def due(self, time: float, last: float | None) -> bool:
+        """Return whether an update is due at ``time``, ``last`` being the nominal time of the last one, or None."""
+        now = self.nominal_time(time)
+        return now is not None and (last is None or now > last)
 
 
-def between(start: float, end: float, share: float) -> float:
+def interpolate_sparsity(start: float, end: float, share: float) -> float:
     """Return the sparsity after a share of the way, in equal ratios of the density; linear if nothing is to remain.
 
     Args:
@@ -103,3 +107,8 @@ def between(start: float, end: float, share: float) -> float:
     if end == 1:
         return start + (end - start) * share
     return min(max(start, 1 - (1 - start) * ((1 - end) / (1 - start)) ** share), end)  # whatever the rounding
+
+
+def interpolate_targets(start: Mapping[Key, float], end: Mapping[Key, float], share: float) -> dict[Key, float]:
+    """Return :func:`interpolate_sparsity` for each key of two dicts."""
+    return {key: interpolate_sparsity(start[key], end[key], share) for key in end}

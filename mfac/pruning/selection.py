@@ -2,142 +2,162 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from mfac.model.targets import matching_names
+from mfac.checks import check_sparsity
+from mfac.model.names import matching_names
+from mfac.model.targets import PrunableParameters
 from mfac.pruning.patterns import parse_pattern
-from mfac.pruning.schedule import between
+from mfac.pruning.schedule import interpolate_sparsity
 
-_MOST_BYTES = 8e9  # of the scores of all ways to prune all groups
+_MAX_SCORE_BYTES = 8e9  # of the scores of all subsets of all groups
 
-
-def sparsity_groups(
-    names: list[str], sparsity: float | Mapping[str, float], scope: str
-) -> list[tuple[list[str], float]]:
-    """Split parameters into groups that are ranked together.
-
-    Args:
-        names: All chosen parameters.
-        sparsity: A share for all, or shares by name or ``"re:<regex>"``.
-        scope: ``"global"`` or ``"layer"``.
-
-    Returns:
-        (names, sparsity) of each group.
-
-    Raises:
-        TypeError: If a share is not a number.
-        ValueError: If a share is not in [0, 1], or a key matches nothing or what another key matches.
-    """
-    groups: list[tuple[list[str], float]] = []
-    if isinstance(sparsity, Mapping):
-        taken: dict[str, str] = {}
-        if not sparsity:
-            raise ValueError("sparsity: expected at least one entry, got an empty dict")
-        for key, value in sparsity.items():
-            found = matching_names(key, names)
-            if not found:
-                raise ValueError(f"sparsity: {key!r} matches none of the parameters {', '.join(names[:8])}")
-            for name in found:
-                if name in taken:
-                    raise ValueError(f"sparsity: {name!r} is matched by both {taken[name]!r} and {key!r}")
-                taken[name] = key
-            groups.append((found, share_of_zeros(value, f"sparsity[{key!r}]")))
-    else:
-        groups.append((names, share_of_zeros(sparsity, "sparsity")))
-    if scope == "layer":
-        groups = [([name], value) for found, value in groups for name in found]
-    return groups
+Targets = dict[str | None, float]  # sparsity by the key of the user's dict; by None if it was one number
 
 
-def share_of_zeros(value: float, name: str) -> float:
-    """Check a sparsity.
+def parse_sparsity(
+    sparsity: float | Mapping[str, float], names: Sequence[str]
+) -> tuple[Targets, dict[str | None, list[str]]]:
+    """Understand the sparsity that the user asks for.
 
     Args:
-        value: What the user gave.
-        name: Of the argument.
+        sparsity: A sparsity for all parameters, or a dict of them by name or ``"re:<regex>"``.
+        names: Of all chosen parameters.
 
     Returns:
-        A float in [0, 1].
+        Key -> sparsity, and key -> names of its parameters; the key is None for a single number.
 
     Raises:
-        TypeError: If it is not a number.
-        ValueError: If it is not in [0, 1].
+        TypeError: If a sparsity is not a number.
+        ValueError: If a sparsity is not in [0, 1], or a key matches nothing or what another key matches.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number in [0, 1], got {value!r}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected in [0, 1], got {value!r}")
-    return float(value)
+    if not isinstance(sparsity, Mapping):
+        return {None: check_sparsity("sparsity", sparsity)}, {None: list(names)}
+    if not sparsity:
+        raise ValueError("sparsity: expected at least one entry, got an empty dict")
+    targets: Targets = {}
+    members: dict[str | None, list[str]] = {}
+    taken: dict[str, str] = {}
+    for key, value in sparsity.items():
+        found = matching_names(key, names)
+        if not found:
+            raise ValueError(f"sparsity: {key!r} matches none of the parameters {', '.join(names[:8])}")
+        for name in found:
+            if name in taken:
+                raise ValueError(f"sparsity: {name!r} is matched by both {taken[name]!r} and {key!r}")
+            taken[name] = key
+        targets[key], members[key] = check_sparsity(f"sparsity[{key!r}]", value), found
+    return targets, members
 
 
 class Selection:
-    """The weights of a model as units that are pruned whole, and how many of them are to go.
+    """The weights of a model as units that are pruned whole, and the segments in which they are ranked.
 
     A unit is a weight, or a group of a :class:`Pattern`. Units are ranked within segments: all parameters, those of one
     key of a sparsity dict, or single ones. The sparsity of a segment counts the weights in whole groups only.
 
     Args:
         chosen: Name to parameter, in the order of the flat vector.
-        sparsity: A share for all, or shares by name or ``"re:<regex>"``.
+        members: Key -> names, from :func:`parse_sparsity`.
         scope: ``"global"`` or ``"layer"``.
         pattern: How weights group; see :func:`mfac.pruning.patterns.parse_pattern`.
         named: What the user wrote to choose the parameters; those under their own names must have groups.
+        max_layer_sparsity: Bound of the sparsity of a parameter; None: no bound.
+
+    Attributes:
+        positions: [units, P] int64, positions in the flat vector of the weights of each group; None if P = 1.
+        subsets: [k, pruned] int64, the ways to prune a group; only if P > 1.
+        segments: (key, names) of each.
+        sizes: Name -> weights.
 
     Raises:
-        TypeError: If an argument is of the wrong type.
-        ValueError: If a share or name is wrong, the scores of all ways to prune the groups would take too much
-            memory, a sparsity is more than the pattern allows, or no group fits into a layer that the user named, or
-            into any.
+        ValueError: If no group fits into a layer that the user named, or into any, or the scores of all ways to prune
+            the groups would take too much memory.
     """
 
     def __init__(
         self,
-        chosen: Mapping[str, Tensor],
-        sparsity: float | Mapping[str, float],
+        chosen: PrunableParameters,
+        members: Mapping[str | None, Sequence[str]],
         scope: str,
         pattern: str | Sequence[int],
         named: Iterable[str] = (),
+        max_layer_sparsity: float | None = None,
     ) -> None:
-        """Check, and list the groups."""
+        """List the groups."""
         self.pattern = pattern = parse_pattern(pattern)
-        self.segments = segments = sparsity_groups(list(chosen), sparsity, scope)
-        named = {*named, *(sparsity if isinstance(sparsity, Mapping) else ())}
+        self.max_layer_sparsity = max_layer_sparsity
+        self.segments = [
+            (key, segment)
+            for key, names in members.items()
+            for segment in ([[name] for name in names] if scope == "layer" else [list(names)])
+        ]
+        named = {*named, *(key for key in members if key is not None)}
         self.sizes = {name: p.numel() for name, p in chosen.items()}
         self._units = dict(self.sizes)  # units of each parameter
-        self.positions: Tensor | None = None  # [units, P]
+        self.positions: Tensor | None = None
         if pattern.size > 1:
-            device = next(iter(chosen.values())).device
             groups, start = [], 0
             for name, p in chosen.items():
-                groups.append(pattern.groups(p.shape) + start)
+                groups.append(pattern.groups(p.shape, chosen.targets[name].axes) + start)
                 self._units[name] = len(groups[-1])
                 if len(groups[-1]) == 0 and name in named:
                     raise ValueError(f"pattern: {pattern.name} does not fit {name!r} of shape {list(p.shape)}")
                 start += p.numel()
             count = sum(map(len, groups))
-            if 4 * count * pattern.ways > _MOST_BYTES:
+            if 4 * count * pattern.num_subsets > _MAX_SCORE_BYTES:
                 raise ValueError(
-                    f"pattern: {pattern.name} gives {count:,} groups {pattern.ways:,} scores each, "
-                    f"{4e-9 * count * pattern.ways:.0f} GB; expected below {_MOST_BYTES / 1e9:.0f} GB: take a smaller M"
+                    f"pattern: {pattern.name} gives {count:,} groups {pattern.num_subsets:,} scores each, "
+                    f"{4e-9 * count * pattern.num_subsets:.0f} GB; expected below {_MAX_SCORE_BYTES / 1e9:.0f} GB: "
+                    "take a smaller M"
                 )
-            self.positions = torch.cat(groups).to(device)
-            self.subsets = pattern.subsets().to(device)
-            if len(self.positions) == 0:
+            if count == 0:
                 shapes = ", ".join(str(list(p.shape)) for p in list(chosen.values())[:4])
                 raise ValueError(f"pattern: {pattern.name} fits none of the parameters, of shapes {shapes}")
-        for names, sparsity in segments:
-            if sparsity > pattern.most + 1e-9:
-                raise ValueError(
-                    f"sparsity: {sparsity} of {', '.join(names[:3])} is more than {pattern.most:g}, all that "
-                    f"{pattern.name} allows"
-                )
-        order = [name for names, _ in segments for name in names]
-        self._in_order = order == list(chosen)
-        self._order = order
+            device = next(iter(chosen.values())).device
+            self.positions = torch.cat(groups).to(device)
+            self.subsets = pattern.subsets().to(device)
+
+    def to(self, device: torch.device) -> None:
+        """Move the positions to where the model is now."""
+        if self.positions is not None and self.positions.device != device:
+            self.positions, self.subsets = self.positions.to(device), self.subsets.to(device)
+
+    def check_targets(self, targets: Targets) -> None:
+        """Check that the pattern and the bound per layer allow these sparsities.
+
+        Args:
+            targets: Key -> sparsity.
+
+        Raises:
+            ValueError: If one is too high.
+        """
+        for key, names in self.segments:
+            for bound, what in (
+                (self.pattern.max_sparsity, f"all that {self.pattern.name} allows"),
+                (self.max_layer_sparsity, "max_layer_sparsity"),
+            ):
+                if bound is not None and targets[key] > bound + 1e-9:
+                    raise ValueError(
+                        f"sparsity: {targets[key]} of {', '.join(names[:3])} is more than {bound:g}, {what}"
+                    )
+
+    def reached(self, active: Tensor | None) -> Targets:
+        """Return key -> sparsity of the units that are pruned in ``active`` [d] bool."""
+        held, total = dict.fromkeys((key for key, _ in self.segments), 0), dict.fromkeys(dict(self.segments), 0)
+        done = self._by_name(self._done(active))
+        for key, names in self.segments:
+            total[key] += sum(self._units[name] for name in names)
+            held[key] += sum(int(done[name].sum()) for name in names) if done else 0
+        return {key: self.pattern.max_sparsity * held[key] / max(total[key], 1) for key in held}
+
+    def _by_name(self, units: Tensor | None) -> dict[str, Tensor]:
+        """Views of the part of each parameter; empty without a tensor."""
+        return {} if units is None else dict(zip(self._units, units.split(list(self._units.values())), strict=True))
 
     def _done(self, active: Tensor | None) -> Tensor | None:
         """[units] bool: pruned before, as far as the pattern goes."""
@@ -147,47 +167,53 @@ class Selection:
             return ~active
         return (~active[self.positions]).sum(1) >= self.pattern.pruned
 
-    def _counts(self, done: Tensor | None, share: float) -> tuple[list[int], list[int]]:
-        """Units to be pruned and all units, for each segment, after `share` of the way from what is done."""
-        flags = None if done is None else dict(zip(self._units, done.split(list(self._units.values())), strict=True))
-        counts, totals = [], []
-        for names, sparsity in self.segments:
+    def _counts(
+        self, segments: Sequence[tuple[str | None, list[str]]], done: Tensor | None, targets: Targets, share: float
+    ) -> list[int]:
+        """Units to be pruned in each segment after `share` of the way from what is done."""
+        flags, counts, most = self._by_name(done), [], self.pattern.max_sparsity
+        for key, names in segments:
             total = sum(self._units[name] for name in names)
-            target = min(round(sparsity / self.pattern.most * total), total)
-            held = 0 if flags is None else sum(int(flags[name].sum()) for name in names)
+            target = min(round(targets[key] / most * total), total)
+            held = sum(int(flags[name].sum()) for name in names) if flags else 0
             if target < held:
                 what = "weights" if self.positions is None else f"groups of {self.pattern.name}"
                 raise ValueError(
-                    f"sparsity: {sparsity} of {total} {what} ({', '.join(names[:3])}) is {target}, but masks "
+                    f"sparsity: {targets[key]} of {total} {what} ({', '.join(names[:3])}) is {target}, but masks "
                     f"already hold {held} pruned; pruned weights stay pruned unless their mask is dropped"
                 )
-            most = self.pattern.most
-            now = between(most * held / max(total, 1), most * target / max(total, 1), share) / most * total
+            now = interpolate_sparsity(most * held / max(total, 1), most * target / max(total, 1), share) / most * total
             counts.append(target if share == 1 else min(max(held, round(now)), target))
-            totals.append(total)
-        return counts, totals
+        return counts
 
     def select(
-        self, scores: Tensor, active: Tensor | None, share: float, kernels: ModuleType, weights: Tensor | None = None
+        self,
+        scores: Tensor,
+        active: Tensor | None,
+        targets: Targets,
+        share: float,
+        kernels: ModuleType,
+        weights: Tensor | None = None,
+        dense: Collection[str] = (),
     ) -> Tensor:
         """Return the mask of all weights after pruning the lowest units.
 
         Args:
             scores: [d], or [units, k] for the k ways to prune a group; the smallest of them counts. Written.
             active: [d] bool: the weights not pruned before.
+            targets: Key -> sparsity.
             share: How much of the way from ``active`` to the sparsity, in (0, 1], in the logarithm of the density.
-            kernels: :mod:`mfac.ops` or :mod:`mfac.ops.reference`.
+            kernels: :mod:`mfac.ops.compiled` or :mod:`mfac.ops.reference`.
             weights: [d] float32; becomes zero where pruned, if given.
+            dense: Names of parameters that stay as they are, and do not count.
 
         Returns:
             [d] bool, True = kept.
 
         Raises:
-            ValueError: If more is pruned already than the sparsity asks for.
+            ValueError: If more is pruned already than the sparsity asks for, or nothing can be pruned.
         """
-        done = self._done(active)
-        counts, totals = self._counts(done, share)
-        best = None
+        done, best = self._done(active), None
         if self.positions is not None:
             if active is not None:  # a subset must hold what is pruned already
                 pruned = (~active[self.positions]).float()
@@ -197,18 +223,24 @@ class Selection:
             scores, best = scores.min(1)
         if done is not None:
             scores.masked_fill_(done, -torch.inf)  # what was pruned before is so again
-        if self._in_order and best is None:
-            return kernels.select_smallest(scores, counts, totals, weights)
-        parts = dict(zip(self._units, scores.split(list(self._units.values())), strict=True))
-        values = scores if self._in_order else torch.cat([parts[name] for name in self._order])
-        selected = kernels.select_smallest(values, counts, totals)
-        if not self._in_order:
-            chosen = selected.split([self._units[name] for name in self._order])
-            keep = torch.ones_like(scores, dtype=torch.bool) if done is None else ~done
-            where = dict(zip(self._units, keep.split(list(self._units.values())), strict=True))
-            for name, part in zip(self._order, chosen, strict=True):
-                where[name].copy_(part)
-            selected = keep
+        segments = [(key, [name for name in names if name not in dense]) for key, names in self.segments]
+        segments = [(key, names) for key, names in segments if names]
+        if not segments:
+            raise ValueError(f"sparsity: no gradient reaches any of {', '.join(list(dense)[:4])}")
+        counts = self._counts(segments, done, targets, share)
+        order = [name for _, names in segments for name in names]
+        if self.max_layer_sparsity is not None:
+            self._bound_layers(scores, done, segments, counts, kernels)
+        if best is None and order == list(self.sizes):
+            sizes = [sum(self._units[name] for name in names) for _, names in segments]
+            return kernels.select_smallest(scores, counts, sizes, weights)
+        selected = torch.ones_like(scores, dtype=torch.bool) if done is None else ~done
+        parts, where = self._by_name(scores), self._by_name(selected)
+        values = torch.cat([parts[name] for name in order])
+        sizes = [sum(self._units[name] for name in names) for _, names in segments]
+        chosen = kernels.select_smallest(values, counts, sizes).split([self._units[name] for name in order])
+        for name, part in zip(order, chosen, strict=True):
+            where[name].copy_(part)
         kept = selected
         if best is not None:
             kept = torch.ones(sum(self.sizes.values()), dtype=torch.bool, device=scores.device)
@@ -219,3 +251,35 @@ class Selection:
         if weights is not None:
             weights.masked_fill_(~kept, 0)
         return kept
+
+    def _bound_layers(
+        self,
+        scores: Tensor,
+        done: Tensor | None,
+        segments: Sequence[tuple[str | None, list[str]]],
+        counts: Sequence[int],
+        kernels: ModuleType,
+    ) -> None:
+        """Raise to infinity the scores of all units of a parameter but the lowest that the bound lets go.
+
+        The k smallest of what is left are those that a greedy choice in the order of the scores would take, passing
+        over parameters that are full.
+
+        Raises:
+            ValueError: If so few may go that a segment cannot reach its sparsity.
+        """
+        flags, parts = self._by_name(done), self._by_name(scores)
+        for (_, names), count in zip(segments, counts, strict=True):
+            limits = []
+            for name in names:
+                limit = int(self.max_layer_sparsity / self.pattern.max_sparsity * self._units[name] + 1e-9)
+                limits.append(max(limit, int(flags[name].sum()) if flags else 0))
+            if sum(limits) < count:
+                raise ValueError(
+                    f"max_layer_sparsity: {self.max_layer_sparsity:g} lets at most {sum(limits)} units of "
+                    f"{', '.join(names[:3])} go, expected {count} for the sparsity asked for"
+                )
+            values = torch.cat([parts[name] for name in names])
+            beyond = kernels.select_smallest(values, limits, [self._units[name] for name in names])
+            for name, part in zip(names, beyond.split([self._units[name] for name in names]), strict=True):
+                parts[name].masked_fill_(part, torch.inf)

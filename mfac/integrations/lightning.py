@@ -1,0 +1,144 @@
+"""Gradual pruning as a callback of Lightning's Trainer (``pip install lightning``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from mfac.pruning.gradual import Pruner
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError:
+    try:
+        from pytorch_lightning import Callback, LightningModule, Trainer
+    except ImportError as error:
+        raise ImportError("mfac.integrations.lightning needs Lightning; pip install lightning") from error
+
+UNITS = ("step", "epoch")
+
+
+class PrunerCallback(Callback):
+    """Prunes a LightningModule while it trains; see :class:`mfac.Pruner`, whose arguments it takes.
+
+    Works with gradient accumulation and mixed precision. Pruned weights do not count in the norm by which gradients are
+    clipped. The state is part of Lightning's checkpoints, so ``trainer.fit(..., ckpt_path=...)`` goes on in the middle
+    of a schedule. Parameters have the names of the LightningModule, such as ``net.0.weight``.
+
+    Args:
+        batches: Where gradients come from; None: the training dataloader, in an order of its own.
+        loss_fn: Loss of (outputs, targets); None, without ``forward``: what ``training_step`` returns, its logging
+            being off.
+        unit: Of ``start``, ``frequency`` and ``end``: ``"step"``, the trainer's ``global_step``, or ``"epoch"``.
+        settings: The other arguments of :class:`mfac.Pruner`; ``sparsity`` and ``end`` are required.
+
+    Attributes:
+        pruner: The :class:`mfac.Pruner`; None until training begins.
+
+    Raises:
+        ValueError: If ``unit`` is another; all else is checked when training begins.
+
+    Example::
+
+        callback = PrunerCallback(sparsity=0.9, start=1, end=8, unit="epoch", recomputations=4)
+        Trainer(max_epochs=10, callbacks=[callback]).fit(module, loader)
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any] | None = None,
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        *,
+        unit: str = "step",
+        **settings: Any,
+    ) -> None:
+        """Keep the arguments."""
+        if unit not in UNITS:
+            raise ValueError(f"unit: expected one of {', '.join(UNITS)}, got {unit!r}")
+        self.pruner: Pruner | None = None
+        self._batches, self._loss_fn, self._unit, self._settings = batches, loss_fn, unit, settings
+        self._state: dict[str, Any] | None = None  # of a checkpoint, until there is a Pruner
+        self._step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the Pruner, and restore its state.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The model.
+
+        Raises:
+            ValueError: If an argument is wrong, or there are several processes.
+        """
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"trainer: expected one process, got {trainer.world_size}, which would prune by different gradients; "
+                "train with devices=1"
+            )
+        settings = dict(self._settings)
+        if settings.get("criterion") != "magnitude" and settings.get("buffer") is None and self._batches is None:
+            settings["batches"] = trainer.train_dataloader
+        else:
+            settings["batches"] = self._batches
+        if settings["batches"] is not None and self._loss_fn is None and settings.get("forward") is None:
+            settings["forward"] = _TrainingStep(trainer)
+        self.pruner = Pruner(pl_module, loss_fn=self._loss_fn, **settings)
+        for optimizer in trainer.optimizers[:1] if len(trainer.optimizers) == 1 else ():
+            self.pruner.check_optimizer(optimizer)
+        if self._state is not None:
+            self.pruner.load_state_dict(self._state)
+            self._state = None
+        self._step = trainer.global_step
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Take pruned weights out of the gradients, before these are clipped."""
+        self.pruner.mask_gradients()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Hold the masks, and prune if an update is due; once per optimizer step."""
+        if trainer.global_step == self._step:
+            return  # gradients were accumulated only
+        self._step = trainer.global_step
+        epoch = trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches
+        self.pruner.step(trainer.global_step if self._unit == "step" else epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds."""
+        return self._state or {} if self.pruner is None else self.pruner.state_dict(results=True)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore what a checkpoint held, when training begins."""
+        self._state = dict(state_dict) or None
+
+
+class _TrainingStep:
+    """The loss of a LightningModule's training_step under the trainer's precision, without its logging."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def __deepcopy__(self, memo: dict) -> _TrainingStep:
+        return self
+
+    def __call__(self, module: nn.Module, batch: Any) -> Any:
+        with _silent(module), self._trainer.precision_plugin.forward_context():
+            loss = module.training_step(batch, 0)
+        return loss["loss"] if isinstance(loss, Mapping) else loss
+
+
+@contextmanager
+def _silent(module: nn.Module) -> Iterator[None]:
+    """Turn off ``self.log`` and ``self.log_dict``, which are for the trainer's own steps."""
+    names = ("log", "log_dict")
+    for name in names:
+        module.__dict__[name] = lambda *args, **options: None
+    try:
+        yield
+    finally:
+        for name in names:
+            del module.__dict__[name]

@@ -1,0 +1,134 @@
+"""Gradual pruning as a callback of Transformers' Trainer (``pip install transformers accelerate``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfac.pruning.gradual import Pruner
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        "mfac.integrations.transformers needs Transformers; pip install transformers accelerate"
+    ) from error
+
+UNITS = ("step", "epoch")
+FILE = "pruner.pt"  # in each checkpoint's folder
+
+
+class PrunerCallback(TrainerCallback):
+    """Prunes a model while Trainer trains it; see :class:`mfac.Pruner`, whose arguments it takes.
+
+    Works with gradient accumulation and mixed precision. Pruned weights do not count in the norm by which gradients are
+    clipped. The state lies in the folder of each checkpoint, as ``pruner.pt``, so ``trainer.train(
+    resume_from_checkpoint=...)`` goes on in the middle of a schedule.
+
+    Args:
+        batches: Where gradients come from; None: the training dataloader, in an order of its own.
+        loss_fn: Loss of (outputs, batch); None: the ``.loss`` of the model's output.
+        unit: Of ``start``, ``frequency`` and ``end``: ``"step"`` (optimizer steps) or ``"epoch"``.
+        resume_from: Folder of the checkpoint that training is resumed from, if that is not
+            ``<output_dir>/checkpoint-<step>``.
+        settings: The other arguments of :class:`mfac.Pruner`; ``sparsity`` and ``end`` are required.
+
+    Attributes:
+        pruner: The :class:`mfac.Pruner`; None until training begins.
+
+    Raises:
+        ValueError: If ``unit`` is another; all else is checked when training begins.
+
+    Example::
+
+        callback = PrunerCallback(sparsity=0.9, start=100, end=1000, frequency=100)
+        Trainer(model, arguments, train_dataset=dataset, callbacks=[callback]).train()
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any] | None = None,
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        *,
+        unit: str = "step",
+        resume_from: str | Path | None = None,
+        **settings: Any,
+    ) -> None:
+        """Keep the arguments."""
+        if unit not in UNITS:
+            raise ValueError(f"unit: expected one of {', '.join(UNITS)}, got {unit!r}")
+        self.pruner: Pruner | None = None
+        self._batches, self._loss_fn, self._unit, self._settings = batches, loss_fn, unit, settings
+        self._resume_from = resume_from
+        self._hooks: list[Any] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """Make the Pruner, and restore its state if training is resumed.
+
+        Args:
+            args: The training arguments.
+            state: The trainer's state.
+            control: Not used.
+            objects: The model, dataloader and optimizer.
+
+        Raises:
+            ValueError: If an argument is wrong, there are several processes or GPUs, or training is resumed from a
+                checkpoint without the Pruner's state.
+        """
+        workers = max(args.world_size, args.n_gpu)
+        if workers > 1:
+            raise ValueError(
+                f"args: expected one process and GPU, got {workers}, which would prune by different gradients"
+            )
+        settings, model = dict(self._settings), objects["model"]
+        batches = self._batches
+        if batches is None and settings.get("criterion") != "magnitude" and settings.get("buffer") is None:
+            loader = objects["train_dataloader"]
+            batches = getattr(loader, "base_dataloader", loader)  # without accelerate's bookkeeping
+        self.pruner = Pruner(model, batches, self._loss_fn, **settings)
+        if state.global_step > 0:
+            folder = Path(self._resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            if not (folder / FILE).is_file():
+                raise ValueError(
+                    f"resume_from: expected the state of the Pruner at {folder / FILE}, got none; name the folder of "
+                    "the checkpoint"
+                )
+            self.pruner.load_state_dict(torch.load(folder / FILE, map_location="cpu", weights_only=True))
+        # Trainer clips gradients before it calls any callback.
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(_MaskGradient(self.pruner, name))
+            for name, p in self.pruner.params.items()
+            if p.requires_grad
+        ]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """Hold the masks, and prune if an update is due."""
+        self.pruner.step(state.global_step if self._unit == "step" else state.epoch)
+
+    def on_save(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """Add the Pruner's state to the checkpoint."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if folder.is_dir():
+            torch.save(self.pruner.state_dict(results=True), folder / FILE)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+class _MaskGradient:
+    """Sets the gradient of pruned weights to zero as it comes."""
+
+    def __init__(self, pruner: Pruner, name: str) -> None:
+        self._pruner, self._name = pruner, name
+
+    def __call__(self, p: nn.Parameter) -> None:
+        mask = self._pruner.masks.get(self._name)
+        if mask is not None and p.grad is not None:
+            p.grad.masked_fill_(~mask.to(p.grad.device), 0)

@@ -1,0 +1,115 @@
+"""``damping="auto"`` and ``block_size="auto"``: chosen by what gradients that were held back predict."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mfac.checks import warn
+from mfac.fisher import Fisher
+from mfac.pruning.quadratic import Plan, prune_vector
+
+DAMPINGS = ("1e-3*mean", "1e-2*mean", "1e-1*mean", "1*mean")  # candidates
+BLOCK_SIZES = (64, 128, 256, 512, 2048, 8192)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting that "auto" tried.
+
+    Attributes:
+        damping: λ.
+        block_size: B.
+        score: ½ mean((G_B δ)²) over the gradients B that the step δ was not computed from.
+    """
+
+    damping: float
+    block_size: int
+    score: float
+
+
+def choose_settings(
+    fisher: Fisher,
+    weights: Tensor,
+    active: Tensor | None,
+    plan: Plan,
+    damping: float | str,
+    block_size: int | str | None,
+    progress: bool = False,
+) -> tuple[Fisher, list[Candidate]]:
+    """Turn ``"auto"`` and relative damping into numbers, without a single forward pass.
+
+    For ``"auto"`` the step is computed from three quarters of the gradients, A, and scored by ½ mean((G_B δ)²) on the
+    rest, B: the increase of the loss predicted by gradients which it has not seen. The lowest score wins. (Halves would
+    do as well, but favour blocks small enough for half of the gradients.) Candidates are block sizes from 64 to 8192 at
+    λ = 1e-2 times the mean square of the gradients; then 1e-3, 0.1 and 1 times that at the best block size; then the
+    neighbours of that size at the best λ: as long as some 10 steps.
+
+    Args:
+        fisher: Of all weights, with any settings.
+        weights: [d] float32; not written.
+        active: [d] bool or None.
+        plan: The step that will be made.
+        damping: λ, ``"auto"`` or ``"<number>*mean"``.
+        block_size: B, None or ``"auto"``.
+        progress: Show a progress bar.
+
+    Returns:
+        The Fisher with its settings, and the candidates (none without ``"auto"``).
+
+    Raises:
+        ValueError: If there are fewer than 4 gradients for ``"auto"``, or a damping relative to gradients that are
+            zero.
+        RuntimeError: If no candidate gives a finite step.
+    """
+    (m, d), candidates = fisher.shape, []
+    if "auto" in (damping, block_size):
+        if m < 4:
+            raise ValueError(f"grads: expected at least 4 gradients for 'auto', got {m}")
+        fisher = fisher.replace(**({} if damping == "auto" else {"damping": damping}))
+        dampings = DAMPINGS if damping == "auto" else [fisher.damping]
+        sizes = [b for b in BLOCK_SIZES if b < d] or [d] if block_size == "auto" else [block_size]
+        options = {"backend": fisher.backend, "precision": fisher.precision, "device": fisher.device}
+        part, rest = Fisher(fisher.grads[: m * 3 // 4], **options), fisher.grads[m * 3 // 4 :]
+        tried: dict[tuple[float | str, int | None], Candidate] = {}
+
+        def best_of(settings: list[tuple[float | str, int | None]]) -> tuple[float | str, int | None]:
+            for value, size in settings:
+                if (value, size) not in tried:
+                    step, trial = weights.clone(), part.replace(damping=value, block_size=size)
+                    prune_vector(step, active, trial, plan)
+                    step -= weights
+                    score = 0.5 * float(torch.stack([(row.to(step) @ step).square() for row in rest]).mean())
+                    tried[value, size] = Candidate(trial.damping, trial.block_size, score)
+                    bar.update()
+            return min(tried, key=lambda key: tried[key].score if tried[key].score < math.inf else math.inf)  # nor NaN
+
+        with tqdm(total=len(dampings) + len(sizes), desc="settings", disable=not progress, leave=False) as bar:
+            _, size = best_of([(dampings[len(dampings) // 3], size) for size in sizes])
+            value, size = best_of([(value, size) for value in dampings])
+            near = sizes.index(size)
+            damping, block_size = best_of([(value, size) for size in sizes[max(near - 1, 0) : near + 2]])
+        candidates = list(tried.values())
+        if not tried[damping, block_size].score < math.inf:
+            raise RuntimeError("damping: no candidate gives a finite step; are the gradients far too large?")
+    fisher = fisher.replace(damping=damping, block_size=block_size)
+    _warn_ill_conditioned(fisher)
+    return fisher, candidates
+
+
+def _warn_ill_conditioned(fisher: Fisher) -> None:
+    """Warn of a damping that float64 cannot resolve beside the gradients, or that drowns them."""
+    damping, scale = fisher.damping, fisher.mean_square
+    trace = scale * fisher.block_size  # of a block of (1/m) GᵀG, on average
+    advice = f"try damping='3e-2*mean', {3e-2 * scale:.1e} here, or 'auto'"
+    if trace > 1e13 * damping:
+        problem = f"{damping / trace:.0e} of the trace of a block of the Fisher, too little for float64"
+    elif 0 < 1e3 * scale < damping:
+        problem = f"{damping / scale:.0e} times the mean square of the gradients: little but magnitudes counts then"
+    else:
+        return
+    warn(f"damping: {damping:g} is {problem}; {advice}")

@@ -1,0 +1,83 @@
+"""Masks by parameter name: check them, and apply them to a model or to a copy of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mfac.model.names import canonical_keys, named_parameters
+
+
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Set the pruned weights of a model to zero, in place.
+
+    For what training leaves beside the pruned model: averages of weights (EMA, SWA), copies, checkpoints from before.
+    Names may come with or without the prefixes of wrappers such as DistributedDataParallel, on either side.
+
+    Args:
+        model: Any module that has parameters of these names.
+        masks: Name -> bool tensor of the parameter's shape, True = kept.
+
+    Raises:
+        TypeError: If ``masks`` is not a mapping.
+        ValueError: If a name, type or shape does not fit; nothing is changed then.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> apply_masks(model, {"weight": torch.tensor([[True, False]])})
+        >>> model.weight[0, 1].item()
+        0.0
+    """
+    params = named_parameters(model)
+    checked = check_masks("masks", masks, params)
+    with torch.no_grad():
+        for name, mask in checked.items():
+            params[name].masked_fill_(~mask.to(params[name].device), 0)
+
+
+def check_masks(name: str, masks: Mapping[str, Tensor] | str, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Check masks against parameters.
+
+    Args:
+        name: Of the argument, for errors.
+        masks: Name -> bool tensor, or ``"nonzero"``.
+        params: The parameters that may have one.
+
+    Returns:
+        Canonical name -> mask, as given; for ``"nonzero"`` one for each parameter.
+
+    Raises:
+        TypeError: If it is not a mapping.
+        ValueError: If a name, type or shape does not fit.
+    """
+    if isinstance(masks, str):
+        return {key: p.detach() != 0 for key, p in params.items()}
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"{name}: expected name -> bool tensor, got {type(masks).__name__}")
+    checked = canonical_keys(name, masks, params)
+    for key, mask in checked.items():
+        shape = list(params[key].shape)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or list(mask.shape) != shape:
+            got = f"{mask.dtype} of shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"{name}[{key!r}]: expected bool of shape {shape}, got {got}")
+        if mask.is_meta:
+            raise ValueError(f"{name}[{key!r}]: expected a tensor with data, got one on the meta device")
+    return checked
+
+
+def flatten_masks(masks: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> Tensor | None:
+    """Return masks as one vector.
+
+    Args:
+        masks: Some of the parameters' masks; the others are dense.
+        params: Name -> parameter, in the order of the vector.
+
+    Returns:
+        [d] bool on the parameters' device; None without masks.
+    """
+    if not masks:
+        return None
+    full = [masks[n].to(p.device) if n in masks else torch.ones_like(p, dtype=torch.bool) for n, p in params.items()]
+    return torch.cat([mask.reshape(-1) for mask in full])
