@@ -158,9 +158,9 @@ def frontier(
     plan = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         parsed = parse_pattern(pattern)
-        within = [sparsity for sparsity in wanted if sparsity <= parsed.most + 1e-9]
+        within = [sparsity for sparsity in wanted if sparsity <= parsed.max_sparsity + 1e-9]
         if not within:
-            raise ValueError(f"sparsities: expected some up to {parsed.most:g} for {parsed.name}, got {wanted}")
+            raise ValueError(f"sparsities: expected some up to {parsed.max_sparsity:g} for {parsed.name}, got {wanted}")
         plan += [(pattern, parsed.name, sparsity) for sparsity in within]
     if not plan:
         raise ValueError("patterns: expected at least one, got none")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mfac.fisher import check_precision
 from mfac.gradients.buffer import GradientBuffer, check_grads_device
 from mfac.gradients.collect import GradientSource
+from mfac.model.names import named_parameters
 from mfac.model.targets import names_of, prunable_parameters
 from mfac.ops.backend import BACKENDS
 from mfac.pruning.quadratic import check_settings
@@ -148,7 +149,7 @@ class Pruner:
             named = {name for names, _ in groups for name in names}
             self._names = [name for name in self._names if name in named]
         self._named, self._model = given or [], model
-        Selection(self._params, sparsity, scope, pattern, self._named)  # checks
+        Selection(prunable_parameters(model, self._names), sparsity, scope, pattern, self._named)  # checks
         if buffer is not None and self._names != buffer.names:
             raise ValueError(
                 f"params: expected those of the buffer, {', '.join(buffer.names[:8])}; got {', '.join(self._names[:8])}"
@@ -172,7 +173,8 @@ class Pruner:
     @property
     def _params(self) -> dict[str, nn.Parameter]:
         """The parameters as they are now: the model may have been moved or given others since."""
-        return {name: self._model.get_parameter(name) for name in self._names}
+        params = named_parameters(self._model)
+        return {name: params[name] for name in self._names}
 
     @property
     def sparsity(self) -> float:

@@ -8,7 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mfac.model.targets import matching_names
+from mfac.model.names import matching_names
+from mfac.model.targets import PrunableParameters
 from mfac.pruning.patterns import parse_pattern
 from mfac.pruning.schedule import between
 
@@ -96,7 +97,7 @@ class Selection:
 
     def __init__(
         self,
-        chosen: Mapping[str, Tensor],
+        chosen: PrunableParameters,
         sparsity: float | Mapping[str, float],
         scope: str,
         pattern: str | Sequence[int],
@@ -113,16 +114,17 @@ class Selection:
             device = next(iter(chosen.values())).device
             groups, start = [], 0
             for name, p in chosen.items():
-                groups.append(pattern.groups(p.shape) + start)
+                groups.append(pattern.groups(p.shape, chosen.targets[name].axes) + start)
                 self._units[name] = len(groups[-1])
                 if len(groups[-1]) == 0 and name in named:
                     raise ValueError(f"pattern: {pattern.name} does not fit {name!r} of shape {list(p.shape)}")
                 start += p.numel()
             count = sum(map(len, groups))
-            if 4 * count * pattern.ways > _MOST_BYTES:
+            num_bytes = 4 * count * pattern.num_subsets
+            if num_bytes > _MOST_BYTES:
                 raise ValueError(
-                    f"pattern: {pattern.name} gives {count:,} groups {pattern.ways:,} scores each, "
-                    f"{4e-9 * count * pattern.ways:.0f} GB; expected below {_MOST_BYTES / 1e9:.0f} GB: take a smaller M"
+                    f"pattern: {pattern.name} gives {count:,} groups {pattern.num_subsets:,} scores each, "
+                    f"{num_bytes / 1e9:.0f} GB; expected below {_MOST_BYTES / 1e9:.0f} GB: take a smaller M"
                 )
             self.positions = torch.cat(groups).to(device)
             self.subsets = pattern.subsets().to(device)
@@ -130,9 +132,9 @@ class Selection:
                 shapes = ", ".join(str(list(p.shape)) for p in list(chosen.values())[:4])
                 raise ValueError(f"pattern: {pattern.name} fits none of the parameters, of shapes {shapes}")
         for names, sparsity in segments:
-            if sparsity > pattern.most + 1e-9:
+            if sparsity > pattern.max_sparsity + 1e-9:
                 raise ValueError(
-                    f"sparsity: {sparsity} of {', '.join(names[:3])} is more than {pattern.most:g}, all that "
+                    f"sparsity: {sparsity} of {', '.join(names[:3])} is more than {pattern.max_sparsity:g}, all that "
                     f"{pattern.name} allows"
                 )
         order = [name for names, _ in segments for name in names]
@@ -153,7 +155,7 @@ class Selection:
         counts, totals = [], []
         for names, sparsity in self.segments:
             total = sum(self._units[name] for name in names)
-            target = min(round(sparsity / self.pattern.most * total), total)
+            target = min(round(sparsity / self.pattern.max_sparsity * total), total)
             held = 0 if flags is None else sum(int(flags[name].sum()) for name in names)
             if target < held:
                 what = "weights" if self.positions is None else f"groups of {self.pattern.name}"
@@ -161,7 +163,7 @@ class Selection:
                     f"sparsity: {sparsity} of {total} {what} ({', '.join(names[:3])}) is {target}, but masks "
                     f"already hold {held} pruned; pruned weights stay pruned unless their mask is dropped"
                 )
-            most = self.pattern.most
+            most = self.pattern.max_sparsity
             now = between(most * held / max(total, 1), most * target / max(total, 1), share) / most * total
             counts.append(target if share == 1 else min(max(held, round(now)), target))
             totals.append(total)
