@@ -1,7 +1,9 @@
 """Patterns: groups of weights, N:M and blocks, through prune_step."""
 
+import functools
 import itertools
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from torch.sparse import _semi_structured_conversions
 
 import mfac
+from mfac.model.layers import Axes
 from mfac.pruning.patterns import parse_pattern
 
 
@@ -25,13 +28,13 @@ def layer_of(kind):
     }[kind]
 
 
-def groups_by_hand(mask, rows, cols):
+def groups_by_hand(mask, rows, cols, groups=1):
     """Every [rows, cols] of output and input channels at every position of the kernel, as lists of bools."""
-    flat = mask.reshape(mask.shape[0], mask.shape[1], -1)
-    for r in range(0, flat.shape[0] - rows + 1, rows):
-        for c in range(0, flat.shape[1] - cols + 1, cols):
-            for k in range(flat.shape[2]):
-                yield flat[r : r + rows, c : c + cols, k].reshape(-1)
+    for flat in mask.reshape(mask.shape[0], mask.shape[1], -1).chunk(groups):
+        for r in range(0, flat.shape[0] - rows + 1, rows):
+            for c in range(0, flat.shape[1] - cols + 1, cols):
+                for k in range(flat.shape[2]):
+                    yield flat[r : r + rows, c : c + cols, k].reshape(-1)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d", "conv3d", "grouped", "remainder"])
@@ -43,26 +46,144 @@ def test_every_group_keeps_to_the_pattern(kind, pattern, criterion):
     for share in (1.0, 0.5):
         model = layer_of(kind)
         grads = oracle.gradients(20, model.weight.numel())
-        result = mfac.prune_step(model, grads, share * parsed.most, pattern=pattern, criterion=criterion, block_size=50)
+        result = mfac.prune_step(
+            model, grads, share * parsed.max_sparsity, pattern=pattern, criterion=criterion, block_size=50
+        )
         mask = result.masks["weight"]
         assert mask.shape == model.weight.shape
         assert torch.equal(model.weight == 0, ~mask)
-        pruned = [int((~group).sum()) for group in groups_by_hand(mask, parsed.rows, parsed.cols)]
+        by_hand = groups_by_hand(mask, parsed.rows, parsed.cols, getattr(model, "groups", 1))
+        pruned = [int((~group).sum()) for group in by_hand]
         assert set(pruned) <= {0, parsed.pruned}
         assert sum(map(bool, pruned)) == round(share * len(pruned))
         assert int((~mask).sum()) == sum(pruned)  # what makes no whole group stays dense
 
 
+LINEAR = Axes(outputs=0, inputs=1)
+
+
 def test_groups():
-    assert parse_pattern("2:4").groups((1, 8)).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert parse_pattern("2:4").groups((1, 4, 2)).tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]  # of input channels
-    assert parse_pattern("1:3").groups((2, 4)).tolist() == [[0, 1, 2], [4, 5, 6]]  # 3 and 7 are left over
-    assert parse_pattern([2, 1]).groups((3, 2)).tolist() == [[0, 2], [1, 3]]
-    assert parse_pattern("2:4").groups((8,)).shape == parse_pattern("2:4").groups((3, 3)).shape == (0, 4)
+    assert parse_pattern("2:4").groups((1, 8), LINEAR).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert parse_pattern("2:4").groups((1, 4, 2), LINEAR).tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]  # input channels
+    assert parse_pattern("1:3").groups((2, 4), LINEAR).tolist() == [[0, 1, 2], [4, 5, 6]]  # 3 and 7 are left over
+    assert parse_pattern([2, 1]).groups((3, 2), LINEAR).tolist() == [[0, 2], [1, 3]]
+    for shape in [(8,), (3, 3)]:
+        assert parse_pattern("2:4").groups(shape, LINEAR).shape == (0, 4)
     for shape in [(4, 8), (6, 12, 3, 3)]:
-        assert parse_pattern("block4").groups(shape).flatten().sort().values.tolist() == list(
+        assert parse_pattern("block4").groups(shape, LINEAR).flatten().sort().values.tolist() == list(
             range(torch.Size(shape).numel())
         )
+
+
+def test_groups_of_other_axes():
+    assert parse_pattern("2:4").groups((4, 2), Axes(1, 0)).tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]  # [in, out]
+    assert parse_pattern("2:4").groups((2, 1, 4), Axes(1, 2)).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]  # of experts
+    assert parse_pattern([2, 1]).groups((6, 1), Axes(0, 1, groups=2)).tolist() == [[0, 1], [3, 4]]  # 3 outputs each
+    assert parse_pattern("1:2").groups((6, 1), Axes(1, 0, groups=2)).tolist() == [[0, 1], [3, 4]]  # 3 inputs each
+    assert parse_pattern("2:4").groups((4, 8), None).shape == (0, 4)
+    assert parse_pattern("unstructured").groups((2, 2), None).tolist() == [[0], [1], [2], [3]]
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (8, 8, 3), (5, 9, 3, 2), (4, 4, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize("pattern", ["2:4", "1:3", "block4", [2, 2], [3, 1]], ids=str)
+def test_order_of_the_groups(shape, pattern):
+    """Rows of groups first, then positions along the inputs, then those of the kernel."""
+    parsed, index = parse_pattern(pattern), torch.arange(torch.Size(shape).numel()).view(shape)
+    by_hand = [group.tolist() for group in groups_by_hand(index, parsed.rows, parsed.cols)]
+    assert parsed.groups(shape, LINEAR).tolist() == by_hand
+
+
+LAYERS = {
+    "Linear": lambda: nn.Linear(9, 6),
+    "Conv1d": lambda: nn.Conv1d(8, 6, 3),
+    "Conv2d, grouped": lambda: nn.Conv2d(12, 10, (2, 3), groups=2),
+    "Conv3d, depthwise": lambda: nn.Conv3d(4, 8, 2, groups=4),
+    "ConvTranspose1d": lambda: nn.ConvTranspose1d(9, 6, 3),
+    "ConvTranspose2d, grouped": lambda: nn.ConvTranspose2d(10, 8, (2, 3), groups=2),
+    "ConvTranspose3d, grouped": lambda: nn.ConvTranspose3d(8, 4, 2, groups=2),
+    "MultiheadAttention": lambda: nn.MultiheadAttention(8, 2),
+}
+
+
+@functools.cache
+def places_of(kind):
+    """[d, 4]: group of channels, kernel position, output and input within the group of every weight.
+
+    Channels are measured: a single weight of one passes the number of its input channel to its output channel.
+    """
+    layer = LAYERS[kind]()
+    weight = next(iter(mfac.prunable_parameters(layer).values())).detach()
+    linear = weight.dim() == 2
+    width, groups = weight.shape[1] if linear else layer.in_channels, getattr(layer, "groups", 1)
+    x = torch.arange(1.0, width + 1).view(1, -1, *[1] * (weight.dim() - 2))
+    x = x if linear else x.expand(1, width, *[4] * (weight.dim() - 2))
+    places = []
+    for i in range(weight.numel()):
+        only = torch.zeros_like(weight)
+        only.view(-1)[i] = 1
+        fixed = {"weight": only} if linear else {"weight": only, "bias": torch.zeros_like(layer.bias)}
+        out = nn.functional.linear(x, only) if linear else torch.func.functional_call(layer, fixed, x)
+        reached = out.abs().flatten(2).amax(2)[0] if out.dim() > 2 else out[0]
+        output, source = int(reached.argmax()), int(reached.max()) - 1
+        group = source // (width // groups)
+        kernel = i % weight[0, 0].numel()
+        places.append((group, kernel, output - group * (len(reached) // groups), source - group * (width // groups)))
+    return torch.tensor(places)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("pattern", ["2:4", "1:3", "block4", [2, 2], [3, 1]], ids=str)
+def test_members_of_a_group(kind, pattern):
+    """Members share kernel position and group of channels, and are consecutive outputs by consecutive inputs."""
+    parsed, places = parse_pattern(pattern), places_of(kind)
+    chosen = mfac.prunable_parameters(LAYERS[kind]())
+    name, weight = next(iter(chosen.items()))
+    groups = parsed.groups(weight.shape, chosen.targets[name].axes)
+    assert len(groups.unique()) == groups.numel()  # a weight is in at most one
+    members = places[groups]  # [n, P, 4]
+    assert torch.equal(members[:, :, :2], members[:, :1, :2].expand(-1, parsed.size, -1))
+    steps = torch.cartesian_prod(torch.arange(parsed.rows), torch.arange(parsed.cols))
+    assert torch.equal(members[:, :, 2:], members[:, :1, 2:] + steps)
+    outputs, inputs = (places[:, 2:].amax(0) + 1).tolist()
+    assert len(groups) == len(places[:, :2].unique(dim=0)) * (outputs // parsed.rows) * (inputs // parsed.cols)
+    left = torch.ones(weight.numel(), dtype=torch.bool)
+    left[groups.flatten()] = False
+    rebuilt = torch.where(left, weight.detach().flatten(), torch.nan)
+    rebuilt[groups] = weight.detach().flatten()[groups]
+    assert torch.equal(rebuilt.view_as(weight), weight)  # undone
+
+
+@pytest.mark.parametrize(
+    ("model", "pattern"),
+    [
+        (nn.ConvTranspose2d(16, 6, 3, groups=2, bias=False), "2:4"),
+        (nn.ConvTranspose1d(12, 6, 3, groups=2, bias=False), "2:4"),  # 6 inputs a group: two are left over
+        (nn.Conv2d(8, 6, 3, groups=2, bias=False), [2, 2]),  # 3 outputs a group: one is left over
+    ],
+    ids=["ConvTranspose2d", "ConvTranspose1d", "Conv2d"],
+)
+def test_grouped_layers(model, pattern):
+    grads, parsed = oracle.gradients(20, model.weight.numel()), parse_pattern(pattern)
+    mask = mfac.prune_step(model, grads, parsed.max_sparsity, pattern=pattern, block_size=50).masks["weight"]
+    for part in mask.chunk(2):  # [in, out / groups, ...] or [out / groups, in, ...]
+        part = part.transpose(0, 1) if isinstance(model, nn.modules.conv._ConvTransposeNd) else part
+        for group in groups_by_hand(part, parsed.rows, parsed.cols):
+            assert int((~group).sum()) == parsed.pruned
+        assert part[part.shape[0] // parsed.rows * parsed.rows :].all()
+        assert part[:, part.shape[1] // parsed.cols * parsed.cols :].all()
+
+
+def test_unknown_axes_do_not_fit():
+    model = nn.Bilinear(4, 4, 4, bias=False)
+    with pytest.raises(ValueError, match=r"pattern: 2:4 does not fit 'weight' of shape \[4, 4, 4\]"):
+        mfac.prune_step(model, oracle.gradients(8, 64), pattern="2:4", params="weight")
+    assert mfac.prune_step(model, oracle.gradients(8, 64), 0.5, params="weight").sparsity == 0.5
+
+
+def test_numpy_integers():
+    assert parse_pattern(list(np.array([2, 4]))) == parse_pattern([2, 4])
+    with pytest.raises(TypeError, match=r"pattern: expected .*\[rows, cols\], got \[True, 4\]"):
+        parse_pattern([True, 4])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -86,7 +207,7 @@ def test_two_of_four_is_the_best_of_all_subsets(backend):
 def test_gradual(pattern):
     """A rising share of groups; what is pruned stays so, and the end is the whole pattern."""
     model, masks, before = layer_of("conv2d"), None, None
-    grads, most = oracle.gradients(20, model.weight.numel()), parse_pattern(pattern).most
+    grads, most = oracle.gradients(20, model.weight.numel()), parse_pattern(pattern).max_sparsity
     for share in (0.25, 0.5, 1.0):
         result = mfac.prune_step(model, grads, share * most, pattern=pattern, masks=masks, block_size=64)
         masks = result.masks

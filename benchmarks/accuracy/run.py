@@ -111,8 +111,8 @@ def single_saliencies(model: nn.Module, grads: mfac.GradientBuffer, sparsity: fl
     weights = torch.cat([p.detach().reshape(-1) for p in chosen.values()])
     diagonal = fisher.inverse_diagonal()
     saliency, start, groups = weights.square() / (2 * diagonal), 0, []
-    for p in chosen.values():
-        groups.append(parse_pattern(pattern).groups(p.shape) + start)
+    for name, p in chosen.items():
+        groups.append(parse_pattern(pattern).groups(p.shape, chosen.targets[name].axes) + start)
         start += p.numel()
     groups, kept = torch.cat(groups), torch.ones(len(weights), dtype=torch.bool)
     if pattern == "2:4":

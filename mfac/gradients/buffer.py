@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from mfac.model.names import named_parameters
+
 
 class GradientBuffer:
     """A ring of the last ``num_grads`` gradients, one row of d numbers each.
@@ -134,7 +136,7 @@ class GradientBuffer:
         Raises:
             ValueError: If a parameter is missing or has no gradient.
         """
-        params = dict(model.named_parameters())
+        params = named_parameters(model)
         grads = []
         for name in self.names:
             if name not in params:

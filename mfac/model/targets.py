@@ -1,30 +1,102 @@
-"""Which parameters of a model are pruned, by name."""
+"""Which parameters of a model are pruned: chosen by type of layer or by name."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+import functools
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import type_before_parametrizations
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from mfac.model.layers import Axes, layer_weights
+from mfac.model.names import NameTable, named_parameters, shorten
+from mfac.model.reparametrized import reparametrized
+
+_EXCLUDED = "excluded"
 
 
-def prunable_parameters(model: nn.Module, params: str | Iterable[str] | None = None) -> dict[str, nn.Parameter]:
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A parameter to prune.
+
+    Attributes:
+        name: Canonical name, without the components that wrappers add.
+        parameter: The parameter.
+        layer: Class name of the layer that it belongs to.
+        axes: Meaning of its axes; None if unknown, or if it is shared by layers that differ.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    layer: str
+    axes: Axes | None
+
+
+class PrunableParameters(dict[str, nn.Parameter]):
+    """The parameters to prune by canonical name, in the order of the model; ``print`` shows them as a table.
+
+    Args:
+        targets: What is pruned.
+        left_out: What is not.
+
+    Attributes:
+        targets: Name to :class:`Target`, for every parameter.
+        left_out: Name to the reason, for weights that are not pruned: frozen, tied to an embedding, excluded, or of a
+            layer whose weights are pruned only if named.
+    """
+
+    def __init__(self, targets: Iterable[Target], left_out: Mapping[str, str]) -> None:
+        self.targets = {target.name: target for target in targets}
+        self.left_out = dict(left_out)
+        super().__init__((target.name, target.parameter) for target in self.targets.values())
+
+    def __str__(self) -> str:
+        rows = [("name", "layer", "shape", "weights")]
+        for t in self.targets.values():
+            rows.append((t.name, t.layer, str(list(t.parameter.shape)), f"{t.parameter.numel():,}"))
+        rows.append(("total", "", "", f"{sum(p.numel() for p in self.values()):,}"))
+        name, layer, shape, weights = (max(map(len, column)) for column in zip(*rows, strict=True))
+        lines = [f"{a:{name}}  {b:{layer}}  {c:{shape}}  {d:>{weights}}" for a, b, c, d in rows]
+        if self.left_out:
+            lines += ["left out:", *(f"  {name}: {reason}" for name, reason in self.left_out.items())]
+        return "\n".join(lines)
+
+
+def prunable_parameters(
+    model: nn.Module, params: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None
+) -> PrunableParameters:
     """Return the parameters to prune, in the order of ``model.named_parameters()``.
+
+    By default these are the weights of Linear, ConvNd, ConvTransposeNd and MultiheadAttention layers, of Conv1D of
+    transformers, and of layers registered with :func:`register_layer`, except frozen ones (``requires_grad`` is False)
+    and ones shared with an embedding. What is left out is logged once, at level INFO of the logger ``mfac``.
+
+    Names are those of the unwrapped model: without the components that ``torch.compile``, DataParallel and other
+    wrappers add, though names with them are understood. A weight with weight norm or spectral norm is pruned through
+    the parameter that it is computed from, whose zeros it shares, and may be named as if it were plain. Weight norm
+    divides by the norm of a row, so a row that is pruned as a whole becomes NaN; remove weight norm before pruning that
+    far.
 
     Args:
         model: Any module.
-        params: ``None`` for the weights of all Linear and ConvNd layers, or names of parameters. Besides plain names,
-            ``"re:<regex>"`` takes every parameter whose name matches from its start, ``"__ALL__"`` every parameter and
-            ``"__ALL_PRUNABLE__"`` the same as ``None``.
+        params: ``None`` for the default, or names of parameters, which are then pruned even if frozen or shared with
+            an embedding. Besides plain names, ``"re:<regex>"`` takes every parameter whose name matches from its
+            start, ``"__ALL__"`` every parameter and ``"__ALL_PRUNABLE__"`` the default.
+        exclude: Parameters to leave out of these, written in the same way.
 
     Returns:
-        Name to parameter. A parameter that has two names appears once, under the first.
+        Name to parameter; ``targets`` has the layers and axes, ``left_out`` the reasons. A parameter that has two names
+        appears once, under the first.
 
     Raises:
-        TypeError: If ``model`` is not a module, ``params`` cannot be iterated or an entry is not a string.
-        ValueError: If the model has no parameters, nothing prunable, or an entry of ``params`` matches nothing.
+        TypeError: If ``model`` is not a module, ``params`` or ``exclude`` cannot be iterated or an entry is not a
+            string.
+        ValueError: If the model has no parameters, nothing is left to prune, an entry of ``params`` or ``exclude``
+            matches nothing, or a parameter cannot be pruned: it is uninitialised, masked by ``torch.nn.utils.prune``
+            or used through an unknown parametrization.
 
     Example:
         >>> import torch
@@ -33,38 +105,51 @@ def prunable_parameters(model: nn.Module, params: str | Iterable[str] | None = N
         ['0.weight', '2.weight']
         >>> list(prunable_parameters(model, "re:2[.]"))
         ['2.weight', '2.bias']
+        >>> print(prunable_parameters(model, exclude="2.weight"))
+        name      layer   shape   weights
+        0.weight  Linear  [3, 4]       12
+        total                          12
+        left out:
+          2.weight: excluded
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    every = dict(model.named_parameters())
-    if not every:
+    parameters = named_parameters(model)
+    if not parameters:
         raise ValueError("model: expected a module with parameters, got one without any")
-    weights = {id(layer.weight) for layer in model.modules() if isinstance(layer, _LAYERS)}
-    prunable = {name: p for name, p in every.items() if id(p) in weights}
-    if params is None:
-        if not prunable:
-            raise ValueError(
-                "model: expected at least one Linear or ConvNd layer, got none; name the parameters in params"
-            )
-        return prunable
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    targets, known, left_out = _targets(model, names)
+    default = [name for name in parameters if name in known and name not in left_out]
+    table = NameTable.of_model(model)
 
-    groups = {"__ALL__": list(every), "__ALL_PRUNABLE__": list(prunable)}
-    chosen: set[str] = set()
-    for entry in names_of(params):
-        found = matching_names(entry, every) or groups.get(entry)
-        if not found:
-            raise ValueError(f"params: {entry!r} matches no parameter of the model, which has {_shorten(every)}")
-        chosen.update(found)
+    entries = names_of(params)
+    if not default and (entries is None or "__ALL_PRUNABLE__" in entries):
+        raise ValueError(_nothing(left_out))
+    keywords = {"__ALL__": list(parameters), "__ALL_PRUNABLE__": default}
+    chosen = set(default) if entries is None else _matching("params", entries, table, keywords)
     if not chosen:
         raise ValueError("params: expected at least one name, got none")
-    return {name: p for name, p in every.items() if name in chosen}
+    excluded = _matching("exclude", names_of(exclude, "exclude") or [], table, keywords)
+    if chosen <= excluded:
+        raise ValueError(f"exclude: expected to leave at least one parameter, got all of {shorten(sorted(chosen))}")
+
+    by_default = entries is None or "__ALL_PRUNABLE__" in entries
+    reasons = {name: why for name, why in left_out.items() if by_default and name not in chosen}
+    reasons |= dict.fromkeys(chosen & excluded, _EXCLUDED)
+    chosen -= excluded
+    _check_prunable(model, {name: parameters[name] for name in parameters if name in chosen}, names)
+    reasons = {name: reasons[name] for name in parameters if name in reasons}
+    if reasons:
+        _log_once(_summary(reasons))
+    return PrunableParameters((targets[name] for name in parameters if name in chosen), reasons)
 
 
-def names_of(params: str | Iterable[str] | None) -> list[str] | None:
+def names_of(params: str | Iterable[str] | None, what: str = "params") -> list[str] | None:
     """Return what the user wrote to choose parameters as a list.
 
     Args:
         params: See :func:`prunable_parameters`; an iterator is used up.
+        what: Name of the argument, for the error.
 
     Returns:
         The entries, or None.
@@ -75,36 +160,91 @@ def names_of(params: str | Iterable[str] | None) -> list[str] | None:
     if params is None:
         return None
     if not isinstance(params, Iterable):
-        raise TypeError(f"params: expected names of parameters or None, got {params!r}")
+        raise TypeError(f"{what}: expected names of parameters or None, got {params!r}")
     return [params] if isinstance(params, str) else list(params)
 
 
-def matching_names(entry: str, names: Iterable[str]) -> list[str]:
-    """Return the names that a name or ``"re:<regex>"`` matches.
+def _targets(model: nn.Module, names: Mapping[int, str]) -> tuple[dict[str, Target], set[str], dict[str, str]]:
+    """Targets of all parameters, names of the weights of known layers, and which of them are left out by default."""
+    parameters: dict[str, nn.Parameter] = {}
+    layers: dict[str, str] = {}
+    axes: dict[str, Axes | None] = {}
+    by_default: set[str] = set()
+    for layer in model.modules():
+        for weight in layer_weights(layer):
+            name = names[id(weight.parameter)]
+            layers.setdefault(name, type_before_parametrizations(layer).__name__)
+            axes[name] = weight.axes if axes.get(name, weight.axes) == weight.axes else None
+            by_default.update([name] if weight.by_default else [])
+    embeddings = {}
+    for layer in model.modules():
+        for parameter in layer.parameters(recurse=False):
+            name = names[id(parameter)]
+            parameters[name] = parameter
+            layers.setdefault(name, type_before_parametrizations(layer).__name__)
+            if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+                embeddings[name] = type(layer).__name__
+    left_out = {}
+    for name in axes:
+        if not parameters[name].requires_grad:
+            left_out[name] = "frozen (requires_grad is False)"
+        elif name in embeddings:
+            left_out[name] = f"tied to an {embeddings[name]}"
+        elif name not in by_default:
+            left_out[name] = f"weight of {layers[name]}, pruned only if named in params"
+    targets = {name: Target(name, p, layers[name], axes.get(name)) for name, p in parameters.items()}
+    return targets, set(axes), left_out
 
-    Args:
-        entry: A name, or ``re:`` and a regular expression matched from the start.
-        names: What to choose from.
 
-    Returns:
-        The matches, in order.
-
-    Raises:
-        TypeError: If ``entry`` is not a string.
-        ValueError: If the regular expression is not one.
-    """
-    if not isinstance(entry, str):
-        raise TypeError(f"params: expected names of parameters, got {entry!r}")
-    if not entry.startswith("re:"):
-        return [name for name in names if name == entry]
-    try:
-        pattern = re.compile(entry[3:])
-    except re.error as error:
-        raise ValueError(f"params: {entry!r} is not a regular expression: {error}") from None
-    return [name for name in names if pattern.match(name)]
+def _matching(what: str, entries: list[str], table: NameTable, keywords: Mapping[str, list[str]]) -> set[str]:
+    chosen: set[str] = set()
+    for entry in entries:
+        found = table.find(entry, what) or keywords.get(entry)
+        if not found:
+            names = shorten(keywords["__ALL__"])
+            raise ValueError(f"{what}: {entry!r} matches no parameter of the model, which has {names}")
+        chosen.update(found)
+    return chosen
 
 
-def _shorten(names: Iterable[str], most: int = 8) -> str:
-    names = list(names)
-    rest = f", ... ({len(names) - most} more)" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+def _nothing(left_out: Mapping[str, str]) -> str:
+    if left_out:
+        return (
+            f"model: expected at least one weight to prune by default, got only ones that are left out ("
+            f"{_summary(left_out)}); name them in params to prune them"
+        )
+    return (
+        "model: expected at least one Linear or ConvNd layer, or another of a known type, got none; name the "
+        "parameters in params, or make the type known with mfac.register_layer"
+    )
+
+
+def _check_prunable(model: nn.Module, chosen: Mapping[str, nn.Parameter], names: Mapping[int, str]) -> None:
+    for layer in model.modules():
+        kind = type_before_parametrizations(layer).__name__
+        for attribute, computed in reparametrized(layer).items():
+            originals = [names[id(layer.get_parameter(path))] for path in computed.originals if computed.refusal]
+            for name in originals:
+                if name in chosen:
+                    raise ValueError(
+                        f"model: expected parameters that can be pruned, got {name!r}: {attribute} of the {kind} is "
+                        f"{computed.refusal}"
+                    )
+    for name, parameter in chosen.items():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"model: expected initialised parameters, got {name!r} uninitialised; run the model on a batch first"
+            )
+
+
+def _summary(reasons: Mapping[str, str]) -> str:
+    """Names by reason, on one line."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{shorten(found)}: {reason}" for reason, found in names.items())
+
+
+@functools.cache
+def _log_once(summary: str) -> None:
+    logging.getLogger("mfac").info("not pruned: %s", summary)

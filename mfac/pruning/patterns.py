@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mfac.checks import as_number
+from mfac.model.layers import Axes
+
 _MOST_SUBSETS = 5000
 _MOST_WEIGHTS = 1024  # of a block, whose P² elements of F⁻¹ are formed
 
@@ -41,37 +44,45 @@ class Pattern:
         return self.rows * self.cols
 
     @property
-    def most(self) -> float:
-        """The largest share of zeros in whole groups."""
+    def max_sparsity(self) -> float:
+        """The largest sparsity of whole groups."""
         return self.pruned / self.size
 
     @property
-    def ways(self) -> int:
-        """k, the number of ways to prune a group."""
+    def num_subsets(self) -> int:
+        """k, the number of subsets of a group that may be pruned."""
         return math.comb(self.size, self.pruned)
 
     def subsets(self) -> Tensor:
-        """Return the ways to prune a group, [k, pruned] int64, places in [0, P)."""
+        """Return the subsets of a group that may be pruned, [k, pruned] int64, places in [0, P)."""
         return torch.tensor(list(itertools.combinations(range(self.size), self.pruned)))
 
-    def groups(self, shape: Sequence[int]) -> Tensor:
+    def groups(self, shape: Sequence[int], axes: Axes | None) -> Tensor:
         """Return the positions of the weights of every whole group in the flattened weight.
 
+        No group holds weights of two groups of channels (``axes.groups``).
+
         Args:
-            shape: Of the weight, [out, in, ...]; groups of more than one weight need two dimensions or more.
+            shape: Of the weight.
+            axes: Which of its axes are outputs and inputs; None if unknown, which only single weights do without.
 
         Returns:
-            [n, P] int64; n = 0 if none fits.
+            [n, P] int64, outputs before kernel positions, the weights of a group in the order of outputs, then inputs;
+            n = 0 if none fits.
         """
+        index = torch.arange(math.prod(shape))
         if self.size == 1:
-            return torch.arange(math.prod(shape))[:, None]
-        if len(shape) < 2:
+            return index[:, None]
+        if axes is None or len(shape) <= max(axes.outputs, axes.inputs):
             return torch.empty(0, self.size, dtype=torch.long)
-        down, across = shape[0] // self.rows, shape[1] // self.cols
-        index = torch.arange(math.prod(shape)).view(shape[0], shape[1], -1)
-        whole = index[: down * self.rows, : across * self.cols]
-        tiles = whole.reshape(down, self.rows, across, self.cols, index.shape[2])
-        return tiles.permute(0, 2, 4, 1, 3).reshape(-1, self.size)
+        split = index.view(*shape).unflatten(0, (axes.groups, -1))
+        ordered = split.movedim((axes.outputs + 1, axes.inputs + 1), (1, 2))
+        groups, outputs, inputs, *kernel = ordered.shape
+        ordered = ordered.reshape(groups, outputs, inputs, math.prod(kernel))
+        down, across = outputs // self.rows, inputs // self.cols
+        whole = ordered[:, : down * self.rows, : across * self.cols]
+        tiles = whole.reshape(groups, down, self.rows, across, self.cols, math.prod(kernel))
+        return tiles.permute(0, 1, 3, 5, 2, 4).reshape(-1, self.size)
 
 
 UNSTRUCTURED = Pattern("unstructured")
@@ -94,7 +105,7 @@ def parse_pattern(pattern: str | Sequence[int]) -> Pattern:
     Example:
         >>> parse_pattern("2:4").subsets().tolist()
         [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
-        >>> parse_pattern([2, 2]).groups((4, 2)).tolist()
+        >>> parse_pattern([2, 2]).groups((4, 2), Axes(outputs=0, inputs=1)).tolist()
         [[0, 1, 2, 3], [4, 5, 6, 7]]
     """
     known = "expected 'unstructured', 'N:M' such as '2:4', 'block4' or [rows, cols]"
@@ -119,9 +130,9 @@ def parse_pattern(pattern: str | Sequence[int]) -> Pattern:
         return Pattern(f"{keep}:{size}", 1, size, size - keep)
     if not isinstance(pattern, Sequence) or len(pattern) != 2:
         raise TypeError(f"pattern: {known}, got {pattern!r}")
-    if any(isinstance(x, bool) or not isinstance(x, int) for x in pattern):
+    rows, cols = map(as_number, pattern)
+    if not (isinstance(rows, int) and isinstance(cols, int)):
         raise TypeError(f"pattern: {known}, got {pattern!r}")
-    rows, cols = pattern
     if rows < 1 or cols < 1:
         raise ValueError(f"pattern: expected [rows, cols] >= 1, got {list(pattern)}")
     if rows * cols > _MOST_WEIGHTS:
