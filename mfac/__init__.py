@@ -6,11 +6,13 @@ Importing compiles nothing; the kernels are built at first use.
 from mfac.fisher import Fisher
 from mfac.gradients.buffer import GradientBuffer
 from mfac.gradients.collect import collect_gradients
+from mfac.model.layers import register_layer
 from mfac.model.targets import prunable_parameters
 from mfac.pruning.batchnorm import reestimate_batchnorm
 from mfac.pruning.frontier import Frontier, frontier
 from mfac.pruning.gradual import Pruner
 from mfac.pruning.iterative import prune
+from mfac.pruning.masks import apply_masks
 from mfac.pruning.result import PruneResult
 from mfac.pruning.schedule import Schedule
 from mfac.pruning.step import prune_step
@@ -24,10 +26,12 @@ __all__ = [
     "PruneResult",
     "Pruner",
     "Schedule",
+    "apply_masks",
     "collect_gradients",
     "frontier",
     "prunable_parameters",
     "prune",
     "prune_step",
     "reestimate_batchnorm",
+    "register_layer",
 ]

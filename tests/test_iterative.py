@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import mfac
-from mfac.pruning.schedule import between
+from mfac.pruning.schedule import interpolate_sparsity
 
 LOSS = nn.functional.cross_entropy
 FAST = {"num_grads": 8, "recomputations": 3, "progress": False, "damping": 1e-3, "block_size": 50}
@@ -34,7 +34,9 @@ def test_it_is_the_steps_made_by_hand():
     source, masks, buffer = iter(batches), None, None
     for r in (1, 2, 3):
         buffer = mfac.collect_gradients(other, source, LOSS, 8 if r == 1 else 3, buffer=buffer)
-        step = mfac.prune_step(other, buffer, between(0, 0.8, r / 3), masks=masks, damping=1e-3, block_size=50)
+        step = mfac.prune_step(
+            other, buffer, interpolate_sparsity(0, 0.8, r / 3), masks=masks, damping=1e-3, block_size=50
+        )
         masks = step.masks
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
     assert all(torch.equal(result.masks[name], masks[name]) for name in masks)
@@ -192,7 +194,7 @@ def test_an_iterator_that_ends_early(given):
     for r in range(1, done + 1):
         buffer = mfac.collect_gradients(other, source, LOSS, 8 if r == 1 else 2, buffer=buffer)
         masks = mfac.prune_step(
-            other, buffer, between(0, 0.8, r / 3), masks=masks, damping=1e-3, block_size=50
+            other, buffer, interpolate_sparsity(0, 0.8, r / 3), masks=masks, damping=1e-3, block_size=50
         ).masks  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
 
@@ -224,4 +226,4 @@ def test_a_loss_that_turns_nan(unchanged):
     with unchanged(model, weights=False), pytest.raises(ValueError, match="16 gradients are not finite, only 0 are"):
         mfac.prune(model, make_batches(), loss_fn, 0.8, **FAST)
     zeros = sum(int((p == 0).sum()) for p in mfac.prunable_parameters(model).values())
-    assert zeros == round(180 * between(0, 0.8, 1 / 3))
+    assert zeros == round(180 * interpolate_sparsity(0, 0.8, 1 / 3))

@@ -81,7 +81,7 @@ def test_wrong_devices():
             mfac.prune(model, data, F.cross_entropy, 0.5, grads_device=device, num_grads=1, progress=False)
         with pytest.raises(ValueError, match=f"grads_device: expected 'cpu', where the model is, got {device!r}"):
             mfac.Pruner(model, data, F.cross_entropy, sparsity=0.5, end=2, num_grads=1, grads_device=device)
-    with pytest.raises(ValueError, match="device: expected one that there is, got 'disk'"):
+    with pytest.raises(ValueError, match="device: expected an available device, got 'disk'"):
         mfac.Fisher(torch.ones(2, 3), 1.0, device="disk")
     with pytest.raises(ValueError, match="precision: expected 'highest', 'high' or 'medium', got 'low'"):
         mfac.prune_step(torch.nn.Linear(3, 2), torch.randn(4, 6), precision="low")

@@ -9,7 +9,7 @@ from oracle import BACKENDS, TOLERANCE
 from torch import nn
 
 import mfac
-from mfac.pruning.quadratic import BLOCK_SIZES, DAMPINGS
+from mfac.pruning.auto import BLOCK_SIZES, DAMPINGS
 from mfac.pruning.selection import Selection
 
 
@@ -125,7 +125,7 @@ def test_auto_for_one_of_the_two():
 
 def test_auto_needs_four(unchanged):
     model = linear()
-    with unchanged(model), pytest.raises(ValueError, match="grads: 'auto' needs at least 4 gradients; got 3"):
+    with unchanged(model), pytest.raises(ValueError, match="grads: expected at least 4 gradients for 'auto', got 3"):
         mfac.prune_step(model, oracle.gradients(3, 120), 0.5, damping="auto")
 
 

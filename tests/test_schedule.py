@@ -17,8 +17,8 @@ def updates(schedule, times):
     last, out = None, []
     for time in times:
         if schedule.due(time, last):
-            out.append((time, schedule.sparsity(time)))
-            last = time
+            last = schedule.nominal_time(time)
+            out.append((time, schedule.sparsity(last)))
     return out
 
 
@@ -54,9 +54,8 @@ def test_any_run(initial, rise, start, length, frequency, steps, curve):
     schedule = Schedule(initial, initial + rise, start, end, frequency, curve)
     done = updates(schedule, times)
     assert done[0] == (start, initial)
-    for (t0, s0), (t1, s1) in pairwise(done):
+    for (_, s0), (_, s1) in pairwise(done):
         assert s0 < s1
-        assert t1 >= end or t1 - t0 >= frequency * (1 - 1e-9)
     late = [time for time in times if time >= end]
     assert [update for update in done if update[0] >= end] == [(time, initial + rise) for time in late[:1]]
 
@@ -98,14 +97,14 @@ GOOD = {"initial": 0.0, "final": 0.8, "start": 0, "end": 10, "frequency": 1}
         ({"initial": True}, TypeError, "initial sparsity: expected a number, got True"),
         ({"end": None}, TypeError, "end: expected a number, got None"),
         ({"end": -1}, ValueError, "end: expected >= start = 0, got -1"),
-        ({"end": math.inf}, ValueError, "start, end: expected finite numbers, got 0 and inf"),
-        ({"start": math.nan}, ValueError, "start, end: expected finite numbers"),
+        ({"end": math.inf}, ValueError, "end: expected a finite number, got inf"),
+        ({"start": math.nan}, ValueError, "start: expected a finite number, got nan"),
         ({"frequency": 0}, ValueError, "frequency: expected > 0, got 0"),
         ({"frequency": math.nan}, ValueError, "frequency: expected > 0, got nan"),
         (
             {"interpolation": "quadratic"},
             ValueError,
-            "schedule interpolation: expected one of linear, cubic, inverse_cubic",
+            "schedule: expected one of linear, cubic, inverse_cubic",
         ),
     ],
 )

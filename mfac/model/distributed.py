@@ -6,29 +6,44 @@ from torch import nn
 
 
 def refuse_distributed(model: nn.Module) -> None:
-    """Check that the model belongs to one process.
+    """Check that the model's gradients are those of one process.
 
     Args:
         model: Any module.
 
     Raises:
-        ValueError: If it is or holds a DistributedDataParallel or FullyShardedDataParallel module, one that
-            ``fully_shard`` was applied to, or a parameter that is a DTensor.
+        ValueError: If it is or holds a DistributedDataParallel module, or is sharded.
     """
     for module in model.modules():
-        classes = {cls.__name__ for cls in type(module).__mro__}
-        if "DistributedDataParallel" in classes:
+        if "DistributedDataParallel" in _classes(module):
             raise ValueError(
                 "model: expected a model on one process, got DistributedDataParallel, whose ranks would prune by "
                 "different gradients and drift apart; prune before wrapping it (on rank 0, then broadcast), or feed "
                 "the averaged gradients of the training itself to a GradientBuffer after backward() and pass buffer="
             )
-        for sharded in ("FullyShardedDataParallel", "FSDPModule"):
-            if sharded in classes:
-                raise ValueError(_sharded(sharded))
+    refuse_sharded(model)
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Check that the weights of the model are whole.
+
+    Args:
+        model: Any module.
+
+    Raises:
+        ValueError: If it is or holds a FullyShardedDataParallel module, one that ``fully_shard`` was applied to, or a
+            parameter that is a DTensor.
+    """
+    for module in model.modules():
+        for sharded in {"FullyShardedDataParallel", "FSDPModule"} & _classes(module):
+            raise ValueError(_sharded(sharded))
     for name, parameter in model.named_parameters():
-        if any(cls.__name__ == "DTensor" for cls in type(parameter).__mro__):
+        if "DTensor" in _classes(parameter):
             raise ValueError(_sharded(f"{name!r} as a DTensor"))
+
+
+def _classes(value: object) -> set[str]:
+    return {cls.__name__ for cls in type(value).__mro__}
 
 
 def _sharded(got: str) -> str:

@@ -16,7 +16,7 @@ from mfac.fisher import Fisher
 from mfac.gradients.buffer import GradientBuffer, check_grads_device
 from mfac.gradients.source import GradientSource
 from mfac.model.distributed import refuse_distributed, refuse_sharded
-from mfac.model.names import canonical_keys, named_parameters
+from mfac.model.names import NameTable, named_parameters
 from mfac.model.targets import prunable_parameters
 from mfac.ops import compiled
 from mfac.ops.backend import select_backend
@@ -80,7 +80,7 @@ class Engine:
         self.kernels = select_backend(settings["backend"], self.device)
         self.masks: dict[str, Tensor] = {}
         if settings["masks"] is not None:
-            masks = check_masks("masks", settings["masks"], chosen)
+            masks = check_masks("masks", settings["masks"], chosen, NameTable.of_model(model))
             self.masks = {n: masks[n].to(p.device) if n in masks else torch.ones_like(p, dtype=torch.bool)
                           for n, p in chosen.items()}  # fmt: skip
         else:
@@ -452,7 +452,7 @@ def _buffer_of_rows(rows: Sequence[Mapping[str, Tensor]], params: Mapping[str, T
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise TypeError(f"grads[{index}]: expected a dict name -> gradient, got {type(row).__name__}")
-        row = canonical_keys(f"grads[{index}]", row, params)
+        row = NameTable(params).translate(f"grads[{index}]", row)
         if set(row) != set(params):
             wrong = sorted(set(row) ^ set(params))[:4]
             raise ValueError(f"grads[{index}]: expected the names {', '.join(params)}; missing or unknown: {wrong}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from mfac.model.names import canonical_keys, named_parameters
+from mfac.model.names import NameTable, named_parameters, shorten
 
 
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -31,19 +31,22 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         0.0
     """
     params = named_parameters(model)
-    checked = check_masks("masks", masks, params)
+    checked = check_masks("masks", masks, params, NameTable.of_model(model))
     with torch.no_grad():
         for name, mask in checked.items():
             params[name].masked_fill_(~mask.to(params[name].device), 0)
 
 
-def check_masks(name: str, masks: Mapping[str, Tensor] | str, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def check_masks(
+    name: str, masks: Mapping[str, Tensor] | str, params: Mapping[str, Tensor], table: NameTable | None = None
+) -> dict[str, Tensor]:
     """Check masks against parameters.
 
     Args:
         name: Of the argument, for errors.
         masks: Name -> bool tensor, or ``"nonzero"``.
-        params: The parameters that may have one.
+        params: The parameters that may have one, by canonical name.
+        table: What a user may write for these names; None: little beside themselves.
 
     Returns:
         Canonical name -> mask, as given; for ``"nonzero"`` one for each parameter.
@@ -56,8 +59,10 @@ def check_masks(name: str, masks: Mapping[str, Tensor] | str, params: Mapping[st
         return {key: p.detach() != 0 for key, p in params.items()}
     if not isinstance(masks, Mapping):
         raise TypeError(f"{name}: expected name -> bool tensor, got {type(masks).__name__}")
-    checked = canonical_keys(name, masks, params)
+    checked = (table or NameTable(params)).translate(name, masks)
     for key, mask in checked.items():
+        if key not in params:
+            raise ValueError(f"{name}: expected names among {shorten(params)}, got {key!r}")
         shape = list(params[key].shape)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or list(mask.shape) != shape:
             got = f"{mask.dtype} of shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__

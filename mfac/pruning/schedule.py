@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from mfac.checks import check_choice, check_number, check_sparsity
+from mfac.checks import as_number, check_choice, check_number, check_sparsity
 
 CURVES = {
     "linear": lambda x: x,
@@ -31,7 +31,7 @@ class Schedule:
         final: Sparsity at ``end``, in [0, 1].
         start: Time of the first update.
         end: Time of the last update. With ``end == start`` there is one update, to ``final``.
-        frequency: Time between updates, > 0.
+        frequency: Time between updates, > 0; infinity for none but those at ``start`` and ``end``.
         interpolation: ``"cubic"`` (1 - (1 - x)³: fast at first, the usual choice), ``"linear"`` (x) or
             ``"inverse_cubic"`` (1 - (1 - x)^⅓).
 
@@ -58,8 +58,12 @@ class Schedule:
         """Check the arguments."""
         for name, words in (("initial", "initial sparsity"), ("final", "final sparsity")):
             object.__setattr__(self, name, check_sparsity(words, getattr(self, name)))
-        for name in ("start", "end", "frequency"):
+        for name in ("start", "end"):
             object.__setattr__(self, name, check_number(name, getattr(self, name)))
+        frequency = as_number(self.frequency)
+        if frequency is None:
+            raise TypeError(f"frequency: expected a number, got {self.frequency!r}")
+        object.__setattr__(self, "frequency", frequency)
         if self.initial > self.final:
             raise ValueError(f"initial sparsity: expected <= the final one, {self.final}, got {self.initial!r}")
         if self.end < self.start:
@@ -83,7 +87,7 @@ class Schedule:
             return self.end
         # Epochs as floats: 0.2 + 0.1 > 0.3, and without the allowance for rounding the update at 0.3 would be missed.
         passed = math.floor((time - self.start) / self.frequency * (1 + 1e-12) + 1e-9)
-        return self.start + passed * self.frequency
+        return self.start + passed * self.frequency if passed else self.start
 
     def due(self, time: float, last: float | None) -> bool:
         """Return whether an update is due at ``time``, ``last`` being the nominal time of the last one, or None."""

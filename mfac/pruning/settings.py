@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypedDict, TypeVar, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from mfac.checks import check_choice, check_int, check_number, check_sparsity
+from mfac.checks import check_choice, check_int, check_sparsity
 from mfac.fisher import PRECISIONS, check_fisher_settings
 from mfac.gradients.buffer import GradientBuffer
 from mfac.ops.backend import BACKENDS
@@ -56,8 +56,8 @@ def _count(least: int = 1) -> Callable[[str, Any], int]:
     return lambda name, value: check_int(name, value, least)
 
 
-def _number(low: float = -float("inf")) -> Callable[[str, Any], float]:
-    return lambda name, value: check_number(name, value, low)
+def _by_schedule(name: str, value: Any) -> Any:
+    return value  # :class:`mfac.Schedule` checks it
 
 
 def _optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
@@ -311,13 +311,13 @@ class PruneSettings(StepSettings, GradientSettings, total=False):
 class PrunerSettings(StepSettings, GradientSettings, total=False):
     """The settings of :class:`mfac.Pruner`."""
 
-    initial_sparsity: Annotated[float, Setting(0.0, check_sparsity, "Sparsity at the first update.")]
-    start: Annotated[float, Setting(0, _number(), "Time of the first update.")]
+    initial_sparsity: Annotated[float, Setting(0.0, _by_schedule, "Sparsity at the first update.")]
+    start: Annotated[float, Setting(0, _by_schedule, "Time of the first update.")]
     frequency: Annotated[
-        float, Setting(1, _number(), "Time between updates, which are due at start, start + frequency, ... and end.")
+        float, Setting(1, _by_schedule, "Time between updates, due at start, start + frequency, ... and end.")
     ]
     schedule: Annotated[
-        str, Setting("cubic", _choice(CURVES), f"How sparsity rises: {', '.join(f'``{c!r}``' for c in CURVES)}.")
+        str, Setting("cubic", _by_schedule, f"How sparsity rises: {', '.join(f'``{c!r}``' for c in CURVES)}.")
     ]
     buffer: Annotated[
         GradientBuffer | None,
