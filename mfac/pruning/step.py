@@ -162,7 +162,8 @@ class Problem:
             advice: End of the error message.
 
         Raises:
-            RuntimeError: If a weight is not finite in its parameter's type; the model is unchanged.
+            RuntimeError: If a weight is not finite in its parameter's type, or weight norm would divide by zero; the
+                model is unchanged.
         """
         # In the parameter's own type: a weight that did not move keeps all its digits, and float16 may overflow.
         parts = (x.split(list(self.selection.sizes.values())) for x in (weights, kept))
@@ -172,6 +173,12 @@ class Problem:
             new.append(torch.where(same, p.detach(), a.view_as(p)).to(p.dtype))
         if not all(torch.isfinite(x).all() for x in new):
             raise RuntimeError(f"update: the result is not finite{advice}")
+        for target, x in zip(self.chosen.targets.values(), new, strict=True):
+            if target.divides_by_zero(x):
+                raise RuntimeError(
+                    f"update: expected weights whose norms are not zero, got {target.name!r} with a part pruned whole "
+                    "that is divided by its norm; remove the weight norm, prune less, or leave it out with exclude="
+                )
         for p, x in zip(self.chosen.values(), new, strict=True):
             p.detach().copy_(x)
 
