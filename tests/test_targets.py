@@ -252,7 +252,6 @@ def test_bad_exclude(model, exclude, error, message):
 
 REPARAMETRIZED = {
     "weight_norm": (parametrizations.weight_norm, "0.parametrizations.weight.original1"),
-    "weight_norm of columns": (lambda layer: parametrizations.weight_norm(layer, dim=1), None),
     "weight_norm, old": (nn.utils.weight_norm, "0.weight_v"),
     "spectral_norm": (parametrizations.spectral_norm, "0.parametrizations.weight.original"),
     "spectral_norm, old": (nn.utils.spectral_norm, "0.weight_orig"),
@@ -263,7 +262,6 @@ REPARAMETRIZED = {
 @pytest.mark.parametrize("kind", REPARAMETRIZED)
 def test_reparametrized(kind):
     wrap, name = REPARAMETRIZED[kind]
-    name = name or REPARAMETRIZED["weight_norm"][1]
     model = nn.Sequential(wrap(nn.Linear(8, 4)), nn.ReLU(), nn.Linear(4, 2))
     for params in (None, ["0.weight", "2.weight"], ["module.0.weight", "2.weight"], [name, "2.weight"]):
         chosen = prunable_parameters(model, params)
@@ -277,6 +275,27 @@ def test_reparametrized(kind):
     assert (mask[name].view(4, 2, 4).sum(2) == 2).all()
     (target,) = prunable_parameters(wrap(nn.ConvTranspose1d(8, 4, 3, groups=2))).targets.values()
     assert (target.layer, target.axes) == ("ConvTranspose1d", Axes(1, 0, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, parametrizations.weight_norm])
+@pytest.mark.parametrize(
+    ("dim", "zero", "refused"),
+    [(0, (0, ...), True), (1, (..., 0), True), (None, (...,), True), (0, (..., 0), False), (1, (0, ...), False)],
+)
+def test_nothing_is_divided_by_a_norm_of_zero(norm, dim, zero, refused):
+    layer = norm(nn.Linear(3, 2), dim=dim)
+    ((name, weight),) = prunable_parameters(layer).items()
+    masks = {name: torch.ones(2, 3, dtype=torch.bool)}
+    masks[name][zero] = False
+    before, sparsity = weight.detach().clone(), float((~masks[name]).float().mean())
+    if refused:
+        with pytest.raises(RuntimeError, match=f"update: expected weights whose norms are not zero, got '{name}' with"):
+            mfac.prune_step(layer, None, sparsity, masks=masks, criterion="magnitude")
+        assert torch.equal(weight, before)
+    else:
+        mfac.prune_step(layer, None, sparsity, masks=masks, criterion="magnitude")
+        assert layer(torch.randn(4, 3)).isfinite().all()
 
 
 def test_reparametrized_recurrent_layer():

@@ -124,12 +124,10 @@ def layer_weights(layer: nn.Module) -> Iterator[LayerWeight]:
     hidden = {original for site in computed.values() for original in site.originals}
     paths = {name: name for name in layer._parameters if name not in hidden}
     paths |= {name: site.pruned for name, site in computed.items()}
+    parameters = dict(layer.named_parameters(remove_duplicate=False))
     for name, path in paths.items():
-        if any(fnmatchcase(name, weight) for weight in known.weights):
-            owner, _, own = path.rpartition(".")
-            parameter = layer.get_submodule(owner)._parameters.get(own)
-            if parameter is not None:
-                yield LayerWeight(name, parameter, axes, known.by_default)
+        if path in parameters and any(fnmatchcase(name, weight) for weight in known.weights):
+            yield LayerWeight(name, parameters[path], axes, known.by_default)
 
 
 def _type_of(layer: nn.Module) -> _LayerType | None:

@@ -21,11 +21,13 @@ class Reparametrized:
         originals: Names of the parameters that it is computed from, relative to the layer.
         pruned: The original whose zeros are zeros of the tensor; the first one if there is no such original.
         refusal: Why the tensor cannot be pruned through ``pruned``; empty if it can.
+        norm_dim: ``pruned`` is divided by a norm of each of its slices along this axis, of the whole for -1.
     """
 
     originals: tuple[str, ...]
     pruned: str
     refusal: str = ""
+    norm_dim: int | None = None
 
 
 def reparametrized(layer: nn.Module) -> dict[str, Reparametrized]:
@@ -43,9 +45,9 @@ def reparametrized(layer: nn.Module) -> dict[str, Reparametrized]:
     found = {}
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm):
-            found[hook.name] = Reparametrized((f"{hook.name}_g", f"{hook.name}_v"), f"{hook.name}_v")
+            found[hook.name] = Reparametrized((f"{hook.name}_g", f"{hook.name}_v"), f"{hook.name}_v", norm_dim=hook.dim)
         elif isinstance(hook, SpectralNorm):
-            found[hook.name] = Reparametrized((f"{hook.name}_orig",), f"{hook.name}_orig")
+            found[hook.name] = Reparametrized((f"{hook.name}_orig",), f"{hook.name}_orig", norm_dim=-1)
         elif isinstance(hook, prune.BasePruningMethod):
             name = hook._tensor_name
             refusal = (
@@ -63,7 +65,8 @@ def reparametrized(layer: nn.Module) -> dict[str, Reparametrized]:
                 refusal = (
                     "" if kept else f"parametrized by {kinds}, which may not keep zeros; leave it out with exclude="
                 )
-                found[name] = Reparametrized(originals, path + kept if kept else originals[0], refusal)
+                norm_dim = steps[0].dim if kept == "original1" else -1 if kept else None
+                found[name] = Reparametrized(originals, path + kept if kept else originals[0], refusal, norm_dim)
     return found
 
 

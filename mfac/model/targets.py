@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import type_before_parametrizations
 
@@ -27,12 +27,29 @@ class Target:
         parameter: The parameter.
         layer: Class name of the layer that it belongs to.
         axes: Meaning of its axes; None if unknown, or if it is shared by layers that differ.
+        norm_dim: Under weight norm and spectral norm, the axis along which each slice is divided by its norm; -1 if the
+            whole is. None otherwise.
     """
 
     name: str
     parameter: nn.Parameter
     layer: str
     axes: Axes | None
+    norm_dim: int | None = None
+
+    def divides_by_zero(self, values: Tensor) -> bool:
+        """Return whether weight norm or spectral norm of these values is NaN, because a slice is zero as a whole.
+
+        Args:
+            values: What the parameter is to hold, of its shape.
+
+        Returns:
+            True if it is.
+        """
+        if self.norm_dim is None:
+            return False
+        slices = values[None] if self.norm_dim == -1 else values.movedim(self.norm_dim, 0)
+        return not bool(slices.flatten(1).any(1).all())
 
 
 class PrunableParameters(dict[str, nn.Parameter]):
@@ -76,9 +93,7 @@ def prunable_parameters(
 
     Names are those of the unwrapped model: without the components that ``torch.compile``, DataParallel and other
     wrappers add, though names with them are understood. A weight with weight norm or spectral norm is pruned through
-    the parameter that it is computed from, whose zeros it shares, and may be named as if it were plain. Weight norm
-    divides by the norm of a row, so a row that is pruned as a whole becomes NaN; remove weight norm before pruning that
-    far.
+    the parameter that it is computed from, whose zeros it shares, and may be named as if it were plain.
 
     Args:
         model: Any module.
@@ -176,8 +191,12 @@ def _targets(model: nn.Module, names: Mapping[int, str]) -> tuple[dict[str, Targ
             layers.setdefault(name, type_before_parametrizations(layer).__name__)
             axes[name] = weight.axes if axes.get(name, weight.axes) == weight.axes else None
             by_default.update([name] if weight.by_default else [])
-    embeddings = {}
+    embeddings, norm_dims = {}, {}
     for layer in model.modules():
+        for computed in reparametrized(layer).values():
+            original = dict(layer.named_parameters(remove_duplicate=False)).get(computed.pruned)
+            if original is not None:
+                norm_dims[names[id(original)]] = computed.norm_dim
         for parameter in layer.parameters(recurse=False):
             name = names[id(parameter)]
             parameters[name] = parameter
@@ -192,7 +211,9 @@ def _targets(model: nn.Module, names: Mapping[int, str]) -> tuple[dict[str, Targ
             left_out[name] = f"tied to an {embeddings[name]}"
         elif name not in by_default:
             left_out[name] = f"weight of {layers[name]}, pruned only if named in params"
-    targets = {name: Target(name, p, layers[name], axes.get(name)) for name, p in parameters.items()}
+    targets = {
+        name: Target(name, p, layers[name], axes.get(name), norm_dims.get(name)) for name, p in parameters.items()
+    }
     return targets, set(axes), left_out
 
 
@@ -223,9 +244,9 @@ def _check_prunable(model: nn.Module, chosen: Mapping[str, nn.Parameter], names:
     for layer in model.modules():
         kind = type_before_parametrizations(layer).__name__
         for attribute, computed in reparametrized(layer).items():
-            originals = [names[id(layer.get_parameter(path))] for path in computed.originals if computed.refusal]
-            for name in originals:
-                if name in chosen:
+            for path, parameter in layer.named_parameters():
+                name = names[id(parameter)]
+                if computed.refusal and path in computed.originals and name in chosen:
                     raise ValueError(
                         f"model: expected parameters that can be pruned, got {name!r}: {attribute} of the {kind} is "
                         f"{computed.refusal}"
