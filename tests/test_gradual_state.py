@@ -140,7 +140,7 @@ def test_masks_by_hand():
     assert zeros(model) == 64
 
 
-RANDOM = torch.Generator().get_state()
+RANDOM = {"seed": 0, "passes": 0, "taken": 0}
 
 
 def bad_state(**change):
@@ -172,4 +172,4 @@ def test_bad_state(unchanged, state, message):
     after = pruner.state_dict()
     assert all(torch.equal(after["masks"][name], before["masks"][name]) for name in SIZES)
     assert all(after[key] == before[key] for key in ("calls", "last", "reached"))
-    assert torch.equal(after["random"], before["random"])
+    assert after["random"] == before["random"]

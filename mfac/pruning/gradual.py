@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mfac.fisher import check_precision
 from mfac.gradients.buffer import GradientBuffer, check_grads_device
-from mfac.gradients.collect import GradientSource
+from mfac.gradients.source import GradientSource
 from mfac.model.targets import names_of, prunable_parameters
 from mfac.ops.backend import BACKENDS
 from mfac.pruning.quadratic import check_settings
@@ -131,7 +131,11 @@ class Pruner:
         if isinstance(recomputations, bool) or not isinstance(recomputations, int) or recomputations < 1:
             raise ValueError(f"recomputations: expected an int >= 1, got {recomputations!r}")
         self._source = (
-            None if batches is None else GradientSource(batches, loss_fn, num_grads, refresh, dtype, grads_device)
+            None
+            if batches is None
+            else GradientSource(
+                batches, loss_fn, num_grads=num_grads, refresh=refresh, dtype=dtype, device=grads_device
+            )
         )
         if buffer is not None and not isinstance(buffer, GradientBuffer):
             raise TypeError(f"buffer: expected a GradientBuffer, got {type(buffer).__name__}")
@@ -250,20 +254,17 @@ class Pruner:
         return self._buffer
 
     def state_dict(self) -> dict[str, Any]:
-        """Return masks, progress and random state, for :meth:`load_state_dict` of a Pruner with the same arguments.
-
-        The place in ``batches`` is not among them: after a restart these are gone through from their beginning.
-        """
+        """Return masks, progress and the place in ``batches``, for :meth:`load_state_dict` of a Pruner alike."""
         return {
             "masks": {name: mask.clone() for name, mask in self.masks.items()},
             "calls": self._calls,
             "last": self._last,
             "reached": dict(self._reached),
-            "random": None if self._source is None else self._source.get_state(),
+            "random": None if self._source is None else self._source.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore masks, progress and random state, and enforce the masks.
+        """Restore masks, progress and the place in ``batches``, and enforce the masks.
 
         Args:
             state: From :meth:`state_dict`.
@@ -286,7 +287,7 @@ class Pruner:
                 f"state: expected sparsities for {sorted(self._schedules)}, got {sorted(state['reached'])}"
             )
         if self._source is not None and state["random"] is not None:
-            self._source.set_state(state["random"])
+            self._source.load_state_dict(state["random"])
         self.masks = {name: mask.to(params[name].device, copy=True) for name, mask in state["masks"].items()}
         self._calls, self._last, self._reached = state["calls"], state["last"], dict(state["reached"])
         self.apply_masks()

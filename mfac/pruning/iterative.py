@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from mfac.fisher import check_precision
 from mfac.gradients.buffer import check_grads_device
-from mfac.gradients.collect import GradientSource
+from mfac.gradients.source import GradientSource
 from mfac.model.targets import names_of, prunable_parameters
 from mfac.ops.backend import select_backend
 from mfac.pruning.batchnorm import reestimate_batchnorm
@@ -115,7 +115,9 @@ def prune(
     select_backend(backend, device)
     check_grads_device("grads_device", grads_device, device)
     refresh = max(1, num_grads // 4) if refresh is None and isinstance(num_grads, int) else refresh
-    source = GradientSource(batches, loss_fn, num_grads, refresh, dtype, grads_device, announce=True)
+    source = GradientSource(
+        batches, loss_fn, num_grads=num_grads, refresh=refresh, dtype=dtype, device=grads_device, announce=True
+    )
 
     options = {"params": params, "pattern": pattern, "scope": scope, "criterion": criterion, "backend": backend}
     options["precision"] = check_precision(precision)
