@@ -80,7 +80,7 @@ def test_model_without_batchnorm():
     ("given", "count", "error", "message"),
     [
         (batches(), 0, ValueError, "num_batches: expected an int >= 1, got 0"),
-        (batches(), 1.5, ValueError, "num_batches: expected an int >= 1, got 1.5"),
+        (batches(), 1.5, TypeError, "num_batches: expected an int, got 1.5"),
         (None, 1, TypeError, "batches: expected an iterable"),
         ([], 1, ValueError, "batches: expected batches for more, got none left"),
         (iter(batches(2)), 3, ValueError, "batches: expected batches for more, got 2 left"),

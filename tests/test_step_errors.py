@@ -68,7 +68,7 @@ OTHER = GradientBuffer(2, {"0.weight": torch.zeros(8, 5)})
         ({"grads": [ROW, {"0.weight": ROW["0.weight"]}]}, ValueError, r"grads\[1\]: .* unknown: \['2.weight'\]"),
         ({"grads": [ROW | {"x": G}]}, ValueError, r"grads\[0\]: .* missing or unknown: \['x'\]"),
         ({"grads": [ROW | {"2.weight": torch.ones(8, 4)}]}, ValueError, r"shape \[4, 8\] for '2.weight', got \[8, 4\]"),
-        ({"grads": [ROW | {"2.weight": None}]}, TypeError, "expected a tensor for '2.weight', got NoneType"),
+        ({"grads": [ROW | {"2.weight": 3}]}, TypeError, "expected a tensor for '2.weight', got int"),
         ({"grads": [ROW, ROW | {"2.weight": torch.full((4, 8), math.nan)}]}, ValueError, r"grads\[1\]: expected fin"),
         # masks
         ({"masks": [ONES]}, TypeError, "masks: expected name -> bool tensor, got list"),

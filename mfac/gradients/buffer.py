@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mfac.checks import check_int, check_number
+from mfac.gradients.memory import allocate_rows
 from mfac.model.names import named_parameters
+
+STATE_KEYS = ("names", "shapes", "num_grads", "rows", "next", "skipped", "reached", "loss", "samples")
 
 
 class GradientBuffer:
     """A ring of the last ``num_grads`` gradients, one row of d numbers each.
 
     Feed it from a training loop with :meth:`append`; rows that are not finite are skipped and counted. The order of the
-    rows does not matter to the Fisher, so a full ring simply overwrites its oldest row.
+    rows does not matter to the Fisher, so a full ring simply overwrites its oldest row. A parameter that has no
+    gradient in a batch counts as zeros in that row. Copies and pickles hold the rows; :meth:`state_dict` gives them to
+    ``torch.save``.
 
     Args:
         num_grads: m, the number of rows, >= 1.
@@ -23,17 +33,23 @@ class GradientBuffer:
             device.
         dtype: torch.float32, or torch.bfloat16 for half the memory.
         device: Where the rows are; default where the parameters are. ``"cpu"`` for parameters on a GPU that has no room
-            for the rows: pinned memory, from which :class:`Fisher` takes them page by page.
+            for the rows: pinned memory, from which :class:`Fisher` takes them page by page. ``"disk"`` or
+            ``"disk:<folder>"`` for a memory-mapped file in the folder for temporary files or another one; it has no
+            name, so that nothing is left of it when the process ends, in whatever way.
 
     Attributes:
         names: Names of the parameters, in the order of the columns.
         skipped: How many gradients were refused because they held NaN or infinity.
+        reached: Names of the parameters that have had a gradient (not None) since the buffer was made or cleared.
+        version: A number that grows with every change of the rows.
         loss: Mean loss of the batches of the last :func:`mfac.collect_gradients`; NaN before.
         samples: Mean samples of those batches (size of the first dimension); NaN before.
 
     Raises:
-        TypeError: If ``params`` is not a mapping of tensors or ``dtype`` another type.
-        ValueError: If ``num_grads`` < 1, ``params`` is empty, or the parameters are on several devices.
+        TypeError: If ``params`` is not a mapping of tensors, ``num_grads`` not an int, or ``dtype`` another type.
+        ValueError: If ``num_grads`` < 1, ``params`` is empty, the parameters are on several devices, or ``device`` is
+            none of the above.
+        MemoryError: If the rows do not fit; the message says what would.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
@@ -41,8 +57,8 @@ class GradientBuffer:
         >>> model(torch.ones(1, 3)).sum().backward()
         >>> buffer.append(model)
         True
-        >>> buffer.shape
-        (1, 6)
+        >>> buffer.shape, round(buffer.mean_square, 6)
+        ((1, 6), 1.0)
     """
 
     def __init__(
@@ -53,8 +69,7 @@ class GradientBuffer:
         device: torch.device | str | None = None,
     ) -> None:
         """Allocate the rows."""
-        if isinstance(num_grads, bool) or not isinstance(num_grads, int) or num_grads < 1:
-            raise ValueError(f"num_grads: expected an int >= 1, got {num_grads!r}")
+        num_grads = check_int("num_grads", num_grads)
         if not isinstance(params, Mapping):
             raise TypeError(f"params: expected name -> parameter, got {type(params).__name__}")
         if not params:
@@ -68,19 +83,20 @@ class GradientBuffer:
         if len(devices) > 1:
             raise ValueError(f"params: expected on one device, got {', '.join(sorted(map(str, devices)))}")
         home = devices.pop()
-        device = check_grads_device("device", device, home)
+        self._place = check_grads_device("device", device, home)
         self.names = list(params)
-        self.skipped = 0
-        self.loss = self.samples = float("nan")
         self._shapes = [p.shape for p in params.values()]
         self._sizes = [p.numel() for p in params.values()]
-        self._rows = _allocate(num_grads, sum(self._sizes), dtype, device, device != home and torch.cuda.is_available())
-        self._next = 0
-        self._filled = 0
+        self._pinned = home.type == "cuda" and self._place == torch.device("cpu")
+        self._rows = allocate_rows(num_grads, sum(self._sizes), dtype, self._place, self._pinned)
+        with torch.inference_mode(False):
+            self._norms = torch.zeros(num_grads, dtype=torch.float64, device=self._rows.device)
+        self.version = 0
+        self.clear()
 
     @property
     def tensor(self) -> Tensor:
-        """The rows filled so far, [m, d], a view."""
+        """The rows filled so far, [m, d], a view; not to be written."""
         return self._rows[: self._filled]
 
     @property
@@ -100,13 +116,25 @@ class GradientBuffer:
 
     @property
     def device(self) -> torch.device:
-        """Where the rows are."""
+        """Where the rows are; the CPU for a memory-mapped file."""
         return self._rows.device
 
     @property
     def nbytes(self) -> int:
         """Memory of the whole ring, in bytes."""
         return self._rows.numel() * self._rows.element_size()
+
+    @property
+    def mean_square(self) -> float:
+        """Mean of the squares of all gradients, from norms that are kept row by row; NaN without rows."""
+        if not self._filled:
+            return math.nan
+        return float(self._norms[: self._filled].square().sum() / self.tensor.numel())
+
+    @property
+    def unreached(self) -> list[str]:
+        """Names of the parameters that have never had a gradient, in the order of the columns."""
+        return [name for name in self.names if name not in self.reached]
 
     def __len__(self) -> int:
         """Return the rows filled so far."""
@@ -120,64 +148,175 @@ class GradientBuffer:
         )
 
     def clear(self) -> None:
-        """Forget all rows and the count of skipped ones."""
+        """Forget all rows, the count of skipped ones and which parameters have had a gradient."""
         self._next = self._filled = self.skipped = 0
-        self.loss = self.samples = float("nan")
+        self.reached: set[str] = set()
+        self.loss = self.samples = math.nan
+        self.version += 1
 
-    def append(self, model: nn.Module) -> bool:
+    def append(self, model: nn.Module, scale: float | Tensor | torch.amp.GradScaler = 1.0) -> bool:
         """Copy the ``.grad`` of the model's parameters into the next row; call it after ``backward()``.
 
         Args:
             model: The module whose parameters the buffer was made for (or a copy of it).
+            scale: What the gradients are too large by, > 0: a number, a 0-d tensor or a GradScaler, which stands for
+                its scale.
 
         Returns:
             True if the row was stored, False if it was skipped because it is not finite.
 
         Raises:
-            ValueError: If a parameter is missing or has no gradient.
+            TypeError: If ``scale`` is not a number.
+            ValueError: If a parameter is missing, none of them has a gradient, or ``scale`` is not finite or not > 0.
+
+        Example:
+            With a GradScaler, before ``scaler.unscale_(optimizer)`` and ``scaler.step(optimizer)``:
+
+            >>> model = torch.nn.Linear(3, 2)
+            >>> buffer = GradientBuffer(8, {"weight": model.weight})
+            >>> scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+            >>> scaler.scale(model(torch.ones(1, 3)).sum()).backward()
+            >>> buffer.append(model, scale=scaler)
+            True
+            >>> buffer.tensor[0, 0].item()
+            1.0
+
+            With the losses of k = 4 micro-batches summed (not with their mean, which needs no scale):
+
+            >>> model.zero_grad()
+            >>> for _ in range(4):
+            ...     model(torch.ones(1, 3)).sum().backward()
+            >>> buffer.append(model, scale=4)
+            True
+            >>> buffer.tensor[1, 0].item()
+            1.0
         """
+        scale = _check_scale(scale)
         params = named_parameters(model)
-        grads = []
         for name in self.names:
             if name not in params:
                 raise ValueError(f"model: expected a parameter {name!r}, got none of that name")
-            if params[name].grad is None:
-                raise ValueError(f"model: expected a gradient for {name!r}, got None; call backward() before append()")
-            grads.append(params[name].grad)
-        return self.append_gradients(grads)
+        grads = [params[name].grad for name in self.names]
+        if all(grad is None for grad in grads):
+            raise ValueError(
+                f"model: expected a gradient for {listed(self.names)}, got None; call backward() before append()"
+            )
+        return self.append_gradients(grads, scale)
 
-    def append_gradients(self, grads: Sequence[Tensor]) -> bool:
+    def append_gradients(
+        self, grads: Sequence[Tensor | None], scale: float | Tensor | torch.amp.GradScaler = 1.0
+    ) -> bool:
         """Copy one gradient, given as a tensor per parameter in the order of ``names``, into the next row.
 
         Args:
-            grads: Tensors of the parameters' shapes.
+            grads: Tensors of the parameters' shapes; None counts as zeros.
+            scale: What they are too large by, as for :meth:`append`.
 
         Returns:
             True if the row was stored, False if it was skipped because it is not finite.
 
         Raises:
-            TypeError: If one is not a tensor.
-            ValueError: If the number of tensors or a shape is wrong.
+            TypeError: If one is neither a tensor nor None, or ``scale`` is not a number.
+            ValueError: If the number of tensors or a shape is wrong, or ``scale`` is not finite or not > 0.
+            KeyboardInterrupt: If it comes in between; the row is complete or untouched.
         """
+        scale = _check_scale(scale)
         if len(grads) != len(self.names):
             raise ValueError(f"grads: expected {len(self.names)} tensors, got {len(grads)}")
         for name, shape, grad in zip(self.names, self._shapes, grads, strict=True):
-            if not isinstance(grad, Tensor):
+            if grad is not None and not isinstance(grad, Tensor):
                 raise TypeError(f"grads: expected a tensor for {name!r}, got {type(grad).__name__}")
-            if grad.shape != shape:
+            if grad is not None and grad.shape != shape:
                 raise ValueError(f"grads: expected shape {list(shape)} for {name!r}, got {list(grad.shape)}")
-        if not all(torch.isfinite(grad.to(self.dtype)).all() for grad in grads):  # as stored: float64 may overflow
+        self.reached.update(name for name, grad in zip(self.names, grads, strict=True) if grad is not None)
+        parts = [None if grad is None else _converted(grad, scale, self.dtype) for grad in grads]
+        if not _finite([part for part in parts if part is not None]):
             self.skipped += 1
             return False
-        row = self._rows[self._next]
-        for part, grad in zip(row.split(self._sizes), grads, strict=True):
-            part.copy_(grad.detach().reshape(-1))
-        self._next = (self._next + 1) % self.num_grads
-        self._filled = min(self._filled + 1, self.num_grads)
+        index = self._next
+        try:
+            self._store(index, parts)
+        except KeyboardInterrupt:  # in the middle of the row, which would hold parts of two gradients
+            self._store(index, parts)
+            raise
         return True
 
+    def _store(self, index: int, parts: Sequence[Tensor | None]) -> None:
+        row = self._rows[index]
+        for target, part in zip(row.split(self._sizes), parts, strict=True):
+            if part is None:
+                target.zero_()
+            else:
+                target.copy_(part.reshape(-1))
+        self._norms[index] = row_norm(row)
+        self._next, self._filled = (index + 1) % self.num_grads, max(self._filled, index + 1)
+        self.version += 1
 
-def check_grads_device(name: str, device: torch.device | str | None, home: torch.device) -> torch.device:
+    def state_dict(self) -> dict[str, Any]:
+        """Return the whole content; ``rows`` share the memory of a full ring, as a module's state does."""
+        return {
+            "names": list(self.names),
+            "shapes": [list(shape) for shape in self._shapes],
+            "num_grads": self.num_grads,
+            # A file holds the whole memory of a view: without the copy, that of rows never written.
+            "rows": self.tensor if self._filled == self.num_grads else self.tensor.clone(),
+            "next": self._next,
+            "skipped": self.skipped,
+            "reached": sorted(self.reached),
+            "loss": self.loss,
+            "samples": self.samples,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the content of another buffer for the same parameters.
+
+        Args:
+            state: From :meth:`state_dict`.
+
+        Raises:
+            ValueError: If a key is missing, or names, shapes, ``num_grads``, type or shape of the rows are others.
+        """
+        missing = [key for key in STATE_KEYS if key not in state]
+        if missing:
+            raise ValueError(f"state: expected the keys of GradientBuffer.state_dict(), got none of {missing}")
+        rows, shapes = state["rows"], [list(shape) for shape in self._shapes]
+        for key, own in (("names", self.names), ("shapes", shapes), ("num_grads", self.num_grads)):
+            if state[key] != own:
+                raise ValueError(f"state[{key!r}]: expected {own}, got {state[key]}")
+        if rows.dtype != self.dtype:
+            raise ValueError(f"state['rows']: expected {self.dtype}, got {rows.dtype}")
+        if rows.dim() != 2 or rows.shape[1] != self.shape[1] or len(rows) > self.num_grads:
+            raise ValueError(f"state['rows']: expected [<= {self.num_grads}, {self.shape[1]}], got {list(rows.shape)}")
+        self._filled = len(rows)
+        self.tensor.copy_(rows)
+        for index, row in enumerate(self.tensor):
+            self._norms[index] = row_norm(row)
+        self._next, self.skipped, self.reached = state["next"], state["skipped"], set(state["reached"])
+        self.loss, self.samples = state["loss"], state["samples"]
+        self.version += 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The ring is allocated anew where this one is: a copied tensor would be neither pinned nor a file.
+        return {**self.__dict__, "_rows": self.state_dict()["rows"], "_num_grads": self.num_grads}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        rows, num_grads = state.pop("_rows"), state.pop("_num_grads")
+        self.__dict__.update(state)
+        self.names, self.reached = list(self.names), set(self.reached)
+        with torch.inference_mode(False):
+            self._norms = self._norms.clone()
+        self._rows = allocate_rows(num_grads, rows.shape[1], rows.dtype, self._place, self._pinned)
+        self.tensor.copy_(rows)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GradientBuffer:
+        """Copy the rows once, into memory of the same kind."""
+        new = type(self).__new__(type(self))
+        new.__setstate__(self.__getstate__())
+        return new
+
+
+def check_grads_device(name: str, device: torch.device | str | None, home: torch.device) -> torch.device | Path:
     """Check where gradients are to be kept.
 
     Args:
@@ -186,29 +325,59 @@ def check_grads_device(name: str, device: torch.device | str | None, home: torch
         home: Where the parameters are.
 
     Returns:
-        The device, with its index.
+        The device, with its index; or the folder, for ``"disk"`` and ``"disk:<folder>"``.
 
     Raises:
-        ValueError: If it is neither the parameters' device nor the CPU.
+        ValueError: If it is neither the parameters' device nor the CPU nor a folder that can be written to.
     """
+    if isinstance(device, str) and (device == "disk" or device.startswith("disk:")):
+        folder = Path(device[5:] if device[5:] else tempfile.gettempdir())
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(f"{name}: expected 'disk:<folder>' with a folder that can be written to, got {device!r}")
+        return folder
     try:
         found = home if device is None else torch.device(device)
     except (RuntimeError, TypeError):  # no name of a device
         found = None
     if found is not None and found.type == "cpu":
-        return found
+        return torch.device("cpu")
     if found is not None and found.type == home.type and found.index in (None, home.index):
         return home
-    wanted = "'cpu', where the model is" if home.type == "cpu" else f"'{home}', where the model is, or 'cpu'"
-    raise ValueError(f"{name}: expected {wanted}, got {device!r}")
+    wanted = "'cpu', where the model is," if home.type == "cpu" else f"'{home}', where the model is, 'cpu'"
+    raise ValueError(f"{name}: expected {wanted} or 'disk', got {device!r}")
 
 
-def _allocate(m: int, d: int, dtype: torch.dtype, device: torch.device, pinned: bool) -> Tensor:
-    """Memory for [m, d]; pinned if that can be had: torch pins powers of two, up to twice as much as asked for."""
-    try:
-        return torch.empty(m, d, dtype=dtype, device=device, pin_memory=pinned)
-    except RuntimeError as error:
-        if not pinned:
-            raise
-        warnings.warn(f"device: the rows cannot be pinned, copies to the GPU will be slower ({error})", stacklevel=4)
-        return torch.empty(m, d, dtype=dtype, device=device)
+def row_norm(row: Tensor) -> Tensor:
+    """Return the Euclidean norm of a row, a float64 scalar that is finite if the row is."""
+    norm = torch.linalg.vector_norm(row, dtype=torch.float32).double()  # at memory speed
+    return norm if torch.isfinite(norm) else row.double().norm()  # squares past float32
+
+
+def listed(names: Iterable[str], most: int = 4) -> str:
+    """Return names for a message, the first ``most`` of them and how many there are."""
+    names = list(names)
+    return ", ".join(map(repr, names[:most])) + (f", ... ({len(names)} in all)" if len(names) > most else "")
+
+
+def _check_scale(scale: float | Tensor | torch.amp.GradScaler) -> float:
+    scale = check_number("scale", scale.get_scale() if isinstance(scale, torch.amp.GradScaler) else scale)
+    if scale <= 0:
+        raise ValueError(f"scale: expected a finite number > 0, got {scale!r}")
+    return scale
+
+
+def _converted(grad: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """The gradient as it is stored: what is finite in float64 may not be in float32, and the scale of a half is."""
+    grad = grad.detach().to_dense()
+    if scale != 1:
+        grad = grad.to(torch.promote_types(grad.dtype, torch.float32)) / scale
+    return grad.to(dtype)
+
+
+def _finite(parts: list[Tensor]) -> bool:
+    """Whether all are finite: NaN and infinity survive a norm, and on a GPU one answer for all is waited for."""
+    if not parts:
+        return True
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]
+    suspects = (~torch.isfinite(torch.stack([norm.to(norms[0].device) for norm in norms]))).nonzero().flatten().tolist()
+    return all(bool(torch.isfinite(parts[index]).all()) for index in suspects)

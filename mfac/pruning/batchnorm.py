@@ -8,12 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from mfac.gradients.collect import cycle, forward
+from mfac.checks import check_int
+from mfac.gradients.batches import Forward, check_functions, evaluation, model_device, move_batch, run_model
+from mfac.gradients.seeds import current_seed
+from mfac.gradients.stream import BatchStream
 
 _NORMS = torch.nn.modules.batchnorm._BatchNorm
 
 
-def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any], num_batches: int = 64) -> None:
+def reestimate_batchnorm(
+    model: nn.Module, batches: Iterable[Any], num_batches: int = 64, *, forward: Forward | None = None
+) -> None:
     """Set the running mean and variance of every BatchNorm layer to those of some batches.
 
     Pruning changes the distribution of every layer's outputs, and in eval mode BatchNorm goes on with the statistics
@@ -22,11 +27,13 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any], num_batches: 
 
     Args:
         model: Any module; one without BatchNorm is left alone.
-        batches: As for :func:`mfac.collect_gradients`; targets are not used.
+        batches: As for :func:`collect_gradients`; targets are not used.
         num_batches: How many; each counts the same. Some thousand samples in all are enough.
+        forward: A function of (model, batch) that runs the model, for batches that are neither pairs nor mappings.
 
     Raises:
-        TypeError: If ``batches`` cannot be iterated or a batch is neither a pair nor a dict.
+        TypeError: If ``batches`` cannot be iterated, ``num_batches`` is not an int, ``forward`` not a function, or a
+            batch is neither a pair nor a mapping.
         ValueError: If ``num_batches`` < 1, or there are no batches.
         RuntimeError: If the statistics are not finite; they are as before then, as after any other error.
 
@@ -36,27 +43,23 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any], num_batches: 
         >>> [round(float(x), 1) for x in model(torch.randn(10_000, 4) + 3).detach().var(0)]
         [1.0, 1.0]
     """
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"batches: expected an iterable of batches, got {type(batches).__name__}")
-    if isinstance(num_batches, bool) or not isinstance(num_batches, int) or num_batches < 1:
-        raise ValueError(f"num_batches: expected an int >= 1, got {num_batches!r}")
+    check_functions(None, forward)
+    num_batches = check_int("num_batches", num_batches)
+    stream = BatchStream(batches, current_seed())
     layers = [layer for layer in model.modules() if isinstance(layer, _NORMS) and layer.running_mean is not None]
     if not layers:
         return
-    modes = {module: module.training for module in model.modules()}
     momenta = [layer.momentum for layer in layers]
     before = [{name: x.clone() for name, x in layer.named_buffers(recurse=False)} for layer in layers]
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    device = model_device(model)
+    with evaluation(model), torch.no_grad():
         try:
-            model.eval()
             for layer in layers:
                 layer.train()
                 layer.reset_running_stats()
                 layer.momentum = None  # the mean of all batches
-            source = cycle(batches)
             for _ in range(num_batches):
-                forward(model, next(source))
+                run_model(model, move_batch(next(stream), device), forward)
             if not all(torch.isfinite(layer.running_var).all() for layer in layers):
                 raise RuntimeError("model: the statistics of BatchNorm are not finite; is the model or its input NaN?")
             for layer, state in zip(layers, before, strict=True):
@@ -72,5 +75,4 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any], num_batches: 
         finally:
             for layer, momentum in zip(layers, momenta, strict=True):
                 layer.momentum = momentum
-            for module, training in modes.items():
-                module.training = training
+            stream.close()

@@ -256,6 +256,12 @@ class Engine:
             new[name] = torch.where(masks[name] & (p.detach().float() == a), p.detach(), a).to(p.dtype)
         if not all(torch.isfinite(x).all() for x in new.values()):
             raise RuntimeError(f"update: expected finite weights, got NaN or infinity{advice}")
+        for name, x in new.items():
+            if self._chosen.targets[name].divides_by_zero(x):
+                raise RuntimeError(
+                    f"update: expected weights whose norms are not zero, got {name!r} with a part pruned whole that is "
+                    "divided by its norm; remove the weight norm, prune less, or leave it out with exclude="
+                )
 
         def write() -> None:
             for name, x in new.items():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mfac.checks import warn
 from mfac.gradients.source import GradientSource
+from mfac.pruning.batchnorm import reestimate_batchnorm
 from mfac.pruning.engine import Engine
 from mfac.pruning.result import PruneResult
 from mfac.pruning.settings import PruneSettings, accepts
@@ -66,16 +67,16 @@ def prune(
     source = engine.source(batches, loss_fn, announce=True)
 
     def finish() -> float:
-        return _finish(model, source, settings["batchnorm_batches"])
+        return _finish(model, source, settings["batchnorm_batches"], settings["forward"])
 
     return engine.run(source, engine.targets, settings["recomputations"], finish=finish, progress=settings["progress"])
 
 
-def _finish(model: nn.Module, source: GradientSource, batchnorm_batches: int) -> float:
+def _finish(model: nn.Module, source: GradientSource, batchnorm_batches: int, forward: Any) -> float:
     """Re-estimate BatchNorm if asked for and measure the loss; what has been pruned is not lost if the batches end."""
     try:
         if batchnorm_batches:
-            source.reestimate_batchnorm(model, batchnorm_batches)
+            reestimate_batchnorm(model, source.batches, batchnorm_batches, forward=forward)
         return source.loss(model, source.refresh)
     except ValueError as error:
         warn(f"pruned, but not measured or without new BatchNorm statistics: {error}")

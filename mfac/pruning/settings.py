@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mfac.checks import check_choice, check_int, check_sparsity
 from mfac.fisher import PRECISIONS, check_fisher_settings
+from mfac.gradients.batches import MODES
 from mfac.gradients.buffer import GradientBuffer
 from mfac.ops.backend import BACKENDS
 from mfac.pruning.criteria import CRITERIA
@@ -28,7 +29,6 @@ from mfac.pruning.schedule import CURVES
 
 SCOPES = ("global", "layer")
 UPDATES = ("joint", "independent", "none")
-MODES = ("eval", "train")
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 

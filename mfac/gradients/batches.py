@@ -1,0 +1,186 @@
+"""Protocol of a batch: how it is moved, run through a model and turned into a loss, and in which mode."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+MODES = ("eval", "train")
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def check_functions(loss_fn: Callable[[Any, Any], Tensor] | None, forward: Forward | None) -> None:
+    """Check what turns a batch into a loss.
+
+    Args:
+        loss_fn: Loss of (outputs, targets), or None if the outputs have it.
+        forward: Function of (model, batch), or None.
+
+    Raises:
+        TypeError: If one is neither None nor a function.
+    """
+    for name, function in (("loss_fn", loss_fn), ("forward", forward)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name}: expected a function or None, got {function!r}")
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter; the CPU for a model without any."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def move_batch(batch: Any, device: torch.device) -> Any:
+    """Move all tensors of a batch, which stays as it is.
+
+    Args:
+        batch: A tree of lists, tuples, dicts and other mappings with tensors, and whatever else has a method ``to``,
+            at any depth. The rest is passed through.
+        device: Where to.
+
+    Returns:
+        The same tree. Tensors made under ``torch.inference_mode`` are copied, for autograd cannot save them.
+    """
+
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            moved = leaf.to(device)
+            return moved.clone() if moved.is_inference() else moved
+        if isinstance(leaf, MutableMapping):  # UserDict and its subclasses, whose own `to` may change them in place
+            new = copy.copy(leaf)
+            for key, value in leaf.items():
+                new[key] = move_batch(value, device)
+            return new
+        return leaf.to(device) if hasattr(leaf, "to") else leaf
+
+    return tree_map(move, batch, is_leaf=lambda node: hasattr(node, "to"))
+
+
+def num_samples(batch: Any) -> int:
+    """Return the size of the first dimension of the first tensor of a batch, 1 if there is none."""
+    leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch, is_leaf=lambda node: hasattr(node, "to"))
+    return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 1)
+
+
+def run_model(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
+    """Run a model on a batch.
+
+    Args:
+        model: Any module.
+        batch: On the model's device.
+        forward: Function of (model, batch) in place of the default rule.
+
+    Returns:
+        What ``forward`` returns. By default the pair of the outputs and what the loss compares them with:
+        ``model(inputs), targets`` for a pair, ``model(**batch), batch`` for a mapping.
+
+    Raises:
+        TypeError: If the batch is neither a pair nor a mapping and there is no ``forward``.
+    """
+    if forward is not None:
+        return forward(model, batch)
+    if isinstance(batch, Mapping):
+        return model(**batch), batch
+    if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == 2:
+        return model(batch[0]), batch[1]
+    got = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (list, tuple)) else type(batch).__name__
+    raise TypeError(f"batches: expected pairs (inputs, targets) or dicts without forward=, got {got}")
+
+
+def batch_loss(
+    model: nn.Module,
+    batch: Any,
+    loss_fn: Callable[[Any, Any], Tensor] | None,
+    forward: Forward | None = None,
+) -> Tensor:
+    """Return the loss of a model on a batch.
+
+    Args:
+        model: Any module.
+        batch: On the model's device.
+        loss_fn: Loss of (outputs, targets). None if the outputs have it, as ``outputs.loss`` or ``outputs["loss"]``.
+        forward: Function of (model, batch) that returns (outputs, targets), or with ``loss_fn=None`` the loss itself
+            or outputs that have it. Without it see :func:`run_model`.
+
+    Returns:
+        A tensor of one element.
+
+    Raises:
+        TypeError: If the loss is not a tensor, there is none, or ``forward`` does not return a pair for ``loss_fn``.
+        ValueError: If it is not a scalar.
+    """
+    result = run_model(model, batch, forward)
+    if loss_fn is not None:
+        if not isinstance(result, Sequence) or len(result) != 2:
+            raise TypeError(f"forward: expected a pair (outputs, targets) for loss_fn, got {type(result).__name__}")
+        loss = loss_fn(*result)
+        source = "loss_fn"
+    elif forward is not None and isinstance(result, Tensor):
+        loss, source = result, "forward"
+    else:
+        outputs = result if forward is not None else result[0]
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        if loss is None:
+            raise TypeError(
+                f"loss_fn: expected a function, got None and outputs without .loss ({type(outputs).__name__})"
+            )
+        source = "outputs.loss"
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{source}: expected a tensor, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"{source}: expected a scalar, got shape {list(loss.shape)}")
+    return loss
+
+
+@contextmanager
+def evaluation(
+    model: nn.Module, params: Iterable[nn.Parameter] = (), mode: str = "eval", seed: int | None = None
+) -> Iterator[None]:
+    """Measure a model, whatever mode the caller is in, and leave no trace on it.
+
+    Modes, requires_grad and torch's random state, on the CPU and on the CUDA devices of the model, are as before
+    afterwards; with ``mode="train"`` the buffers too, bit for bit.
+
+    Args:
+        model: Any module.
+        params: Parameters that need gradients; those of the others stay as they are.
+        mode: ``"eval"``, or ``"train"``: every module in training mode, BatchNorm with the statistics of the batch.
+        seed: Of torch's generators inside; None: they go on from their state.
+
+    Yields:
+        Nothing.
+    """
+    modes = {module: module.training for module in model.modules()}
+    required = {p: p.requires_grad for p in params}
+    devices = {x.device.index for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"}
+    buffers = []
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.random.fork_rng(devices=sorted(devices), device_type="cuda"),
+    ):
+        if mode == "train":
+            owned = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+            buffers = [(module, name, b, b.detach().clone()) for module, name, b in owned]
+        try:
+            if seed is not None:
+                for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
+                    generator.manual_seed(seed)
+            model.train(mode == "train")
+            for p in required:
+                p.requires_grad_(True)
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+            for p, value in required.items():
+                p.requires_grad_(value)
+            with torch.no_grad():
+                for module, name, b, value in buffers:
+                    b.copy_(value)
+                    module._buffers[name] = b

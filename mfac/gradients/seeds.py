@@ -1,0 +1,54 @@
+"""Seeds for batches: torch, random and numpy draw from them while a batch is fetched, and go on as before."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+def derive_seed(seed: int, kind: int, passes: int = 0, index: int = 0) -> int:
+    """Return a seed of its own for one event.
+
+    Args:
+        seed: What all follow from, any int.
+        kind: Which of several things happen there.
+        passes: Number of the pass.
+        index: Number of the batch in it.
+
+    Returns:
+        63 bits, the same on every machine.
+    """
+    entropy = (seed % 2**64, kind, passes, index)
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+
+
+def current_seed() -> int:
+    """Return a seed that follows from torch's random state as it is now, which stays."""
+    with torch.random.fork_rng(devices=[]):
+        return int(torch.randint(2**62, (), dtype=torch.int64, device="cpu", generator=torch.default_generator))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of torch (CPU), random and numpy; they are put back on the way out.
+
+    Args:
+        seed: At most 63 bits.
+
+    Yields:
+        Nothing.
+    """
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 -- the global one, which datasets draw from
+    with torch.random.fork_rng(devices=[]):
+        try:
+            torch.default_generator.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002

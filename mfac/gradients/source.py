@@ -1,0 +1,181 @@
+"""A source of gradients for a model that is pruned step by step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfac.checks import check_choice, check_int
+from mfac.gradients.batches import MODES, Forward, check_functions
+from mfac.gradients.buffer import GradientBuffer
+from mfac.gradients.collect import append_batches, mean_loss
+from mfac.gradients.seeds import derive_seed
+from mfac.gradients.stream import BatchStream
+from mfac.model.targets import prunable_parameters
+
+_COLLECT, _MEASURE = 20, 21  # kinds of seeds
+
+
+class GradientSource:
+    """Batches gone through again and again, as gradients of a model that changes meanwhile.
+
+    All that is random follows from torch's seed when the source was made (``torch.initial_seed()``), so that torch's
+    random state stays and every collection sees other batches of a loader that shuffles. A position that was saved is
+    exact, also in the middle of a pass; :class:`BatchStream` says how for lists, DataLoaders and iterators. No worker
+    processes of a DataLoader are alive between two calls.
+
+    Copies and pickles hold position and ring; ``copy.deepcopy`` shares ``batches``, ``loss_fn`` and ``forward``.
+
+    Args:
+        batches: Iterable of batches, as for :func:`mfac.collect_gradients`.
+        loss_fn: Loss of (outputs, targets), or None.
+        num_grads: m, rows of the Fisher.
+        refresh: How many of them are renewed from the second collection on, in [1, m]; None for all.
+        dtype: Of the rows.
+        device: Where they are; see :class:`GradientBuffer`.
+        mode: ``"eval"`` or ``"train"``; see :func:`mfac.collect_gradients`.
+        forward: Function of (model, batch), or None; see there.
+        announce: Warn, once, if there are fewer batches than ``num_grads``.
+
+    Attributes:
+        batches: The endless iterator, a :class:`BatchStream`.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a number is out of range, or ``mode`` none of the two.
+
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> data = [(torch.randn(8, 4), torch.randn(8, 2)) for _ in range(8)]
+        >>> source = GradientSource(data, nn.functional.mse_loss, num_grads=6, refresh=2)
+        >>> source.collect(model, ["weight"]).shape
+        (6, 8)
+        >>> source.state_dict()["taken"]
+        6
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        loss_fn: Callable[[Any, Any], Tensor] | None,
+        *,
+        num_grads: int,
+        refresh: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        mode: str = "eval",
+        forward: Forward | None = None,
+        announce: bool = False,
+    ) -> None:
+        """Check the arguments."""
+        check_functions(loss_fn, forward)
+        self.num_grads = check_int("num_grads", num_grads)
+        self.refresh = self.num_grads if refresh is None else check_int("refresh", refresh, 1, self.num_grads)
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise TypeError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
+        self.dtype, self.device = dtype, device
+        self._loss_fn, self._forward, self._mode = loss_fn, forward, check_choice("mode", mode, MODES)
+        self.batches = BatchStream(batches, torch.initial_seed(), self.num_grads if announce else None)
+        self._buffer: GradientBuffer | None = None
+        self._ring: Mapping[str, Any] | None = None  # a state that was loaded, for the buffer of the next collection
+
+    def collect(self, model: nn.Module, params: Iterable[str], progress: bool = False) -> GradientBuffer:
+        """Return the ring after renewing its rows: all at first, then ``refresh``.
+
+        Args:
+            model: The model as it is now.
+            params: Names of its parameters.
+            progress: Show a progress bar.
+
+        Returns:
+            A full buffer, the same one each time.
+
+        Raises:
+            ValueError: If the ring is for other parameters.
+        """
+        chosen = prunable_parameters(model, params)
+        count = self.refresh
+        if self._buffer is None:
+            self._buffer = GradientBuffer(self.num_grads, chosen, self.dtype, self.device)
+            if self._ring is not None:
+                self._buffer.load_state_dict(self._ring)
+                self._ring = None
+        if self._buffer.names != list(chosen):
+            raise ValueError(f"params: expected those of the ring, {self._buffer.names}, got {list(chosen)}")
+        if len(self._buffer) < self.num_grads:  # new, or a collection was interrupted
+            count = self.num_grads
+        try:
+            append_batches(
+                self._buffer, model, self.batches, self._loss_fn, count, chosen,
+                progress=progress, seed=self._seed(_COLLECT), mode=self._mode, forward=self._forward,
+            )  # fmt: skip
+        finally:
+            self.batches.close()
+        return self._buffer
+
+    def loss(self, model: nn.Module, num_batches: int) -> float:
+        """Return the mean loss over new batches, in the mode in which gradients are collected.
+
+        Args:
+            model: The model as it is now.
+            num_batches: How many.
+
+        Returns:
+            The mean.
+        """
+        try:
+            return mean_loss(
+                model, self.batches, self._loss_fn, num_batches,
+                seed=self._seed(_MEASURE), mode=self._mode, forward=self._forward,
+            )  # fmt: skip
+        finally:
+            self.batches.close()
+
+    def _seed(self, kind: int) -> int:
+        state = self.batches.state_dict()
+        return derive_seed(state["seed"], kind, state["passes"], state["taken"])
+
+    def release(self) -> None:
+        """Free the ring: all rows are new at the next collection."""
+        self._buffer = self._ring = None
+
+    def state_dict(self, ring: bool = False) -> dict[str, Any]:
+        """Return seed and position.
+
+        Args:
+            ring: The gradients too, if there are any; see :meth:`GradientBuffer.state_dict`.
+
+        Returns:
+            Ints, and under ``"ring"`` the state of the buffer or None.
+        """
+        state: dict[str, Any] = dict(self.batches.state_dict())
+        if ring:
+            state["ring"] = self._ring if self._buffer is None else self._buffer.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a position. Without a ring in the state, all rows are new at the next collection.
+
+        Args:
+            state: From :meth:`state_dict` of a source over the same kind of batches.
+
+        Raises:
+            ValueError: If the ring has other rows.
+        """
+        ring = state.get("ring")
+        if ring is not None and (ring["num_grads"], ring["rows"].dtype) != (self.num_grads, self.dtype):
+            got = f"{ring['num_grads']} of {ring['rows'].dtype}"
+            raise ValueError(f"state['ring']: expected {self.num_grads} gradients of {self.dtype}, got {got}")
+        self.batches.load_state_dict(state)
+        self.release()
+        self._ring = ring
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GradientSource:
+        """Copy position and ring; what is iterated and called is shared."""
+        new = copy.copy(self)
+        new.batches, new._buffer = copy.deepcopy(self.batches, memo), copy.deepcopy(self._buffer, memo)
+        return new

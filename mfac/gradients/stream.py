@@ -1,0 +1,152 @@
+"""Batches gone through again and again, with a position that can be saved."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from mfac.checks import check_int
+from mfac.gradients.loader import LoaderClone, can_clone
+from mfac.gradients.seeds import derive_seed, seeded
+
+_START, _BATCH = 1, 2  # kinds of seeds
+_END = object()
+
+
+class BatchStream:
+    """An endless iterator over batches that can be started again, as long as ``batches`` can.
+
+    Every start and every batch has a seed, for torch, random and numpy, that follows from ``seed``, the number of the
+    pass and that of the batch; the global generators stay as they are. A saved position is exact, therefore, also for
+    a loader that shuffles or augments. How it is returned to depends on ``batches``:
+
+    * A DataLoader is not iterated itself, but a clone of it (:class:`mfac.gradients.loader.LoaderClone`). Batches to be
+      skipped are not loaded, unless the dataset is iterable. What a dataset draws at random in worker processes is the
+      same again only if :meth:`close` was called at the same positions.
+    * Other iterables (lists; loaders of other libraries, and subclasses of DataLoader that iterate in their own way)
+      are started again and gone through up to the position. They are iterated as they are, workers included.
+    * An iterator cannot be started again: it goes on where it is.
+
+    Args:
+        batches: Any iterable of batches.
+        seed: What all seeds follow from.
+        announce: Warn at the first restart if there were fewer batches than this, the number asked for.
+
+    Attributes:
+        passes: Passes started so far.
+        taken: Batches taken in this one.
+
+    Raises:
+        TypeError: If ``batches`` cannot be iterated.
+
+    Example:
+        >>> stream = BatchStream([1, 2, 3], seed=0)
+        >>> [next(stream) for _ in range(5)]
+        [1, 2, 3, 1, 2]
+        >>> again = BatchStream([1, 2, 3], seed=0)
+        >>> again.load_state_dict(stream.state_dict())
+        >>> next(again)
+        3
+    """
+
+    def __init__(self, batches: Iterable[Any], seed: int, announce: int | None = None) -> None:
+        """Start nothing yet."""
+        if not isinstance(batches, Iterable):
+            raise TypeError(f"batches: expected an iterable of batches, got {type(batches).__name__}")
+        self._batches = LoaderClone(batches) if can_clone(batches) else batches
+        self._once = isinstance(batches, Iterator)
+        self._seed, self._announce = seed % 2**64, announce
+        self.passes = self.taken = 0
+        self._served = 0  # of an iterator, by this object
+        self._iterator: Iterator[Any] | None = None
+
+    def __iter__(self) -> BatchStream:
+        return self
+
+    def __next__(self) -> Any:
+        while True:
+            if self._iterator is None:
+                self._iterator = self._open()
+            batch = self._fetch(self._iterator, self.taken)
+            if batch is not _END:
+                self.taken += 1
+                self._served += 1
+                return batch
+            self._end_pass()
+
+    def _fetch(self, iterator: Iterator[Any], index: int) -> Any:
+        with seeded(derive_seed(self._seed, _BATCH, self.passes, index)):
+            return next(iterator, _END)
+
+    def _open(self) -> Iterator[Any]:
+        """Start the current pass, or the first, at the position."""
+        self.passes = self.passes or 1
+        if self._once:
+            return self._batches
+        skip = self.taken
+        with seeded(derive_seed(self._seed, _START, self.passes)):
+            if isinstance(self._batches, LoaderClone):
+                iterator = self._batches.iterate(self._seed, self.passes, skip)
+                skip = 0 if self._batches.by_index else skip
+            else:
+                iterator = iter(self._batches)
+        for index in range(skip):
+            self._fetch(iterator, index)
+        return iterator
+
+    def _end_pass(self) -> None:
+        if self._once or not self.taken:
+            wanted = "more" if self._announce is None else f"{self._announce} gradients or more"
+            count = self._served if self._once else self.taken
+            raise ValueError(
+                f"batches: expected batches for {wanted}, got {count or 'none'} left; pass a list or DataLoader"
+            )
+        if self._announce is not None and self.taken < self._announce:
+            warnings.warn(
+                f"batches: {self.taken} batches for {self._announce} gradients; they are used again", stacklevel=3
+            )
+            self._announce = None
+        self._iterator = None
+        self.passes, self.taken = self.passes + 1, 0
+
+    def close(self) -> None:
+        """End the worker processes of a DataLoader; the next batch starts new ones at the position."""
+        if isinstance(self._batches, LoaderClone):
+            self._iterator = None
+
+    def state_dict(self) -> dict[str, int]:
+        """Return seed and position."""
+        return {"seed": self._seed, "passes": self.passes, "taken": self.taken}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go to a position, with a warning if ``batches`` is an iterator, which cannot.
+
+        Args:
+            state: From :meth:`state_dict` of a stream over the same batches.
+
+        Raises:
+            TypeError: If a value is not an int.
+            ValueError: If one is missing or negative.
+        """
+        missing = {"seed", "passes", "taken"} - set(state)
+        if missing:
+            raise ValueError(f"state: expected seed, passes and taken, got none for {', '.join(sorted(missing))}")
+        seed, passes, taken = (check_int(f"state[{key!r}]", state[key], 0) for key in ("seed", "passes", "taken"))
+        if self._once and taken:
+            warnings.warn(
+                f"batches: an iterator cannot return to the state's position, after {taken} batches; it goes on where "
+                "it is (pass a list or DataLoader)",
+                stacklevel=2,
+            )
+        self._seed, self.passes, self.taken = seed, passes, taken
+        self._served = 0
+        self._iterator = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_iterator": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BatchStream:
+        """Copy seed and position; ``batches`` are shared."""
+        return copy.copy(self)
