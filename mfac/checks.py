@@ -33,7 +33,7 @@ def as_number(value: Any) -> int | float | None:
     return None if isinstance(value, bool) or not isinstance(value, (int, float)) else value
 
 
-def check_int(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+def check_int(name: str, value: Any, least: int = 1, most: int | None = None, also: str = "") -> int:
     """Check a count.
 
     Args:
@@ -41,6 +41,7 @@ def check_int(name: str, value: Any, least: int = 1, most: int | None = None) ->
         value: What the user gave.
         least: The smallest value.
         most: The largest value; None: no limit.
+        also: What else the argument may be, for the error: ``" or None"``.
 
     Returns:
         The value as int.
@@ -51,10 +52,10 @@ def check_int(name: str, value: Any, least: int = 1, most: int | None = None) ->
     """
     number = as_number(value)
     if not isinstance(number, int):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
+        raise TypeError(f"{name}: expected an int{also}, got {value!r}")
     if number < least or (most is not None and number > most):
         wanted = f">= {least}" if most is None else f"{least} to {most}"
-        raise ValueError(f"{name}: expected an int {wanted}, got {number}")
+        raise ValueError(f"{name}: expected an int {wanted}{also}, got {number}")
     return number
 
 

@@ -365,5 +365,5 @@ def check_fisher_settings(damping: float | str, block_size: int | None) -> float
         also = also if isinstance(damping, str) else ""
         raise ValueError(f"damping: expected a number in [1e-30, 1e30]{also}, got {damping!r}")
     if block_size is not None:
-        check_int("block_size", block_size)
+        check_int("block_size", block_size, also=" or None")
     return value

@@ -178,7 +178,7 @@ BAD_ROW = torch.tensor([[1.0, 2.0], [math.inf, 0.0], [0.0, 1.0], [math.nan, 0.0]
         ((G, [1e-5]), TypeError, r"damping: expected a number, got \[1e-05\]"),
         ((torch.zeros(2, 9),), ValueError, "damping: '3e-2[*]mean' is relative to the gradients, which are zero"),
         ((G, True), TypeError, "damping: expected a number, got True"),
-        ((G, 1e-5, 0), ValueError, "block_size: expected >= 1 or None, got 0"),
+        ((G, 1e-5, 0), ValueError, "block_size: expected an int >= 1 or None, got 0"),
         ((G, 1e-5, 50.0), TypeError, "block_size: expected an int or None, got 50.0"),
         ((G, 1e-5, True), TypeError, "block_size: expected an int or None, got True"),
     ],

@@ -157,7 +157,7 @@ def test_recomputations(monkeypatch, final):
 
     monkeypatch.setattr(Engine, "step", spy)
     model = make_model()
-    pruner = make(model, sparsity=final, initial_sparsity=0.2, end=2, recomputations=3, refresh=6)
+    pruner = make(model, sparsity=final, initial_sparsity=0.2, end=2, frequency=2, recomputations=3, refresh=6)
     pruner.step()
     pruner.step()
     assert calls[2] == 0.2 and calls[5] == final and zeros(model) == round(final * D)
@@ -201,7 +201,9 @@ def test_dict_sparsity(unchanged):
 
 def test_dict_of_several():
     model = make_model()
-    pruner = make(model, sparsity={"0.weight": 0.5, "re:2": 0.9}, initial_sparsity=0.1, end=3, recomputations=2)
+    pruner = make(
+        model, sparsity={"0.weight": 0.5, "re:2": 0.9}, initial_sparsity=0.1, end=3, frequency=3, recomputations=2
+    )
     for _ in range(3):
         pruner.step()
     assert [zeros(model, [name]) for name in SIZES] == [30, 18]
@@ -295,25 +297,25 @@ BUFFER = GradientBuffer(2, {"0.weight": torch.zeros(10, 6)})
         ({"batches": None, "buffer": BUFFER, "recomputations": 2}, ValueError, "recomputations: expected 1 with"),
         ({"batches": None, "buffer": BUFFER, "params": "2.weight"}, ValueError, "params: .* 0.weight; got 2.weight"),
         ({"recomputations": 0}, ValueError, "recomputations: expected an int >= 1, got 0"),
-        ({"recomputations": 1.5}, ValueError, "recomputations: expected an int >= 1, got 1.5"),
+        ({"recomputations": 1.5}, TypeError, "recomputations: expected an int, got 1.5"),
         ({"num_grads": 0}, ValueError, "num_grads: expected an int >= 1, got 0"),
         ({"dtype": torch.float64}, TypeError, "dtype: expected torch.float32 or torch.bfloat16, got torch.float64"),
         ({"sparsity": 1.5}, ValueError, r"sparsity: expected in \[0, 1\], got 1.5"),
         ({"sparsity": math.nan}, ValueError, r"sparsity: expected in \[0, 1\], got nan"),
-        ({"sparsity": True}, TypeError, "sparsity: expected a number .* got True"),
-        ({"sparsity": "0.8"}, TypeError, "sparsity: expected a number .* got '0.8'"),
+        ({"sparsity": True}, TypeError, "sparsity: expected a number, got True"),
+        ({"sparsity": "0.8"}, TypeError, "sparsity: expected a number, got '0.8'"),
         ({"sparsity": {"0.wei": 0.5}}, ValueError, "sparsity: '0.wei' matches none of the parameters"),
         ({"sparsity": {"re:.": 0.5, "0.weight": 0.9}}, ValueError, "sparsity: '0.weight' is matched by both"),
         ({"sparsity": {"0.weight": 0.3}, "initial_sparsity": 0.4}, ValueError, "initial sparsity: .* <= .* got 0.4"),
         ({"initial_sparsity": -1}, ValueError, r"initial sparsity: expected in \[0, 1\], got -1"),
         ({"initial_sparsity": "0"}, TypeError, "initial sparsity: expected a number, got '0'"),
         ({"start": 9}, ValueError, "end: expected >= start = 9, got 8"),
-        ({"end": math.nan}, ValueError, "start, end: expected finite numbers, got 0 and nan"),
+        ({"end": math.nan}, ValueError, "end: expected a finite number, got nan"),
         ({"frequency": 0}, ValueError, "frequency: expected > 0, got 0"),
-        ({"schedule": "step"}, ValueError, "schedule interpolation: expected one of .* got 'step'"),
+        ({"schedule": "step"}, ValueError, "schedule: expected one of .* got 'step'"),
         ({"damping": -1e-5}, ValueError, "damping: expected a number in .*, got -1e-05"),
-        ({"block_size": 0}, ValueError, "block_size: expected >= 1 or None, got 0"),
-        ({"block_size": 50.0}, TypeError, "block_size: expected an int or None, got 50.0"),
+        ({"block_size": 0}, ValueError, "block_size: expected an int >= 1, None or 'auto', got 0"),
+        ({"block_size": 50.0}, TypeError, "block_size: expected an int, None or 'auto', got 50.0"),
         ({"scope": "model"}, ValueError, "scope: expected one of global, layer, got 'model'"),
         ({"update": "exact"}, ValueError, "update: expected one of joint, independent, none, got 'exact'"),
         ({"criterion": "taylor"}, ValueError, "criterion: expected one of fisher, magnitude, got 'taylor'"),

@@ -87,5 +87,5 @@ def test_wrong_devices():
             mfac.Pruner(model, data, F.cross_entropy, sparsity=0.5, end=2, num_grads=1, grads_device=device)
     with pytest.raises(ValueError, match="device: expected an available device, got 'disk'"):
         mfac.Fisher(torch.ones(2, 3), 1.0, device="disk")
-    with pytest.raises(ValueError, match="precision: expected 'highest', 'high' or 'medium', got 'low'"):
+    with pytest.raises(ValueError, match="precision: expected one of highest, high, medium, got 'low'"):
         mfac.prune_step(torch.nn.Linear(3, 2), torch.randn(4, 6), precision="low")

@@ -24,9 +24,9 @@ OTHER = GradientBuffer(2, {"0.weight": torch.zeros(8, 5)})
         ({"sparsity": -0.1}, ValueError, r"sparsity: expected in \[0, 1\], got -0.1"),
         ({"sparsity": 1.01}, ValueError, r"sparsity: expected in \[0, 1\], got 1.01"),
         ({"sparsity": math.nan}, ValueError, "sparsity: .* got nan"),
-        ({"sparsity": True}, TypeError, "sparsity: expected a number .* got True"),
-        ({"sparsity": "0.5"}, TypeError, "sparsity: expected a number .* got '0.5'"),
-        ({"sparsity": None}, TypeError, "sparsity: expected a number .* got None"),
+        ({"sparsity": True}, TypeError, "sparsity: expected a number, got True"),
+        ({"sparsity": "0.5"}, TypeError, "sparsity: expected a number, got '0.5'"),
+        ({"sparsity": None}, TypeError, "sparsity: expected a number, got None"),
         ({"sparsity": {}}, ValueError, "sparsity: expected at least one entry"),
         ({"sparsity": {"0.weight": 2.0}}, ValueError, r"sparsity\['0.weight'\]: expected in \[0, 1\], got 2.0"),
         ({"sparsity": {"0.weight": None}}, TypeError, r"sparsity\['0.weight'\]: expected a number"),
@@ -40,11 +40,11 @@ OTHER = GradientBuffer(2, {"0.weight": torch.zeros(8, 5)})
         ({"damping": math.inf}, ValueError, "damping: .* got inf"),
         ({"damping": "1e-7"}, ValueError, "damping: expected a number .*, as in '1e-2[*]mean', got '1e-7'"),
         ({"block_size": "all"}, ValueError, "block_size: expected an int, None or 'auto', got 'all'"),
-        ({"substeps": 0}, ValueError, "substeps: expected >= 1, got 0"),
+        ({"substeps": 0}, ValueError, "substeps: expected an int >= 1, got 0"),
         ({"substeps": 1.0}, TypeError, "substeps: expected an int, got 1.0"),
         ({"pattern": "4:2"}, ValueError, "pattern: expected N:M with 1 <= N < M"),
-        ({"block_size": 0}, ValueError, "block_size: expected >= 1 or None, got 0"),
-        ({"block_size": 2e3}, TypeError, "block_size: expected an int or None, got 2000.0"),
+        ({"block_size": 0}, ValueError, "block_size: expected an int >= 1, None or 'auto', got 0"),
+        ({"block_size": 2e3}, TypeError, "block_size: expected an int, None or 'auto', got 2000.0"),
         ({"scope": "model"}, ValueError, "scope: expected one of global, layer, got 'model'"),
         ({"update": None}, ValueError, "update: expected one of joint, independent, none, got None"),
         ({"criterion": "taylor"}, ValueError, "criterion: expected one of fisher, magnitude, got 'taylor'"),
@@ -62,21 +62,21 @@ OTHER = GradientBuffer(2, {"0.weight": torch.zeros(8, 5)})
         ({"grads": WITH_INF}, ValueError, "grads: expected finite .* in 4 rows, the first 0"),
         ({"grads": 3}, TypeError, "grads: expected a GradientBuffer, a tensor or a list of dicts, got int"),
         ({"grads": GradientBuffer(2, ROW)}, ValueError, "grads: expected at least one gradient, got an empty Gradient"),
-        ({"grads": OTHER, "params": "__ALL_PRUNABLE__"}, ValueError, "params asks for 0.weight, 2"),
-        ({"grads": []}, ValueError, "grads: .* m >= 1"),
+        ({"grads": OTHER, "params": "__ALL_PRUNABLE__"}, ValueError, "grads: expected the parameters 0.* got a buffer of 0"),
+        ({"grads": []}, ValueError, "grads: expected at least one gradient"),
         ({"grads": [ROW, G]}, TypeError, r"grads\[1\]: expected a dict .* got Tensor"),
         ({"grads": [ROW, {"0.weight": ROW["0.weight"]}]}, ValueError, r"grads\[1\]: .* unknown: \['2.weight'\]"),
-        ({"grads": [ROW | {"x": G}]}, ValueError, r"grads\[0\]: .* missing or unknown: \['x'\]"),
+        ({"grads": [ROW | {"x": G}]}, ValueError, r"grads\[0\]: expected names among 0.weight, 2.weight, got 'x'"),
         ({"grads": [ROW | {"2.weight": torch.ones(8, 4)}]}, ValueError, r"shape \[4, 8\] for '2.weight', got \[8, 4\]"),
         ({"grads": [ROW | {"2.weight": 3}]}, TypeError, "expected a tensor for '2.weight', got int"),
         ({"grads": [ROW, ROW | {"2.weight": torch.full((4, 8), math.nan)}]}, ValueError, r"grads\[1\]: expected fin"),
         # masks
-        ({"masks": [ONES]}, TypeError, "masks: expected name -> bool tensor, got list"),
-        ({"masks": {"0.bias": ONES["0.weight"]}}, ValueError, "masks: '0.bias' is none of the parameters 0.weight"),
+        ({"masks": [ONES]}, TypeError, "masks: expected name -> bool tensor, 'nonzero' or None, got list"),
+        ({"masks": {"0.bias": ONES["0.weight"]}}, ValueError, "masks: expected names among 0.* got '0.bias'"),
         ({"masks": {"0.weight": ONES["2.weight"]}}, ValueError, r"masks\['0.weight'\]: .* of shape \[8, 5\], got"),
         ({"masks": {"0.weight": ROW["0.weight"]}}, ValueError, r"masks\['0.weight'\]: .* got torch.float32"),
         ({"masks": {"0.weight": True}}, ValueError, r"masks\['0.weight'\]: expected bool .* got bool"),
-        ({"masks": {"0.weight": ONES["0.weight"].to("meta")}}, ValueError, r"masks\['0.weight'\]: .* cpu, got meta"),
+        ({"masks": {"0.weight": ONES["0.weight"].to("meta")}}, ValueError, r"\['0.weight'\]: .* with data, got .* meta"),
         (
             {"masks": {"0.weight": ~ONES["0.weight"]}, "sparsity": 0.3},
             ValueError,
@@ -151,7 +151,10 @@ def test_overflow_of_the_model_type(unchanged, backend):
     model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 2, bias=False)).half()
     model[0].weight.data = torch.tensor([[1.0, 0.5]]).half()
     model[1].weight.data = torch.tensor([[60000.0], [30000.0]]).half()
-    with unchanged(model), pytest.raises(RuntimeError, match=r"update: the result is not finite .*; raise the damp"):
+    with (
+        unchanged(model),
+        pytest.raises(RuntimeError, match=r"update: expected finite .*; raise the damp"),
+    ):
         prune_step(model, torch.ones(1, 4), 0.5, scope="layer", block_size=2, backend=backend)
 
 

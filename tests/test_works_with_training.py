@@ -26,7 +26,8 @@ def dataset(n=64):
 
 
 def batches(count=6):
-    return [tuple(t) for t in DataLoader(dataset(4 * count), batch_size=4)]
+    x, y = dataset(4 * count).tensors
+    return list(zip(x.split(4), y.split(4), strict=True))
 
 
 def make_pruner(model, source, **change):
@@ -148,7 +149,7 @@ def test_master_weights_are_refused():
     model = mlp().bfloat16()
     masters = [p.detach().float().requires_grad_() for p in model.parameters()]
     pruner = mfac.Pruner(model, sparsity=0.5, end=1, criterion="magnitude")
-    with pytest.raises(ValueError, match="optimizer: expected the model's own parameter '0.weight'"):
+    with pytest.raises(ValueError, match=r"optimizer: expected the model's own parameter '0\.weight'"):
         pruner.attach(torch.optim.SGD(masters, lr=0.1))
 
 
@@ -201,7 +202,7 @@ def test_ddp_is_refused(tmp_path, unchanged):
             lambda: make_pruner(wrapped, batches()),
             lambda: mfac.collect_gradients(wrapped, batches(), CE, 4, progress=False),
         ):
-            with unchanged(model), pytest.raises(ValueError, match="got DistributedDataParallel.* prune before wrapp"):
+            with unchanged(model), pytest.raises(ValueError, match=r"got DistributedDataParallel.* prune before wrapp"):
                 call()
         buffer = mfac.GradientBuffer(6, mfac.prunable_parameters(wrapped))
         pruner = mfac.Pruner(wrapped, buffer=buffer, sparsity=0.5, end=6, frequency=6, progress=False)
@@ -215,7 +216,7 @@ def test_ddp_is_refused(tmp_path, unchanged):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("call", [5, 8, 11])
+@pytest.mark.parametrize("call", [5, 8, 10])
 def test_interrupted_collection(call, unchanged):
     """Ctrl-C while gradients are collected, before and between steps: nothing is lost, and a new call goes on."""
     calls = []
@@ -236,7 +237,7 @@ def test_interrupted_collection(call, unchanged):
         masks = None
     else:
         masks = partial.masks
-        assert len(partial.steps) == {8: 2, 11: 4}[call] or partial.steps
+        assert len(partial.steps) == {8: 2, 10: 4}[call]  # the last while the loss is measured at the end
         check_zeros(model, partial, partial.sparsity)
     result = mfac.prune(model, batches(), CE, 0.8, masks=masks, **settings)
     check_zeros(model, result, 0.8)
@@ -314,7 +315,7 @@ def test_resumed_with_another_schedule():
         seen.append(later.sparsity)
     assert seen[0] == reached and seen == sorted(seen) and later.finished
     assert seen[-1] == pytest.approx(0.8, abs=1e-2) and seen[3] == reached
-    with pytest.raises(ValueError, match="state: expected damping=0.1 like this Pruner, got '3e-2[*]mean'"):
+    with pytest.raises(ValueError, match=r"state: expected damping=0\.1 like this Pruner, got '3e-2\*mean'"):
         make_pruner(model, batches(), damping=0.1).load_state_dict(state)
     make_pruner(model, batches(), damping=0.1).load_state_dict(state, strict=False)
 
@@ -323,12 +324,12 @@ def test_start_from_what_is_sparse():
     """masks="nonzero" goes on from a sparse model; without it a warning says that its zeros would come back."""
     model = mlp()
     masks = mfac.prune_step(model, None, 0.7, criterion="magnitude").masks
-    with pytest.warns(UserWarning, match="70.3% of the weights are zero, but there are no masks"):
+    with pytest.warns(UserWarning, match="69.9% of the weights are zero, but there are no masks"):
         make_pruner(model, batches())
     pruner = make_pruner(model, batches(), masks="nonzero")
     assert all(torch.equal(mask, masks[name]) for name, mask in pruner.masks.items())
     held = [pruner.step() is None for _ in range(5)]
-    assert held[0] and pruner.sparsity >= 180 / 256
+    assert held[0] and pruner.sparsity >= 179 / 256
     for _ in range(8):
         pruner.step()
     assert sum(zeros(model)) == round(0.8 * 256)

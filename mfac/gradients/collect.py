@@ -24,6 +24,7 @@ from mfac.gradients.batches import (
 from mfac.gradients.buffer import GradientBuffer, listed
 from mfac.gradients.seeds import current_seed
 from mfac.gradients.stream import BatchStream
+from mfac.model.distributed import refuse_distributed
 from mfac.model.targets import prunable_parameters
 
 
@@ -88,6 +89,7 @@ def collect_gradients(
         >>> collect_gradients(model, batches, torch.nn.functional.cross_entropy, 16, progress=False).shape
         (16, 8)
     """
+    refuse_distributed(model)
     check_functions(loss_fn, forward)
     check_choice("mode", mode, MODES)
     num_grads = check_int("num_grads", num_grads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ class Engine:
         only_keys: bool = False,
     ) -> None:
         """Check the arguments; the model is not touched."""
-        refuse_sharded(model)
+        if isinstance(model, nn.Module):
+            refuse_sharded(model)
         given = settings["params"]
         chosen = prunable_parameters(model, names if given is None else given, settings["exclude"])
         self.targets, members = parse_sparsity(sparsity, list(chosen))
@@ -77,7 +79,7 @@ class Engine:
         self._chosen, self._members, self._named = chosen, members, given or ()
         self.selection = self.select_by(settings["pattern"])
         self.selection.check_targets(self.targets)
-        self.kernels = select_backend(settings["backend"], self.device)
+        select_backend(settings["backend"], self.device)  # refused here rather than after an hour
         self.masks: dict[str, Tensor] = {}
         if settings["masks"] is not None:
             masks = check_masks("masks", settings["masks"], chosen, NameTable.of_model(model))
@@ -104,6 +106,11 @@ class Engine:
         if missing:
             raise ValueError(f"model: expected a parameter {missing[0]!r}, which it had before, got none of that name")
         return {name: every[name] for name in self.names}
+
+    @property
+    def kernels(self) -> ModuleType:
+        """What computes: :mod:`mfac.ops.compiled` or :mod:`mfac.ops.reference`."""
+        return select_backend(self.settings["backend"], self.device)
 
     @property
     def sparsity(self) -> float:
@@ -165,7 +172,7 @@ class Engine:
         params = self.params
         device = _check_parameters(params)
         if device != self.device:
-            self.device, self.kernels, self._fisher = device, select_backend(self.settings["backend"], device), None
+            self.device, self._fisher = device, None
         self.selection.to(device)
         return params
 
@@ -344,12 +351,7 @@ class Engine:
             ``error.result``. The model is pruned as far as the masks say: call again to go on.
             ValueError: If the targets are below what the masks hold; nothing is done then.
         """
-        for key, value in targets.items():
-            if value < self.reached[key]:
-                raise ValueError(
-                    f"sparsity: expected at least {self.reached[key]:.6g}, which the masks hold, got {value}; pruned "
-                    "weights stay pruned unless their mask is dropped"
-                )
+        self.selection.check_reached(flatten_masks(self.masks, self._refresh_device()), targets)
         began, origin, settings = time.perf_counter(), dict(self.reached), dict(self.settings)
         steps: list[PruneStep] = []
         candidates: list[Any] = []

@@ -146,6 +146,18 @@ class Selection:
                         f"sparsity: {targets[key]} of {', '.join(names[:3])} is more than {bound:g}, {what}"
                     )
 
+    def check_reached(self, active: Tensor | None, targets: Targets) -> None:
+        """Check that no more is pruned already than is asked for.
+
+        Args:
+            active: [d] bool: the weights not pruned before.
+            targets: Key -> sparsity.
+
+        Raises:
+            ValueError: If it is.
+        """
+        self._counts(self.segments, self._done(active), targets, 1)
+
     def reached(self, active: Tensor | None) -> Targets:
         """Return key -> sparsity of the units that are pruned in ``active`` [d] bool."""
         held, total = dict.fromkeys((key for key, _ in self.segments), 0), dict.fromkeys(dict(self.segments), 0)

@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import os
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -56,8 +55,8 @@ def _count(least: int = 1) -> Callable[[str, Any], int]:
     return lambda name, value: check_int(name, value, least)
 
 
-def _by_schedule(name: str, value: Any) -> Any:
-    return value  # :class:`mfac.Schedule` checks it
+def _elsewhere(name: str, value: Any) -> Any:
+    return value  # checked by :class:`mfac.Schedule`, or once the model's device is known
 
 
 def _optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
@@ -90,7 +89,7 @@ def _block_size(name: str, value: Any) -> int | str | None:
         if value != "auto":
             raise ValueError(f"{name}: expected an int, None or 'auto', got {value!r}")
         return value
-    return None if value is None else check_int(name, value)
+    return None if value is None else check_int(name, value, also=", None or 'auto'")
 
 
 def _pattern(name: str, value: Any) -> Any:
@@ -110,12 +109,6 @@ def _dtype(name: str, value: Any) -> torch.dtype:
     value = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(value, value) if value is not None else value
     if value not in (torch.float32, torch.bfloat16):
         raise TypeError(f"{name}: expected torch.float32 or torch.bfloat16, got {value!r}")
-    return value
-
-
-def _device(name: str, value: Any) -> Any:
-    if value is not None and not isinstance(value, (str, torch.device, os.PathLike)):
-        raise TypeError(f"{name}: expected a device, 'disk' or None, got {value!r}")
     return value
 
 
@@ -290,7 +283,7 @@ class GradientSettings(TypedDict, total=False):
         torch.device | str | None,
         Setting(
             None,
-            _device,
+            _elsewhere,
             'Where they are kept: None for the model\'s device; ``"cpu"`` if they do not fit there; ``"disk"`` or '
             '``"disk:FOLDER"`` for a memory-mapped file.',
         ),
@@ -311,13 +304,13 @@ class PruneSettings(StepSettings, GradientSettings, total=False):
 class PrunerSettings(StepSettings, GradientSettings, total=False):
     """The settings of :class:`mfac.Pruner`."""
 
-    initial_sparsity: Annotated[float, Setting(0.0, _by_schedule, "Sparsity at the first update.")]
-    start: Annotated[float, Setting(0, _by_schedule, "Time of the first update.")]
+    initial_sparsity: Annotated[float, Setting(0.0, _elsewhere, "Sparsity at the first update.")]
+    start: Annotated[float, Setting(0, _elsewhere, "Time of the first update.")]
     frequency: Annotated[
-        float, Setting(1, _by_schedule, "Time between updates, due at start, start + frequency, ... and end.")
+        float, Setting(1, _elsewhere, "Time between updates, due at start, start + frequency, ... and end.")
     ]
     schedule: Annotated[
-        str, Setting("cubic", _by_schedule, f"How sparsity rises: {', '.join(f'``{c!r}``' for c in CURVES)}.")
+        str, Setting("cubic", _elsewhere, f"How sparsity rises: {', '.join(f'``{c!r}``' for c in CURVES)}.")
     ]
     buffer: Annotated[
         GradientBuffer | None,
