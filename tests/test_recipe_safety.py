@@ -5,6 +5,7 @@ prints a line for each case as soon as it is done.
 """
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import mfac
 from mfac.recipe import Manager
 
 MODULUS = sys.hash_info.modulus
@@ -24,12 +26,12 @@ NODES = "expected at most 50000 values"
 
 
 def expression(text):
-    return f"modifiers:\n  - !EpochRangeModifier\n    end_epoch: eval({text})\n"
+    return f"modifiers:\n  - !EpochRangeModifier\n    end_epoch: {json.dumps(f'eval({text})')}\n"
 
 
-def doubling(last, template="eval({0} + {0})", count=200):
-    variables = "".join(f"v{i}: '{template.format(f'v{i + 1}')}'\n" for i in range(count))
-    return f"{variables}v{count}: {last}\n" + expression("v0")
+def doubling(levels):
+    variables = "".join(f"v{i}: eval(v{i + 1} + v{i + 1})\n" for i in range(levels))
+    return f"{variables}v{levels}: 1\n" + expression("v0")
 
 
 def aliases(item, levels=10, width=10):
@@ -44,7 +46,7 @@ def merges(levels=30):
     return "\n".join(lines) + f"\n{PRUNING}"
 
 
-# Name: (recipe, recipe_args, pattern of the error). The recipe is a string, or (suffix, contents of a file).
+# Name: (expression, pattern of the error).
 EXPRESSIONS = {
     "round": ("round(5, -30000000)", "round.*: expected at most 20 digits, got -30000000"),
     "round, float": ("round(5, -3e7)", "expected at most 20 digits, got -30000000.0"),
@@ -52,7 +54,7 @@ EXPRESSIONS = {
     "powers": ("**".join(["2"] * 200), "is larger than"),
     "powers in brackets": ("(" * 50 + "9" + "**99)" * 50, "a number is larger"),
     "negative exponent": ("2 ** -1000000", "exponent -1000000 is larger"),
-    "huge exponent": ("2 ** 1e308", "exponent .* is larger"),
+    "huge exponent": ("2 ** 1e308", "a number is larger"),
     "huge number": ("9" * 900, "a number is larger"),
     "infinity": ("1e999", "a number is larger"),
     "no number": ("1e999 - 1e999", "a number is larger"),
@@ -63,7 +65,6 @@ EXPRESSIONS = {
     "brackets": ("(" * 100_000 + "1" + ")" * 100_000, "1000 characters, got|10000 characters, got"),
     "fewer brackets": ("(" * 450 + "1" + ")" * 450, "cannot be computed"),
     "minus signs": ("-" * 990 + "1", "cannot be computed|end_epoch: expected"),
-    "calls": ("abs(" * 190 + "1" + ")" * 190, "cannot be computed|end_epoch: expected"),
     "long": ("+".join(["1"] * 2000), "expected at most 1000 characters, got 3999"),
     "strings": ("'a' * 1000000000", "expected numbers, got 'a'"),
     "sum of strings": ("'a' + 'b'", "expected numbers"),
@@ -77,22 +78,24 @@ EXPRESSIONS = {
     "bits": ("1 << 1000000000", "are allowed"),
     "f-string": ("f'{1:1000000000}'", "are allowed"),
 }
-CASES = {f"expression: {name}": (expression(json.dumps(f"eval({text})")).replace("eval(\"", '"').replace('")\n', '"\n'),
-                                 None, message) for name, (text, message) in EXPRESSIONS.items()}  # fmt: skip
+# Name: (recipe, recipe_args, pattern of the error). The recipe is a string, or (suffix, contents of a file).
+CASES = {f"expression: {name}": (expression(text), None, message) for name, (text, message) in EXPRESSIONS.items()}
 CASES |= {
     # Variables.
-    "doubling numbers": (doubling("1"), None, NESTED),
-    "doubling lists": (doubling("[1]", "eval({0})", 20).replace("'eval(", "['eval(").replace(")'", ")', 'eval(v20)']"),
-                       None, "end_epoch: expected a number"),
-    "doubling lists, twice": ("".join(f"v{i}: ['eval(v{i + 1})', 'eval(v{i + 1})']\n" for i in range(40)) + "v40: [1]\n"
+    "doubling numbers": (doubling(200), None, NESTED),
+    "doubling numbers, less deep": (doubling(45).replace("v45: 1", "v45: []"), None, "expected numbers, got .."),
+    "doubling lists": ("".join(f"v{i}: ['eval(v{i + 1})', 'eval(v{i + 1})']\n" for i in range(18)) + "v18: [1]\n"
                               + expression("v0"), None, "expected at most 100000 values"),
-    "long chain": ("".join(f"v{i}: eval(v{i + 1})\n" for i in range(900)) + "v900: 1\n" + expression("v0"), None, NESTED),
+    "long chain": ("".join(f"v{i}: eval(v{i + 1})\n" for i in range(900)) + "v900: 1\n" + expression("v0"), None,
+                   NESTED),
     "many expressions": (f"modifiers:\n  - !Any {{a: [{', '.join(['eval(%s)' % ('1+' * 400 + '1')] * 200)}]}}\n", None,
                          "expected at most 100000 values"),
     "many stages": ("a: [" + "1, " * 900 + "1]\n" + "".join(
-        f"s{i}:\n  modifiers:\n    - !Any {{x: eval(a)}}\n" for i in range(900)), None, "expected at most 100000 values"),
+        f"s{i}:\n  modifiers:\n    - !Any {{x: eval(a)}}\n" for i in range(900)), None,
+        "expected at most 100000 values"),
     "list as a key": ("k: [1]\nmodifiers:\n  - !Any {a: {eval(k): 1}}\n", None, "line 3: .*keys, got .1"),
-    "keys that become equal": ("k: 1\nmodifiers:\n  - !Any {a: {eval(k): 1, 1: 2}}\n", None, "different .* keys, got 1"),
+    "keys that become equal": ("k: 1\nmodifiers:\n  - !Any {a: {eval(k): 1, 1: 2}}\n", None,
+                               "different .* keys, got 1"),
     # Front matter.
     "comments": ((".md", "<!-- a -->\n" * 90_000 + "text"), None, "expected YAML front matter between .*, got none"),
     "unclosed comments": ((".md", "<!-- a\n" * 140_000), None, "expected YAML front matter between .*, got none"),
@@ -119,15 +122,16 @@ CASES |= {
     "indentation": ("".join(" " * i + "a:\n" for i in range(600)), None, NESTED),
     "many values": ("a: [" + "1," * 60_000 + "1]\n", None, NODES),
     "many entries": ("".join(f"k{i}: 1\n" for i in range(5000)), None, "line 1: expected at most 1000 entries"),
-    "equal hashes": ("".join(f"{i * MODULUS}: 1\n" for i in range(10_000)), None, "at most 1000 entries"),
+    "equal hashes": ("".join(f"{i * MODULUS}: 1\n" for i in range(5000)), None, "at most 1000 entries"),
     "long text": ("a: " + "x" * 20_000 + f"\n{PRUNING}", None, "line 1: expected strings of at most 10000"),
     "escapes": ('a: "' + "\\x41" * 60_000 + '"\n', None, "expected strings of at most 10000"),
     "base 60": ("a: 1" + ":59" * 80_000 + "\n", None, "expected strings of at most 10000"),
     "base 60, float": ("a: 1" + ":59" * 3000 + ".5\n", None, "line 1: expected a value of type float"),
     "digits": ("a: " + "9" * 9000 + "\n", None, "line 1: expected a value of type int|expected modifiers"),
-    "hexadecimal": ("modifiers:\n  - !EpochRangeModifier {end_epoch: 0x" + "f" * 5000 + "}\n", None, "end_epoch: expected"),
+    "hexadecimal": ("modifiers:\n  - !EpochRangeModifier {end_epoch: 0x" + "f" * 5000 + "}\n", None,
+                    "end_epoch: expected"),
     "infinite": ("modifiers:\n  - !MFACPruningModifier {params: [a], final_sparsity: 0.5, num_grads: .inf}\n", None,
-                 "num_grads: expected a finite number, got inf|num_grads: expected >= 1|num_grads: expected"),
+                 "num_grads: expected a finite number, got inf"),
     "no such date": ("a: 2024-99-99\n" + PRUNING, None, "line 1: expected a value of type timestamp"),
     "wrong tags": ("a: !!int x\n" + PRUNING, None, "line 1: expected a value of type int, got 'x'"),
     "binary": ("a: !!binary ä\n" + PRUNING, None, "line 1: expected"),
@@ -143,19 +147,20 @@ CASES |= {
     "null": ("--- null\n", None, "expected a recipe .*, got"),
     "null modifiers": ("modifiers:\n", None, "modifiers: expected a list of modifiers .*, got None"),
     "null modifier": ("modifiers: [~]\n", None, "modifiers: expected a list of modifiers .*, got .None"),
-    "null argument": ("modifiers:\n  - !EpochRangeModifier {end_epoch: }\n", None, "end_epoch: expected a number, got None"),
+    "null argument": ("modifiers:\n  - !EpochRangeModifier {end_epoch: }\n", None,
+                      "end_epoch: expected a number, got None"),
     "control characters": ("a: \x00\n", None, "expected valid YAML"),
     "names in an error": (f"a: &a [{'x, ' * 2000}]\nmodifiers:\n  - !EpochRangeModifier {{end_epoch: *a}}\n", None,
                           r"end_epoch: expected a number, got \['x'"),
     # Sizes.
-    "text of 100 MB": ("\n" * 100_000_000, None, "recipe: expected at most 1048576 characters, got 100000000"),
+    "text of 2 MB": ("\n" * 2_000_000, None, "recipe: expected at most 1048576 characters, got 2000000"),
     "file of 2 MB": ((".yaml", "#\n" * 1_000_000), None, "expected at most 1048576 bytes, got more"),
     "YAML of 1 MB": ((".yaml", "#\n" * 500_000), None, "expected at most 262144 characters of YAML, got 1000000"),
     "not UTF-8": ((".yaml", "a: \udcff"), None, "expected UTF-8 text, got byte 0xff at 3"),
     # Arguments.
     "JSON": ("a: 1\n" + PRUNING, '{"a":' * 100_000, "recipe_args: expected valid JSON, got an error"),
     "JSON, less deep": ("a: 1\nmodifiers: [!Any {x: eval(a)}]\n", '{"a": ' + "[" * 300 + "]" * 300 + "}", NESTED),
-    "JSON, many digits": ("a: 1\n" + PRUNING, '{"a": %s}' % ("9" * 5000), "recipe_args: expected valid JSON|got none"),
+    "JSON, many digits": ("a: 1\n" + PRUNING, '{"a": %s}' % ("9" * 5000), "recipe_args: expected valid JSON"),
     "arguments of 2 MB": ("a: 1\n" + PRUNING, "a=1," * 500_000, "recipe_args: expected at most 1048576 characters"),
     "many arguments": ("a: 1\n" + PRUNING, "a=1," * 2000, "recipe_args: expected at most 1000 variables"),
     "argument twice": ("a: 1\n" + PRUNING, "a=1,a=2", "recipe_args: expected each variable once, got 'a' again"),
@@ -180,17 +185,28 @@ def run(folder):
             outcome = ["no error", ""]
         except Exception as error:
             outcome = [type(error).__name__, str(error)]
-        print(json.dumps([name, *outcome, time.process_time() - seconds + SECONDS]), flush=True)
+        print(json.dumps([name, *outcome]), flush=True)
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipes")
     child = subprocess.run(
-        [sys.executable, __file__, str(folder)], capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, __file__, str(folder)],
+        env={**os.environ, "PYTHONPATH": str(Path(mfac.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     lines = [json.loads(line) for line in child.stdout.splitlines()]
-    return {name: (kind, text) for name, kind, text, _ in lines}, child.stderr
+    return {name: (kind, text) for name, kind, text in lines}, child.stderr
+
+
+def test_variables_are_evaluated_once():
+    """2^40 additions would take days."""
+    recipe = doubling(40)
+    assert Manager.from_recipe(recipe).epochs == 2**40
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -144,11 +144,14 @@ def load_yaml(text: str, name: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = name if mark is None else f"{name} line {mark.line + 1}"
+        if not isinstance(error, yaml.MarkedYAMLError):  # a character that YAML does not allow
+            raise ValueError(f"{name}: expected valid YAML, got an error: {' '.join(str(error).split())}") from error
+        mark = error.problem_mark or error.context_mark
+        message = error.problem
         if not isinstance(error, _Refused):
-            problem = f"expected valid YAML, got an error: {problem or ' '.join(str(error).split())}"
-        raise ValueError(f"{where}: {problem}") from error
+            problem = ", ".join(filter(None, (error.context, error.problem)))
+            message = f"expected valid YAML, got an error: {problem:.200}"
+        raise ValueError(f"{name} line {mark.line + 1}: {message}") from error
     except RecursionError:
         raise ValueError(f"{name}: expected values nested at most {_MAX_DEPTH} deep, got more") from None
 
