@@ -1,5 +1,7 @@
 """Managers and sessions: what a recipe does to a model and an optimizer."""
 
+import copy
+import pickle
 import warnings
 from pathlib import Path
 
@@ -146,6 +148,51 @@ def test_state_survives_a_restart(model):
     assert float((other[0].weight == 0).float().mean()) == 0.75
     with pytest.raises(ValueError, match="state: expected 1 pruning modifiers, those of this recipe, got 0"):
         again.load_state_dict({"pruners": []})
+
+
+@pytest.mark.parametrize("name", ["MagnitudePruningModifier", "MFACPruningModifier"])
+def test_state_is_read_with_weights_only(model, name, tmp_path):
+    text = PRUNING % name + ("    num_grads: 4\n" if "MFAC" in name else "")
+    session, optimizer = apply(text, model)
+    session.step(1.0)
+    torch.save(session.state_dict(), tmp_path / "state.pt")
+    again = Manager.from_recipe(text).apply(model, optimizer, batches(), F.cross_entropy)
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert again.sparsity == 0.25
+    assert torch.equal(again.masks["0.weight"], session.masks["0.weight"])
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda objects: pickle.loads(pickle.dumps(objects))])
+def test_copies_prune_the_copied_model(model, duplicate):
+    text = PRUNING % "MagnitudePruningModifier" + "  - !SetLearningRateModifier {learning_rate: 0.1}\n"
+    session, optimizer = apply(text, model)
+    session.step(1.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    other, other_optimizer, again = duplicate((model, optimizer, session))
+    assert again.sparsity == 0.25
+    other_optimizer.param_groups[0]["lr"] = 7.0
+    again.step(2.0)
+    assert float((other[0].weight == 0).float().mean()) == 0.75
+    assert other_optimizer.param_groups[0]["lr"] == 0.1
+    assert session.sparsity == 0.25
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
+    session.step(2.0)
+    assert torch.equal(model[0].weight, other[0].weight)
+
+
+@pytest.mark.parametrize("state", [None, {}, {"pruners": None}])
+def test_other_states_are_refused(model, state):
+    session, _ = apply(PRUNING % "MagnitudePruningModifier", model)
+    with pytest.raises(ValueError, match=r"state: expected what Session.state_dict\(\) returned, got"):
+        session.load_state_dict(state)
+
+
+@pytest.mark.parametrize(("epoch", "error"), [("1", TypeError), (True, TypeError), (float("nan"), ValueError)])
+def test_epochs_are_numbers(model, epoch, error):
+    session, _ = apply(PRUNING % "MagnitudePruningModifier", model)
+    with pytest.raises(error, match="epoch: expected a"):
+        session.step(epoch)
 
 
 class Drawn:

@@ -40,6 +40,18 @@ modifiers:
         ("linear", "linear\n    damp: 1*men", "damp: expected a number, got '1[*]men'"),
         ("linear", "linear\n    leave_enabled: false", "leave_enabled: expected True"),
         ("linear", "linear\n    damp: 0", "damp: expected > 0, got 0"),
+        ("linear", "linear\n    damp: .nan", "damp: expected a finite number, got nan"),
+        ("linear", "linear\n    damp: true", "damp: expected a number, got True"),
+        ("linear", "linear\n    damp: -1*mean", "damping: expected"),
+        ("2.0", ".inf", "end_epoch: expected >= -1, got inf"),
+        ("linear", "linear\n    mask_type: true", "mask_type: expected 'unstructured', .*, got True"),
+        ("linear", "linear\n    mask_type: 0", "mask_type: expected 'unstructured', .*, got 0"),
+        ("linear", "linear\n    global_sparsity: 'no'", "global_sparsity: expected true or false, got 'no'"),
+        ("linear", "linear\n    score_type: movement", "score_type: expected one of MFAC, got 'movement'"),
+        ("linear", "linear\n    num_grads: 4\n    refresh: 5", "refresh: expected an int 1 to 4, got 5"),
+        ("linear", "linear\n    refresh: 0", "refresh: expected an int 1 to 256, got 0"),
+        ("linear", "linear\n    mfac_options: [1]", r"mfac_options: expected a mapping, got \[1\]"),
+        ("[0.weight]", "[1]", r"params: expected a name or a list of names, got \[1\]"),
         ("linear", "linear\n    num_grads: 1.5", "num_grads: expected an int, got 1.5"),
         ("linear", "linear\n    num_grads: {0.0: 64}", "num_grads: expected an int"),
         ("linear", "linear\n    update: both", "update: expected one of joint, independent, none, got 'both'"),
@@ -106,3 +118,37 @@ def test_other_work_is_left_out():
         ValueError, match=r"line 12: .*: expected modifiers that prune or train, got one that mfac does not run"
     ):
         Manager.from_recipe(text, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("final", "message"),
+    [
+        ("{0.5: [0.weight], 0.9: [0.weight]}", "final_sparsity: expected each name once, got '0.weight' again"),
+        ("{0.5: []}", "final_sparsity: expected a number or {sparsity: .params.}, got {0.5: ..}"),
+        ("{}", "final_sparsity: expected a number or"),
+        ("{high: [0.weight]}", "final_sparsity: expected a number, got 'high'"),
+    ],
+)
+def test_sparsity_by_layer_errors(final, message):
+    text = (PRUNING % "GMPruningModifier").replace("0.75", final).replace("[0.weight]\n    init", "[]\n    init")
+    with pytest.raises(ValueError, match=message):
+        Manager.from_recipe(text)
+
+
+@pytest.mark.parametrize("groups", ["0", "[x]", "[-1]", "[true]", "[0.5]"])
+def test_group_errors(groups):
+    text = f"modifiers:\n  - !SetLearningRateModifier {{learning_rate: 1, param_groups: {groups}}}\n"
+    with pytest.raises(ValueError, match="line 2: !SetLearningRateModifier: param_groups: expected"):
+        Manager.from_recipe(text)
+
+
+@pytest.mark.parametrize(
+    ("written", "batches"), [("", 3 * 4), ("    refresh: 4\n", 3 * 4), ("    refresh: 1\n", 4 + 1 + 1)]
+)
+def test_refresh(written, batches):
+    """Of m = 4 gradients, how many are new at each of the recomputations after the first."""
+    text = (PRUNING % "MFACPruningModifier") + "    num_grads: 4\n    num_recomputations: 3\n" + written
+    drawn = []
+    stream = (drawn.append(i) or (torch.randn(4, 8), torch.randint(2, (4,))) for i in range(100))
+    Manager.from_recipe(text).one_shot(nn.Sequential(nn.Linear(8, 2)), stream, nn.functional.cross_entropy)
+    assert len(drawn) == batches
