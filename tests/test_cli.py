@@ -8,7 +8,7 @@ import pytest
 
 from mfac._build import BuildError
 from mfac.cli.main import build_parser, main
-from mfac.tutorial.train import TrainSettings
+from mfac.tutorial.train import TrainSettings, train
 
 
 def test_help_teaches(capsys):
@@ -19,10 +19,16 @@ def test_help_teaches(capsys):
     for word in ("mfac demo", "mfac doctor", "mfac train --recipe-path", "train/<class>"):
         assert word in text
     assert main([]) == 2
-    for command in ("train", "demo", "doctor"):
+    for command, words in (
+        ("train", ("examples:", "--recipe-args num_grads=64", "checkpoint.pt --model-tag first", "--one-shot")),
+        ("demo", ("--seeds",)),
+        ("doctor", ("--debug",)),
+    ):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0
+        text = capsys.readouterr().out
+        assert all(word in text for word in words)
 
 
 def test_options_of_train_are_the_settings():
@@ -43,7 +49,10 @@ def test_options_of_train_are_the_settings():
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("train --recipe-path no.md", "mfac: error: no recipe file at no.md; the tutorial's are in "),
+        (
+            "train --recipe-path no.md",
+            "mfac: error: recipe: expected an existing file, got no.md; the tutorial's recipes are in ",
+        ),
         ("train --recipe-path r.yaml --dataset imagenette", "mfac: error: the dataset imagenette needs a dataset path"),
     ],
 )
@@ -61,6 +70,8 @@ def test_wrong_input_is_one_line(command, message, tmp_path, monkeypatch, capsys
     [
         (RuntimeError("the training loss is nan\n  in epoch 0"), "the training loss is nan in epoch 0"),
         (BuildError("no kernels\n  tried: a\n  fix: b"), "no kernels\n  tried: a\n  fix: b"),
+        (MemoryError(), "expected enough memory, got a MemoryError"),
+        (MemoryError("grads: needs 9 GiB"), "grads: needs 9 GiB"),
     ],
 )
 def test_failures_are_said_without_a_traceback(error, text, monkeypatch, capsys):
@@ -90,5 +101,38 @@ def test_runs_as_a_module(tmp_path):
         [sys.executable, "-m", "mfac", "train", "--recipe-path", "no.md"], capture_output=True, text=True, check=False
     )
     folder = Path(__file__).resolve().parents[1] / "recipes"
-    text = f"mfac: error: no recipe file at no.md; the tutorial's are in {folder}\n"
+    text = f"mfac: error: recipe: expected an existing file, got no.md; the tutorial's recipes are in {folder}\n"
     assert (run.returncode, run.stderr) == (2, text)
+
+
+@pytest.mark.parametrize("command", ["--debug train --recipe-path no.md", "train --recipe-path no.md --debug"])
+def test_debug_shows_the_traceback(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(command.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback")
+    assert "in train" in error and "ValueError: recipe: expected an existing file, got no.md" in error
+
+
+@pytest.mark.parametrize(
+    "tag",
+    ["../x", "/x", "", ".", "..", "a/b", "a/", "a\\b", "a\0b", "a\nb", " a", "a ", "\udcff", "x" * 201, "\u202ex"],
+)
+def test_odd_tags_are_refused_before_anything_is_created(tag, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text("modifiers:\n  - !EpochRangeModifier {end_epoch: 1}\n")
+    options = {"recipe_path": "r.yaml", "pretrained": "False", "save_dir": "runs", "model_tag": tag}
+    with pytest.raises(ValueError, match="model_tag: expected a plain folder name"):
+        train(TrainSettings(**options))
+    assert main(["train", *(f"--{key.replace('_', '-')}={value}" for key, value in options.items())]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mfac: error: model_tag: expected a plain folder name") and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+
+
+def test_the_recipes_name_is_the_tag_only_if_it_is_a_plain_one(tmp_path):
+    path = tmp_path / "...yaml"
+    path.write_text("modifiers:\n  - !EpochRangeModifier {end_epoch: 1}\n")
+    with pytest.raises(ValueError, match=r"model_tag: expected a plain folder name .*, got '\.\.'"):
+        train(TrainSettings(recipe_path=str(path), save_dir=str(tmp_path / "runs")))
+    assert not (tmp_path / "runs").exists()

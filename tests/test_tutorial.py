@@ -165,7 +165,7 @@ def test_train_writes_results_and_resumes_with_masks(settings, tmp_path):
     assert [float(row["epoch"]) for row in rows] == [1, 2, 3]
     assert float(rows[0]["learning_rate"]) == 0.001
 
-    with pytest.raises(ValueError, match="has done all 3 epochs"):
+    with pytest.raises(ValueError, match="which has completed the recipe's 3 epochs"):
         train(TrainSettings(**settings, checkpoint_path=str(run / "checkpoint.pt")))
     longer = train(TrainSettings(**settings, checkpoint_path=str(run / "checkpoint.pt"), recipe_args="epochs=4"))
     assert [(m.epoch, round(m.sparsity, 2), m.pruned) for m in longer] == [(4, 0.9, False)]
@@ -187,8 +187,8 @@ def test_one_shot_prunes_the_model_of_a_checkpoint(settings, tmp_path):
     trained = torch.load(checkpoint, weights_only=True)["model"]
     pruned = torch.load(tmp_path / "runs" / "pruned" / "model.pt", weights_only=True)["model"]
     assert torch.equal(pruned["input.conv.weight"], trained["input.conv.weight"])
-    for message, change in [("no checkpoint at no.pt", {"checkpoint_path": "no.pt"}),
-                            ("does not fit the model", {"checkpoint_path": checkpoint, "width": 0.5})]:  # fmt: skip
+    for message, change in [("checkpoint_path: expected an existing file, got no.pt", {"checkpoint_path": "no.pt"}),
+                            ("of the same width", {"checkpoint_path": checkpoint, "width": 0.5})]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             train(TrainSettings(**{**options, **change}))
 
@@ -245,16 +245,17 @@ def test_train_on_image_folders(settings, folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"arch_key": "resnet"}, "arch_key must be one of mobilenet, got 'resnet'"),
+        ({"arch_key": "resnet"}, "arch_key: expected one of mobilenet, got 'resnet'"),
         ({"pretrained": "no.pt"}, "no file of weights at no.pt"),
-        ({"checkpoint_path": "no.pt"}, "no checkpoint at no.pt"),
-        ({"device": "abacus"}, "device must be cpu, cuda"),
-        ({"max_train_steps": 0}, "max_train_steps must be above 0"),
+        ({"checkpoint_path": "no.pt"}, "checkpoint_path: expected an existing file, got no.pt"),
+        ({"device": "abacus"}, "device: expected cpu, cuda"),
+        ({"max_train_steps": 0}, "max_train_steps: expected > 0"),
         (
             {"dataset": "imagefolder", "dataset_path": "FOLDER", "pretrained": "True", "train_batch_size": 4},
-            "for the dataset digits",
+            "pretrained: expected the path .* got True, which is for the dataset digits",
         ),
-        ({"recipe_path": "no.md"}, "no recipe file at no.md"),
+        ({"recipe_path": "no.md"}, "recipe: expected an existing file, got no.md"),
+        ({"model_tag": "../tag"}, "model_tag: expected a plain folder name .*, got '../tag'"),
     ],
 )
 def test_train_errors(settings, folder, change, message):

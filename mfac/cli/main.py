@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 
 from mfac import __version__
@@ -12,13 +13,32 @@ from mfac._build import BuildError
 _DESCRIPTION = """\
 Prune PyTorch models with second-order information (M-FAC).
 
-  mfac demo                                    see it work: M-FAC beside magnitude pruning, in a few minutes
-  mfac doctor                                  what is installed, built and used on this machine
-  mfac train --recipe-path recipes/mfac.md     prune a MobileNet under a recipe, on embedded data
+examples:
+  mfac demo                                    compare M-FAC with magnitude pruning, in a few minutes
+  mfac doctor                                  report what is installed, built and used on this machine
+  mfac train --recipe-path recipes/mfac.md     prune a MobileNet as a recipe says, on the bundled digits
   mfac train --recipe-path R.md --dataset imagenette --dataset-path DIR --pretrained dense.pt
                                                the same on image folders (DIR/train/<class>, DIR/val/<class>)
 """
-_EPILOG = "Use `mfac COMMAND --help` for the options of a command. From Python: `import mfac; help(mfac)`."
+_EPILOG = """\
+`mfac COMMAND --help` lists the options of a command; `--debug` shows where an error arose.
+From Python: `import mfac; help(mfac)`.
+"""
+_TRAIN_DESCRIPTION = """\
+Train and prune a model as a recipe says. Writes model.pt (the best epoch), model.txt (its loss and accuracy) and
+checkpoint.pt (the last epoch, to resume from) into SAVE_DIR/MODEL_TAG.
+"""
+_TRAIN_EPILOG = """\
+examples:
+  override variables of the recipe:
+    mfac train --recipe-path recipes/mfac.md --recipe-args num_grads=64,num_recomputations=4 --model-tag first
+  resume after an interruption, masks included:
+    mfac train --recipe-path recipes/mfac.md --checkpoint-path runs/first/checkpoint.pt --model-tag first
+  prune to the final sparsity at once, without training:
+    mfac train --recipe-path recipes/mfac.md --one-shot --model-tag oneshot
+  your own images (DIR/train/<class>/*.jpg, DIR/val/<class>/*.jpg) and weights (a state_dict):
+    mfac train --recipe-path R.md --dataset imagefolder --dataset-path DIR --pretrained dense.pt --device cuda
+"""
 
 
 def _boolean_or_path(text: str) -> str:
@@ -26,85 +46,119 @@ def _boolean_or_path(text: str) -> str:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected an int, got {text!r}") from None
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+        raise argparse.ArgumentTypeError(f"expected an int >= 1, got {text}")
     return value
+
+
+def _add_debug(parser: argparse.ArgumentParser) -> None:
+    # Absent unless given: a default of the command would override what was given before the command.
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error, not one line"
+    )
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "train",
-        help="train and prune a model under a recipe",
-        description="Train and prune a model under a recipe. Writes model.pt, model.txt and checkpoint.pt into "
-        "SAVE_DIR/MODEL_TAG.",
-        epilog="example: mfac train --recipe-path recipes/mfac.md --recipe-args num_grads=64 --model-tag first",
+        help="train and prune a model as a recipe says",
+        description=_TRAIN_DESCRIPTION,
+        epilog=_TRAIN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
+    _add_debug(parser)
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--recipe-path", required=True, metavar="FILE", help="recipe: .md with front matter or .yaml")
-    recipe.add_argument("--recipe-args", metavar="K=V,...", help="override variables of the recipe (or JSON)")
+    recipe.add_argument(
+        "--recipe-path", required=True, metavar="FILE", help="recipe: .yaml, .yml, or .md with front matter"
+    )
+    recipe.add_argument("--recipe-args", metavar="K=V,...", help="values for variables of the recipe; also JSON")
     recipe.add_argument("--one-shot", action="store_true", help="prune to the final sparsity at once, without training")
     model = parser.add_argument_group("model")
-    model.add_argument("--arch-key", metavar="NAME", help="network: mobilenet (the default)")
-    model.add_argument("--width", type=float, help="multiplier of its channels (default: 0.35 for digits, else 1.0)")
+    model.add_argument("--arch-key", metavar="NAME", help="network: mobilenet (default)")
+    model.add_argument(
+        "--width", type=float, metavar="X", help="multiplier of its channels (default: 0.35 for digits, else 1.0)"
+    )
     model.add_argument(
         "--pretrained",
         type=_boolean_or_path,
         metavar="True|False|FILE",
-        help="start from a state_dict; True: a dense model trained on the digits once and cached (default for digits)",
+        help="initial weights, a state_dict; True: a dense model, trained on the digits once and cached (default for "
+        "digits); False: random (default otherwise)",
     )
     model.add_argument(
         "--checkpoint-path",
         metavar="FILE",
-        help="go on from a checkpoint.pt, masks included; with --one-shot: prune its model",
+        help="resume from a checkpoint.pt, masks included; with --one-shot: prune its model",
     )
     data = parser.add_argument_group("data")
     data.add_argument(
         "--dataset",
         choices=("digits", "imagenette", "imagefolder"),
-        help="digits (embedded, the default), or image files in folders",
+        help="digits (bundled with scikit-learn; default), or images in folders",
     )
     data.add_argument("--dataset-path", metavar="DIR", help="folder with train/<class>/*.jpg and val/<class>/*.jpg")
-    data.add_argument("--image-size", type=_positive, metavar="N", help="height and width of folder images (224)")
-    data.add_argument("--train-batch-size", type=_positive, metavar="N", help="images per step and per gradient (32)")
-    data.add_argument("--test-batch-size", type=_positive, metavar="N", help="images per validation batch (64)")
-    data.add_argument("--loader-num-workers", type=int, metavar="N", help="processes that read images (0)")
+    data.add_argument(
+        "--image-size", type=_positive, metavar="N", help="height and width to which images are brought (default: 224)"
+    )
+    data.add_argument(
+        "--train-batch-size",
+        type=_positive,
+        metavar="N",
+        help="images per step, and per gradient of M-FAC (default: 32)",
+    )
+    data.add_argument(
+        "--test-batch-size", type=_positive, metavar="N", help="images per validation batch (default: 64)"
+    )
+    data.add_argument("--loader-num-workers", type=int, metavar="N", help="processes that read images (default: 0)")
     training = parser.add_argument_group("training")
-    training.add_argument("--init-lr", type=float, metavar="LR", help="learning rate until the recipe sets one (4e-4)")
-    training.add_argument("--max-train-steps", type=int, metavar="N", help="steps per epoch at most (-1: all)")
-    training.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    training.add_argument("--seed", type=int, help="seed of the order of images and of new weights (0)")
+    training.add_argument(
+        "--init-lr", type=float, metavar="LR", help="learning rate until the recipe sets one (default: 4e-4)"
+    )
+    training.add_argument(
+        "--max-train-steps", type=int, metavar="N", help="largest number of steps per epoch (default: -1, all)"
+    )
+    training.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda if available)")
+    training.add_argument(
+        "--seed", type=int, metavar="N", help="seed for the order of images and for random weights (default: 0)"
+    )
     output = parser.add_argument_group("output")
-    output.add_argument("--save-dir", metavar="DIR", help="folder of the results (runs)")
-    output.add_argument("--model-tag", metavar="NAME", help="folder in it for this run (default: the recipe's name)")
+    output.add_argument("--save-dir", metavar="DIR", help="folder for the results of all runs (default: runs)")
+    output.add_argument(
+        "--model-tag", metavar="NAME", help="subfolder for this run, a plain name (default: the recipe's)"
+    )
     output.add_argument(
         "--save-best-after",
         type=int,
         metavar="EPOCH",
-        help="model.pt is the best from this epoch on (default: the first epoch at the final sparsity)",
+        help="first epoch that can become model.pt (default: the first one at the final sparsity)",
     )
-    output.add_argument("--logs-dir", metavar="DIR", help="folder for a CSV of loss, accuracy and sparsity over time")
+    output.add_argument("--logs-dir", metavar="DIR", help="folder for a CSV file of loss, accuracy and sparsity")
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "demo",
-        help="compare M-FAC with magnitude pruning on embedded data",
-        description="Prune a dense MobileNet on embedded digits to more than 95 % by magnitude, by the published "
-        "M-FAC update and by the joint one, each with the same budget; print a table and draw comparison.png. Needs "
-        "pip install 'mfac[demo]'.",
+        help="compare M-FAC with magnitude pruning on bundled data",
+        description="Prune a dense MobileNet on bundled images of digits to above 95 % sparsity: by magnitude, with "
+        "the published M-FAC update and with the joint update, all with the same training budget. Prints a table and "
+        "draws comparison.png. Requires pip install 'mfac[demo]'.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--output", default="mfac-demo", metavar="DIR", help="folder of table, CSV files and plot")
+    _add_debug(parser)
+    parser.add_argument("--output", default="mfac-demo", metavar="DIR", help="folder for the table, CSV files and plot")
     parser.add_argument(
         "--seeds",
         type=_positive,
         default=1,
         metavar="N",
-        help="runs of each method; a seed takes about 2 minutes on 2 cores",
+        help="runs of each method, of about 2 minutes each on 2 cores",
     )
-    parser.add_argument("--num-grads", type=_positive, default=64, metavar="N", help="gradients per Fisher")
+    parser.add_argument("--num-grads", type=_positive, default=64, metavar="N", help="gradients of the Fisher")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -117,10 +171,11 @@ def build_parser() -> argparse.ArgumentParser:
         prog="mfac", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"mfac {__version__}")
+    _add_debug(parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_train(commands)
     _add_demo(commands)
-    commands.add_parser("doctor", help="report what is installed, built and used on this machine")
+    _add_debug(commands.add_parser("doctor", help="report what is installed, built and used on this machine"))
     return parser
 
 
@@ -149,18 +204,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program's name; None: the process's own.
 
     Returns:
-        The exit status: 0 if all went well, 2 for wrong input or for what cannot be done here, said on stderr: in one
-        line, or in several if the kernels cannot be built.
+        The exit status: 0 on success; 2 for invalid input or what this machine cannot do, with one line on stderr
+        (several if the kernels cannot be built; a traceback with ``--debug``); 130 if interrupted.
     """
     parser = build_parser()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments:
         parser.print_help()
         return 2
+    options = vars(parser.parse_args(arguments))
+    debug = options.pop("debug", False)
     try:
-        return _run(vars(parser.parse_args(arguments)))
-    except (ValueError, ImportError, OSError, RuntimeError) as error:
-        text = str(error) if isinstance(error, BuildError) else " ".join(str(error).split())
+        return _run(options)
+    except (ValueError, ImportError, OSError, RuntimeError, MemoryError) as error:
+        if debug:
+            traceback.print_exc()
+            return 2
+        text = str(error) or "expected enough memory, got a MemoryError"  # which mostly has no text
+        text = text if isinstance(error, BuildError) else " ".join(text.split())
         sys.stderr.write(f"mfac: error: {text}\n")
         return 2
     except KeyboardInterrupt:

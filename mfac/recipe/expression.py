@@ -1,14 +1,18 @@
-"""The arithmetic allowed in a recipe's `eval(...)`: a small interpreter over Python's syntax tree."""
+"""The arithmetic allowed in a recipe's `eval(...)`, and the variables it refers to.
+
+A small interpreter over Python's syntax tree, because it must bound the work: of a number, of an expression, of nested
+variables and of all expressions together. A general evaluator would need a wrapper around each of its operators and
+functions, and still leave nesting and the total unbounded.
+"""
 
 from __future__ import annotations
 
 import ast
+import itertools
 import operator
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-_EVAL = re.compile(r"\s*eval\((.*)\)\s*", re.DOTALL)
 _OPERATORS: dict[type, Callable] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -19,68 +23,150 @@ _OPERATORS: dict[type, Callable] = {
     ast.Pow: operator.pow,
 }
 _FUNCTIONS: dict[str, Callable] = {"abs": abs, "float": float, "int": int, "max": max, "min": min, "round": round}
-_LARGEST = 10**15  # no quantity of a recipe is larger; bounds the work that `**` can ask for
+_MAX_NUMBER = 10**15  # no quantity of a recipe is larger; bounds the operands of `**`
+_MAX_EXPONENT = 100
+_MAX_DIGITS = 20  # of round(number, digits), which computes 10**digits
+_MAX_CHARS = 1000  # of an expression; bounds the nesting that Python's parser has to follow
+_MAX_DEPTH = 50  # of lists, dicts and variables in one another; far below Python's recursion limit
+_MAX_WORK = 100_000  # values visited and characters parsed for one recipe; well below a second
 
 
 def _number(value: Any, text: str) -> int | float:
+    """Return `value` if it is a number of reasonable size, else raise a ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"eval({text}): expected numbers, got {value!r}")
-    if not -_LARGEST <= value <= _LARGEST:
-        raise ValueError(f"eval({text}): a number is larger than {_LARGEST:.0e}")
+        raise ValueError(f"eval({text}): expected numbers, got {value!r:.80}")
+    if not -_MAX_NUMBER <= value <= _MAX_NUMBER:
+        raise ValueError(f"eval({text}): a number is larger than {_MAX_NUMBER:.0e}")
     return value
 
 
-def _evaluate(node: ast.AST, text: str, lookup: Callable[[str], Any]) -> int | float:
-    def number(child: ast.AST) -> int | float:
-        return _number(_evaluate(child, text, lookup), text)
-
-    match node:
-        case ast.Constant():
-            return _number(node.value, text)
-        case ast.Name():
-            return lookup(node.id)
-        case ast.UnaryOp(op=ast.USub()):
-            return -number(node.operand)
-        case ast.BinOp(op=op) if type(op) in _OPERATORS:
-            left, right = number(node.left), number(node.right)
-            if isinstance(op, ast.Pow) and abs(right) > 100:
-                raise ValueError(f"eval({text}): the exponent {right} is larger than 100")
-            return _OPERATORS[type(op)](left, right)
-        case ast.Call(func=ast.Name(id=name), keywords=[]) if name in _FUNCTIONS:
-            return _FUNCTIONS[name](*[number(argument) for argument in node.args])
-    raise ValueError(
-        f"eval({text}): only numbers, variable names, + - * / // ** %, and {', '.join(_FUNCTIONS)} are allowed"
-    )
+def _expression(value: Any) -> str | None:
+    """Return what stands in `eval(...)` if that is the whole of a string."""
+    if isinstance(value, str):
+        value = value.strip()
+        if value.startswith("eval(") and value.endswith(")"):
+            return value[len("eval(") : -1].strip()
+    return None
 
 
-def evaluate(value: Any, lookup: Callable[[str], Any]) -> Any:
-    """Return `value` with `eval(...)` replaced by its result; a string counts only if `eval(...)` is the whole of it.
+class Scope:
+    """The variables of a recipe or of one of its stages, evaluated when they are used.
+
+    A variable that holds a number or a string is evaluated once. All the work for a recipe, including its stages, is
+    counted together and bounded.
 
     Args:
-        value: A value read from YAML: strings are looked at, lists and dicts are searched.
-        lookup: Gives the value of a variable; a bare variable name passes anything through, also lists and strings.
-
-    Returns:
-        The value, of the same structure.
-
-    Raises:
-        ValueError: If an expression is not arithmetic, or cannot be computed.
+        variables: Values by name, as read: numbers, strings (also `eval(...)`), lists and dicts.
+        outer: The scope around this one; its variables are visible unless shadowed.
 
     Example:
-        >>> evaluate(["eval(2 * end + 1)", "as it is"], {"end": 3}.get)
-        [7, 'as it is']
+        >>> scope = Scope({"end": 3, "half": "eval(end / 2)", "names": ["a", "b"]})
+        >>> scope.evaluate({"at": "eval(half + 1)", "params": "eval(names)", "text": "as it is"})
+        {'at': 2.5, 'params': ['a', 'b'], 'text': 'as it is'}
     """
-    if isinstance(value, list):
-        return [evaluate(item, lookup) for item in value]
-    if isinstance(value, dict):
-        return {evaluate(key, lookup): evaluate(item, lookup) for key, item in value.items()}
-    found = _EVAL.fullmatch(value) if isinstance(value, str) else None
-    if found is None:
+
+    def __init__(self, variables: Mapping[Any, Any], outer: Scope | None = None) -> None:
+        self._variables = {**outer._variables, **variables} if outer else dict(variables)
+        self._work = outer._work if outer else itertools.count(1)
+        self._known: dict[str, Any] = {}  # scalar variables evaluated so far; lists are copied, and counted, anew
+        self._underway: list[str] = []
+
+    def evaluate(self, value: Any) -> Any:
+        """Return `value` with `eval(...)` replaced by its result.
+
+        Args:
+            value: A value as read: lists and dicts are searched; a string counts if `eval(...)` is the whole of it.
+
+        Returns:
+            A copy of the same structure. A bare variable name gives the variable's value, also a list or a string;
+            any other expression gives a number.
+
+        Raises:
+            ValueError: If an expression is not arithmetic, refers to an unknown variable or to itself, cannot be
+                computed, or if the work for the recipe exceeds its bound.
+        """
+        try:
+            return self._walk(value, 0)
+        except RecursionError:
+            raise ValueError("recipe: expected simpler expressions, got some nested too deeply") from None
+
+    def _walk(self, value: Any, depth: int) -> Any:
+        self._spend(1)
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"recipe: expected values and variables nested at most {_MAX_DEPTH} deep, got more")
+        if isinstance(value, list):
+            return [self._walk(item, depth + 1) for item in value]
+        if isinstance(value, dict):
+            result: dict[Any, Any] = {}
+            for key, item in value.items():
+                key = self._walk(key, depth + 1)
+                if isinstance(key, (list, dict)) or key in result:
+                    raise ValueError(f"recipe: expected different numbers or strings as keys, got {key!r:.80}")
+                result[key] = self._walk(item, depth + 1)
+            return result
+        text = _expression(value)
+        return value if text is None else self._evaluate(text, depth)
+
+    def _spend(self, amount: int) -> None:
+        """Count work, and refuse to go beyond the bound."""
+        for total in itertools.islice(self._work, amount):
+            if total > _MAX_WORK:
+                raise ValueError(f"recipe: expected at most {_MAX_WORK} values (variables filled in), got more")
+
+    def _evaluate(self, text: str, depth: int) -> Any:
+        shown = text if len(text) <= 80 else text[:80] + "..."
+        if len(text) > _MAX_CHARS:
+            raise ValueError(f"eval({shown}): expected at most {_MAX_CHARS} characters, got {len(text)}")
+        self._spend(len(text))
+        try:
+            tree = ast.parse(text, mode="eval").body
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: deep nesting
+            raise ValueError(f"eval({shown}) cannot be computed: {error or 'it is nested too deeply'}") from error
+        try:
+            result = self._compute(tree, shown, depth)
+        except (ArithmeticError, TypeError, RecursionError) as error:
+            raise ValueError(f"eval({shown}) cannot be computed: {error}") from error
+        return result if isinstance(tree, ast.Name) else _number(result, shown)
+
+    def _compute(self, node: ast.AST, text: str, depth: int) -> Any:
+        def number(child: ast.AST) -> int | float:
+            return _number(self._compute(child, text, depth), text)
+
+        match node:
+            case ast.Constant():
+                return _number(node.value, text)
+            case ast.Name():
+                return self._variable(node.id, depth)
+            case ast.UnaryOp(op=ast.USub()):
+                return -number(node.operand)
+            case ast.BinOp(op=op) if type(op) in _OPERATORS:
+                left, right = number(node.left), number(node.right)
+                if isinstance(op, ast.Pow) and abs(right) > _MAX_EXPONENT:
+                    raise ValueError(f"eval({text}): the exponent {right} is larger than {_MAX_EXPONENT}")
+                return _OPERATORS[type(op)](left, right)
+            case ast.Call(func=ast.Name(id=name), keywords=[]) if name in _FUNCTIONS:
+                arguments = [number(argument) for argument in node.args]
+                if name == "round" and any(abs(digits) > _MAX_DIGITS for digits in arguments[1:]):
+                    raise ValueError(f"eval({text}): expected at most {_MAX_DIGITS} digits, got {arguments[1]}")
+                return _FUNCTIONS[name](*arguments)
+        raise ValueError(
+            f"eval({text}): only numbers, variable names, + - * / // ** %, and {', '.join(_FUNCTIONS)} are allowed"
+        )
+
+    def _variable(self, name: str, depth: int) -> Any:
+        if name in self._known:
+            return self._known[name]
+        if name in self._underway:
+            circle = " -> ".join([*self._underway, name])
+            raise ValueError(f"recipe variables refer to each other in a circle: {circle:.200}")
+        if name not in self._variables:
+            known = ", ".join(sorted(map(str, self._variables)))
+            raise ValueError(f"unknown recipe variable {name!r:.80}; the recipe defines: {known:.200}")
+        self._underway.append(name)
+        try:
+            value = self._walk(self._variables[name], depth + 1)
+        finally:
+            self._underway.pop()
+        if not isinstance(value, (list, dict)):
+            self._known[name] = value
         return value
-    text = found.group(1).strip()
-    try:
-        tree = ast.parse(text, mode="eval").body
-        result = _evaluate(tree, text, lookup)
-    except (SyntaxError, ArithmeticError, TypeError, RecursionError, MemoryError) as error:
-        raise ValueError(f"eval({text}) cannot be computed: {error}") from error
-    return result if isinstance(tree, ast.Name) else _number(result, text)

@@ -1,15 +1,16 @@
-"""Run a recipe: Manager holds its modifiers, Session steps them along with one training run."""
+"""Run a recipe: a Manager holds its modifiers, a Session applies them during one training run."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from mfac.checks import check_number
 from mfac.pruning.gradual import Pruner
 from mfac.pruning.result import PruneResult
 from mfac.recipe.load import load_recipe
@@ -17,7 +18,10 @@ from mfac.recipe.modifiers import EpochRange, MagnitudePruning, Modifier, Optimi
 
 
 class Manager:
-    r"""A recipe, checked and ready to be applied.
+    r"""A recipe whose modifiers have been checked.
+
+    :meth:`apply` binds it to a model and an optimizer for training; :meth:`one_shot` prunes at once. One manager can be
+    applied to several models.
 
     Args:
         modifiers: The recipe's modifiers, in order.
@@ -52,12 +56,13 @@ class Manager:
         Args:
             source: A path ending in .yaml, .yml or .md, or the text of a recipe.
             recipe_args: Values that override the recipe's variables: a dict, JSON, or `name=value,name=value`.
-            strict: Refuse modifiers that are otherwise left out with a warning (quantization, distillation).
+            strict: Refuse modifiers that are otherwise skipped with a warning (quantization, distillation).
 
         Returns:
             The manager.
 
         Raises:
+            TypeError: If `source` or `recipe_args` is of another type.
             ValueError: If the recipe cannot be read, or holds an unknown modifier, argument or value.
         """
         recipe = load_recipe(source, recipe_args)
@@ -66,13 +71,13 @@ class Manager:
 
     @property
     def epochs(self) -> float:
-        """The length of training: the end of the last EpochRangeModifier, or of the last modifier if there is none."""
+        """The length of training: the latest end of an EpochRangeModifier or, without one, of any modifier."""
         ranges = [modifier for modifier in self.modifiers if isinstance(modifier, EpochRange)]
         return max((modifier.end_epoch for modifier in ranges or self.modifiers), default=0.0)
 
     @property
     def pruned_from(self) -> float:
-        """The epoch from which the final sparsity holds; 0 if the recipe prunes nothing."""
+        """The epoch at which the final sparsity is reached; 0 if the recipe prunes nothing."""
         ends = [self.epochs if item.end_epoch < 0 else item.end_epoch for item in self._pruning()]
         return max(ends, default=0.0)
 
@@ -93,9 +98,9 @@ class Manager:
         Args:
             model: The model to prune.
             optimizer: The optimizer whose learning rate and weight decay the recipe sets.
-            batches: Iterable of (inputs, targets), on the model's device, from which M-FAC takes its gradients; one
-                batch gives one gradient. Needed by M-FAC modifiers only.
-            loss_fn: `loss_fn(outputs, targets)`, a scalar. Needed by M-FAC modifiers only.
+            batches: Iterable of (inputs, targets) on the model's device, from which M-FAC computes its gradients, one
+                per batch. Only M-FAC modifiers need it.
+            loss_fn: `loss_fn(outputs, targets)`, a scalar. Only M-FAC modifiers need it.
             progress: Show progress bars while gradients are collected.
 
         Returns:
@@ -103,10 +108,10 @@ class Manager:
 
         Raises:
             ValueError: If the recipe gives no length of training, or names parameters or parameter groups that do not
-                exist. Nothing has been changed then.
+                exist. Model and optimizer are then unchanged.
         """
         if not 0 < self.epochs < math.inf:
-            raise ValueError("the recipe gives no length of training: add !EpochRangeModifier {end_epoch: ...}")
+            raise ValueError("recipe: expected a length of training, !EpochRangeModifier {end_epoch: ...}, got none")
         settings = [modifier for modifier in self.modifiers if isinstance(modifier, OptimizerSetting)]
         for setting in settings:
             setting.groups(optimizer)
@@ -128,18 +133,18 @@ class Manager:
 
         Args:
             model: The model to prune.
-            batches: As for `apply`.
-            loss_fn: As for `apply`.
+            batches: Iterable of (inputs, targets), as in :meth:`apply`.
+            loss_fn: `loss_fn(outputs, targets)`, as in :meth:`apply`.
             progress: Show progress bars while gradients are collected.
 
         Returns:
-            The session, for its masks, sparsity and results.
+            The session, which gives access to masks and sparsity.
 
         Raises:
             ValueError: If the recipe prunes nothing, or names parameters that do not exist.
         """
         if not self._pruning():
-            raise ValueError("one-shot needs a recipe with a pruning modifier; this one has none")
+            raise ValueError("recipe: expected a pruning modifier for one-shot pruning, got none")
         pruners = [item.pruner(model, batches, loss_fn, 0.0, progress, one_shot=True) for item in self._pruning()]
         session = Session(pruners, [], None)
         session.step(0.0)
@@ -147,11 +152,24 @@ class Manager:
 
 
 class Session:
-    """A recipe bound to one training run; made by `Manager.apply`.
+    """A recipe bound to one training run; :meth:`Manager.apply` returns it.
 
-    An update due at epoch e takes place in the first `step` whose epoch is at least e. For a whole e that is the call
-    after the last optimizer step of the epoch before, thus before the first of epoch e; an update due at epoch 0 takes
-    place after the very first optimizer step.
+    An update due at epoch e takes place in the first :meth:`step` whose epoch is at least e. For an integer e that is
+    the call after the last optimizer step of the previous epoch; an update due at epoch 0 takes place after the first
+    optimizer step.
+
+    A session refers to its model, optimizer and batches. Copy or pickle them together, as in
+    ``copy.deepcopy((model, optimizer, session))``, so that the copy prunes the copied model. To resume training in
+    another process, save :meth:`state_dict`: it holds tensors and plain values only, and ``torch.load`` reads it with
+    ``weights_only=True``.
+
+    Args:
+        pruners: One per pruning modifier.
+        settings: The modifiers that set the optimizer's learning rate and weight decay, in order of their start.
+        optimizer: The optimizer; None if there are no settings.
+
+    Attributes:
+        pruners: As given.
     """
 
     def __init__(
@@ -167,46 +185,56 @@ class Session:
             setting.update(self._optimizer, epoch)
 
     def step(self, epoch: float) -> list[PruneResult]:
-        """Enforce the masks, prune what is due, set the learning rate and weight decay. Call after `optimizer.step()`.
+        """Enforce the masks, prune if an update is due, set learning rate and weight decay.
+
+        Call it after every `optimizer.step()`.
 
         Args:
-            epoch: The training done so far, in epochs: after the i-th of n steps of epoch e (from 0), e + i / n.
+            epoch: The training done so far, in epochs: e + i / n after the i-th of n steps of epoch e (from 0).
 
         Returns:
-            The results of the pruning steps just taken; empty most of the time.
+            The results of the updates just made; mostly empty.
+
+        Raises:
+            TypeError: If the epoch is not a number.
+            ValueError: If it is not finite.
         """
+        epoch = check_number("epoch", epoch)
         results = [pruner.step(epoch) for pruner in self.pruners]
         self._set(epoch)
         return [result for result in results if result is not None]
 
     @property
     def masks(self) -> dict[str, torch.Tensor]:
-        """The masks by parameter name, True where a weight is kept; empty before the first pruning step."""
+        """Parameter name -> bool tensor, True where a weight is kept; empty before the first update."""
         return {name: mask for pruner in self.pruners for name, mask in pruner.masks.items()}
 
     @property
     def sparsity(self) -> float:
-        """The share of zeros in the masks; 0 before the first pruning step."""
+        """The sparsity of the masks, in [0, 1]; 0 before the first update."""
         masks = self.masks.values()
         total = sum(mask.numel() for mask in masks)
         return 1 - sum(int(mask.sum()) for mask in masks) / total if total else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is needed to go on after a restart: masks and times of the pruning steps."""
+        """Return the masks and the progress of the schedules, for :meth:`load_state_dict`."""
         return {"pruners": [pruner.state_dict() for pruner in self.pruners]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; the model's weights come back with the model's own state.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore masks and progress, and enforce the masks; model and optimizer have states of their own.
 
         Args:
-            state: From `state_dict` of a session of the same recipe.
+            state: From :meth:`state_dict` of a session of the same recipe.
 
         Raises:
             ValueError: If it belongs to another recipe.
         """
-        if len(state["pruners"]) != len(self.pruners):
+        states = state.get("pruners") if isinstance(state, Mapping) else None
+        if not isinstance(states, list):
+            raise ValueError(f"state: expected what Session.state_dict() returned, got {type(state).__name__}")
+        if len(states) != len(self.pruners):
             raise ValueError(
-                f"state has {len(state['pruners'])} pruning modifiers, but this recipe has {len(self.pruners)}"
+                f"state: expected {len(self.pruners)} pruning modifiers, those of this recipe, got {len(states)}"
             )
-        for pruner, saved in zip(self.pruners, state["pruners"], strict=True):
+        for pruner, saved in zip(self.pruners, states, strict=True):
             pruner.load_state_dict(saved)

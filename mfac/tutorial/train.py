@@ -1,4 +1,4 @@
-"""`mfac train`: prune and train a model under a recipe, with checkpoints and the tutorial's `model.txt`."""
+"""The program behind `mfac train`: train and prune as a recipe says, with checkpoints and the tutorial's results."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from mfac.checks import check_choice
 from mfac.pruning.result import write_csv
 from mfac.recipe.manager import Manager
 from mfac.tutorial.data import Data, load_data
@@ -21,11 +22,12 @@ from mfac.tutorial.loop import Measurement, evaluate, fit
 from mfac.tutorial.models import MobileNetV1
 
 ARCHITECTURES = ("mobilenet",)
+_MAX_TAG = 200  # bytes; file systems allow 255 for a name, and the log's ends in .csv
 
 
 @dataclass(kw_only=True)
 class TrainSettings:
-    """The options of `mfac train`, which explains them."""
+    """The options of `mfac train`; `mfac train --help` explains them."""
 
     recipe_path: str
     recipe_args: str | None = None
@@ -45,7 +47,7 @@ class TrainSettings:
     device: str | None = None  # None: cuda if there is one
     seed: int = 0
     save_dir: str = "runs"
-    model_tag: str | None = None  # None: the recipe's stem
+    model_tag: str | None = None  # a plain name; None: the recipe's stem
     save_best_after: int | None = None  # None: the first epoch at the final sparsity
     logs_dir: str | None = None
 
@@ -56,21 +58,39 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device must be cpu, cuda or cuda:<index>, got {name!r}") from error
+        raise ValueError(f"device: expected cpu, cuda or cuda:<index>, got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name} was asked for, but CUDA is not available; use --device cpu")
+        raise ValueError(f"device: expected cpu, because CUDA is not available, got {name}")
     return device
 
 
+def _model_tag(settings: TrainSettings) -> str:
+    """Return the name of the run's folder, which must lie in `save_dir` itself."""
+    tag = Path(settings.recipe_path).stem if settings.model_tag is None else settings.model_tag
+    if (
+        not isinstance(tag, str)
+        or tag in ("", ".", "..")
+        or tag != tag.strip()
+        or not tag.isprintable()
+        or any(separator in tag for separator in "/\\")
+        or len(tag.encode()) > _MAX_TAG
+    ):
+        raise ValueError(
+            f"model_tag: expected a plain folder name of at most {_MAX_TAG} bytes, without / and \\, got {tag!r:.120}"
+        )
+    return tag
+
+
 def _model(settings: TrainSettings, data: Data, device: torch.device) -> nn.Module:
-    # The model to start from: dense and trained, loaded from a file, or untrained (a checkpoint is loaded into it).
+    """Return the initial model: dense and trained, loaded from a file, or with random weights."""
     digits = settings.dataset == "digits"
     width = (0.35 if digits else 1.0) if settings.width is None else settings.width
     pretrained = settings.pretrained or str(digits)
     if pretrained == "True" and not settings.checkpoint_path:
         if not digits:
             raise ValueError(
-                f"pretrained True is for the dataset digits only; give the path of a state_dict for {settings.dataset}"
+                f"pretrained: expected the path of a state_dict or False for the dataset {settings.dataset}, got True, "
+                f"which is for the dataset digits"
             )
         return dense_digits(width, device)
     torch.manual_seed(settings.seed)
@@ -90,13 +110,18 @@ def _write_model_text(path: Path, epoch: int, measured: Measurement) -> None:
 
 def _load_checkpoint(path: str, device: torch.device) -> dict[str, Any]:
     if not Path(path).is_file():
-        raise ValueError(f"no checkpoint at {path}")
+        raise ValueError(f"checkpoint_path: expected an existing file, got {path}")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file it cannot read
-        raise ValueError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # torch raises many kinds for a file that it cannot read
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"checkpoint_path: expected a checkpoint, got {path}, which cannot be read: {reason}"
+        ) from error
     if not isinstance(state, dict) or not {"model", "optimizer", "recipe", "epoch"} <= set(state):
-        raise ValueError(f"{path} is not a checkpoint of `mfac train`; to start from weights use --pretrained {path}")
+        raise ValueError(
+            f"checkpoint_path: expected a checkpoint of `mfac train`, got {path}; for weights use --pretrained {path}"
+        )
     return state
 
 
@@ -105,17 +130,19 @@ def _restore(model: nn.Module, state: dict[str, torch.Tensor], path: str) -> Non
         model.load_state_dict(state)
     except RuntimeError as error:
         detail = str(error).splitlines()[-1].strip()  # one of the names that differ; there may be a hundred
-        raise ValueError(f"{path} does not fit the model (another width, other classes?): {detail}") from error
+        raise ValueError(
+            f"checkpoint_path: expected a checkpoint of the same width and number of classes, got {path}: {detail}"
+        ) from error
 
 
 def train(settings: TrainSettings) -> list[Measurement]:
-    """Prune and train a model under a recipe.
+    """Train and prune a model as a recipe says.
 
-    Writes into `<save_dir>/<model_tag>/`: `model.pt` and `model.txt` (the best epoch from `save_best_after` on, or the
-    last one if there was none, as when training ends before, or goes on in another folder and gets no better), and
-    `checkpoint.pt` (the last epoch, for `checkpoint_path`). The optimizer is
-    Adam: within the one epoch that a recipe of this kind leaves for recovery at a learning rate near 4e-4, SGD would
-    hardly move the weights.
+    Writes into `<save_dir>/<model_tag>/`: `model.pt` and `model.txt`, the best epoch from `save_best_after` on, and
+    `checkpoint.pt`, the last epoch, for `checkpoint_path`. If no epoch qualifies as the best (training ends before
+    `save_best_after`, or was resumed in another folder and does not improve), `model.pt` is the last epoch. The
+    optimizer is Adam: in the single epoch that such a recipe leaves for recovery, at a learning rate near 4e-4, SGD
+    would hardly change the weights.
 
     Args:
         settings: The options.
@@ -125,18 +152,21 @@ def train(settings: TrainSettings) -> list[Measurement]:
 
     Raises:
         ValueError: If an option, the recipe or the data are not as expected.
-        ImportError: If the digits are asked for and scikit-learn is not installed.
-        RuntimeError: If the loss is not finite, or (a BuildError) kernels are required that cannot be built.
+        ImportError: If the digits are requested and scikit-learn is not installed.
+        RuntimeError: If the loss is not finite, or (a BuildError) if required kernels cannot be built.
     """
-    if settings.arch_key not in ARCHITECTURES:
-        raise ValueError(f"arch_key must be one of {', '.join(ARCHITECTURES)}, got {settings.arch_key!r}")
+    check_choice("arch_key", settings.arch_key, ARCHITECTURES)
     if settings.max_train_steps == 0:
-        raise ValueError("max_train_steps must be above 0, or -1 for all steps, got 0")
+        raise ValueError("max_train_steps: expected > 0, or -1 for all steps, got 0")
     manager = Manager.from_recipe(settings.recipe_path, settings.recipe_args)
+    tag = _model_tag(settings)
     device = _device(settings.device)
     state = _load_checkpoint(settings.checkpoint_path, device) if settings.checkpoint_path else None
     if state and not settings.one_shot and state["epoch"] + 1 >= manager.epochs:
-        raise ValueError(f"{settings.checkpoint_path} has done all {manager.epochs:g} epochs of the recipe")
+        raise ValueError(
+            f"checkpoint_path: expected training left to do, got {settings.checkpoint_path}, which has completed the "
+            f"recipe's {manager.epochs:g} epochs"
+        )
     data = load_data(
         settings.dataset,
         settings.dataset_path,
@@ -150,7 +180,7 @@ def train(settings: TrainSettings) -> list[Measurement]:
     model = _model(settings, data, device)
     if state:
         _restore(model, state["model"], settings.checkpoint_path)
-    folder = Path(settings.save_dir) / (settings.model_tag or Path(settings.recipe_path).stem)
+    folder = Path(settings.save_dir) / tag
     folder.mkdir(parents=True, exist_ok=True)
     if settings.one_shot:
         return [_one_shot(manager, model, data, folder)]
@@ -163,7 +193,7 @@ def train(settings: TrainSettings) -> list[Measurement]:
         optimizer.load_state_dict(state["optimizer"])
         session.load_state_dict(state["recipe"])
         first_epoch, best = state["epoch"] + 1, state["best"]
-        tqdm.write(f"going on after epoch {state['epoch']}, sparsity {100 * session.sparsity:.2f} %")
+        tqdm.write(f"resuming after epoch {state['epoch']}, sparsity {100 * session.sparsity:.2f} %")
     after = math.ceil(manager.pruned_from) if settings.save_best_after is None else settings.save_best_after
     final_epoch = math.ceil(manager.epochs) - 1
 
@@ -202,7 +232,7 @@ def train(settings: TrainSettings) -> list[Measurement]:
 
 
 def _one_shot(manager: Manager, model: nn.Module, data: Data, folder: Path) -> Measurement:
-    # Prunes without training, measures and saves.
+    """Prune without training, measure and save."""
     session = manager.one_shot(model, data.gradients, F.cross_entropy, progress=sys.stderr.isatty())
     measured = Measurement(0, 0.0, True, math.nan, *evaluate(model, data.validation), session.sparsity, 0.0)
     save({"model": model.state_dict(), "recipe": session.state_dict()}, folder / "model.pt")

@@ -1,0 +1,124 @@
+"""What all modifiers share, and the values as recipes write them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from mfac.checks import check_int, check_number
+
+
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """Check a finite number; numeric strings count, because YAML 1.1 reads `1e-7` as a string.
+
+    Args:
+        name: Of the argument, for the error.
+        value: As read from the recipe.
+        low: The smallest value.
+        high: The largest value.
+
+    Returns:
+        The number.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is not finite or out of range.
+    """
+    if isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            value = float(value)
+        except OverflowError:  # an int beyond the range of float
+            value = math.inf
+        except ValueError:
+            pass  # a word: refused below, as it was written
+    return float(check_number(name, value, low, high))
+
+
+def count(name: str, value: Any, most: int | None = None) -> int:
+    """Check a count of at least 1; whole floats and numeric strings count.
+
+    Args:
+        name: Of the argument, for the error.
+        value: As read from the recipe.
+        most: The largest value; None: no limit.
+
+    Returns:
+        The count.
+
+    Raises:
+        TypeError: If it is not a whole number.
+        ValueError: If it is out of range.
+    """
+    given = number(name, value)
+    return check_int(name, int(given) if given.is_integer() else given, 1, most)
+
+
+def positive(name: str, value: Any) -> float:
+    """Check a finite number above 0.
+
+    Args:
+        name: Of the argument, for the error.
+        value: As read from the recipe.
+
+    Returns:
+        The number.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is not finite, or not above 0.
+    """
+    given = number(name, value)
+    if given <= 0:
+        raise ValueError(f"{name}: expected > 0, got {value!r}")
+    return given
+
+
+def names(name: str, value: Any) -> list[str]:
+    """Check a name or a list of names.
+
+    Args:
+        name: Of the argument, for the error.
+        value: As read from the recipe.
+
+    Returns:
+        The list.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    given = [value] if isinstance(value, str) else value
+    if not isinstance(given, list) or not all(isinstance(item, str) for item in given):
+        raise ValueError(f"{name}: expected a name or a list of names, got {value!r:.80}")
+    return given
+
+
+@dataclass(kw_only=True)
+class Modifier:
+    """The base of all modifiers: a subclass takes its fields as arguments, checks and converts them.
+
+    Epochs are floats; -1 stands for the start or the end of training.
+    """
+
+    start_epoch: float = -1.0
+    end_epoch: float = -1.0
+    log_types: Any = None  # loggers of the original program; ignored
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        self.start_epoch = number("start_epoch", self.start_epoch, -1)
+        self.end_epoch = number("end_epoch", self.end_epoch, -1)
+        if 0 <= self.end_epoch < self.start_epoch:
+            raise ValueError(f"end_epoch: expected >= start_epoch = {self.start_epoch:g}, got {self.end_epoch:g}")
+
+    @classmethod
+    def normalize(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return `arguments` with legacy spellings replaced by today's."""
+        return arguments
+
+
+@dataclass(kw_only=True)
+class EpochRange(Modifier):
+    """The length of training."""
+
+    end_epoch: float = field()  # required: without `field()` it would inherit the default

@@ -1,0 +1,154 @@
+"""Modifiers: their arguments, as recipes write them, and what becomes of them."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import mfac
+from mfac.recipe import Manager
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PRUNING = """
+modifiers:
+  - !EpochRangeModifier {start_epoch: 0, end_epoch: 3}
+  - !%s
+    params: [0.weight]
+    init_sparsity: 0.25
+    final_sparsity: 0.75
+    start_epoch: 1.0
+    end_epoch: 2.0
+    update_frequency: 0.5
+    inter_func: linear
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("0.75", "1.2", r"final_sparsity: expected in \[0, 1\], got 1.2"),
+        ("0.25", "-1", r"init_sparsity: expected in \[0, 1\], got -1"),
+        ("0.5", "0", "update_frequency: expected > 0, got 0"),
+        ("linear", "square", "inter_func: expected one of linear, cubic, inverse_cubic, got 'square'"),
+        ("[0.weight]", "[]", "params: expected names of the weights"),
+        ("0.75", "{0.75: [2.weight]}", "needs `params: \\[\\]`"),
+        ("linear", "linear\n    mask_type: 4:2", "mask_type: expected N:M with 1 <= N < M .*, got '4:2'"),
+        ("linear", "linear\n    mask_type: filter", "mask_type: expected 'unstructured', .*, got 'filter'; tensorrt"),
+        ("linear", "linear\n    num_substeps: 0", "num_substeps: expected an int >= 1, got 0"),
+        ("linear", "linear\n    damp: 1*men", "damp: expected a number, got '1[*]men'"),
+        ("linear", "linear\n    leave_enabled: false", "leave_enabled: expected True"),
+        ("linear", "linear\n    damp: 0", "damp: expected > 0, got 0"),
+        ("linear", "linear\n    damp: .nan", "damp: expected a finite number, got nan"),
+        ("linear", "linear\n    damp: true", "damp: expected a number, got True"),
+        ("linear", "linear\n    damp: -1*mean", "damping: expected"),
+        ("2.0", ".inf", "end_epoch: expected >= -1, got inf"),
+        ("linear", "linear\n    mask_type: true", "mask_type: expected 'unstructured', .*, got True"),
+        ("linear", "linear\n    mask_type: 0", "mask_type: expected 'unstructured', .*, got 0"),
+        ("linear", "linear\n    global_sparsity: 'no'", "global_sparsity: expected true or false, got 'no'"),
+        ("linear", "linear\n    score_type: movement", "score_type: expected one of MFAC, got 'movement'"),
+        ("linear", "linear\n    num_grads: 4\n    refresh: 5", "refresh: expected an int 1 to 4, got 5"),
+        ("linear", "linear\n    refresh: 0", "refresh: expected an int 1 to 256, got 0"),
+        ("linear", "linear\n    mfac_options: [1]", r"mfac_options: expected a mapping, got \[1\]"),
+        ("[0.weight]", "[1]", r"params: expected a name or a list of names, got \[1\]"),
+        ("linear", "linear\n    num_grads: 1.5", "num_grads: expected an int, got 1.5"),
+        ("linear", "linear\n    num_grads: {0.0: 64}", "num_grads: expected an int"),
+        ("linear", "linear\n    update: both", "update: expected one of joint, independent, none, got 'both'"),
+        ("linear", "linear\n    dampp: 1", "argument: expected one of .*, got 'dampp' .*mean 'damp'"),
+    ],
+)
+def test_pruning_errors(old, new, message):
+    with pytest.raises(ValueError, match=message):
+        Manager.from_recipe((PRUNING % "MFACPruningModifier").replace(old, new))
+
+
+def test_numbers_written_as_strings():
+    text = (PRUNING % "MFACPruningModifier") + "    damp: 1e-7\n    fisher_block_size: null\n"
+    modifier = Manager.from_recipe(text).modifiers[1]
+    assert modifier.damp == 1e-7
+    assert modifier.fisher_block_size is None
+
+
+def test_legacy_options():
+    text = (PRUNING % "MFACGlobalPruningModifier") + "    mfac_options: {num_grads: 8, fisher_block_size: 50}\n"
+    modifier = Manager.from_recipe(text).modifiers[1]
+    assert (modifier.num_grads, modifier.fisher_block_size, modifier.global_sparsity) == (8, 50, True)
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        ("", None),
+        ("    grads_device: cpu\n", "cpu"),
+        ("    grads_device: 'cuda:0'\n", None),
+        ("    num_pages: 1\n", None),
+        ("    num_pages: 4\n", "cpu"),
+    ],
+)
+def test_where_gradients_are_kept(written, kept):
+    modifier = Manager.from_recipe((PRUNING % "MFACPruningModifier") + written).modifiers[1]
+    assert modifier.options()["grads_device"] == kept
+    with pytest.raises(ValueError, match="grads_device: expected cpu, cuda or cuda:<index>, got 'disk'"):
+        Manager.from_recipe((PRUNING % "MFACPruningModifier") + "    grads_device: disk\n")
+
+
+@pytest.mark.parametrize(
+    ("written", "pattern"),
+    [("2:4", "2:4"), ("'2:4'", "2:4"), ("1:4", "1:4"), ("tensorrt", "2:4"), ("block4", "block4"), ("[2, 4]", [2, 4])],
+)
+def test_mask_type(written, pattern):
+    """Also where YAML reads 2:4 as a number of base 60; the Pruner that comes of it prunes by it."""
+    text = (PRUNING % "GMPruningModifier") + f"    mask_type: {written}\n"
+    modifier = Manager.from_recipe(text).modifiers[1]
+    assert modifier.mask_type == pattern
+    modifier.final_sparsity = 0.5
+    net = nn.Sequential(nn.Linear(8, 8))
+    modifier.pruner(net, None, None, 3.0, False, one_shot=True).step()
+    expected = copy.deepcopy(net)
+    mfac.prune_step(expected, None, 0.5, criterion="magnitude", pattern=pattern)
+    assert torch.equal(net[0].weight, expected[0].weight) and int((net[0].weight == 0).sum()) in (32, 33)
+
+
+def test_other_work_is_left_out():
+    text = (PRUNING % "GMPruningModifier") + "  - !QuantizationModifier {start_epoch: 1}\n"
+    with pytest.warns(UserWarning, match="line 12: !QuantizationModifier neither prunes nor trains; it is skipped"):
+        assert len(Manager.from_recipe(text).modifiers) == 2
+    with pytest.raises(
+        ValueError, match=r"line 12: .*: expected modifiers that prune or train, got one that mfac does not run"
+    ):
+        Manager.from_recipe(text, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("final", "message"),
+    [
+        ("{0.5: [0.weight], 0.9: [0.weight]}", "final_sparsity: expected each name once, got '0.weight' again"),
+        ("{0.5: []}", "final_sparsity: expected a number or {sparsity: .params.}, got {0.5: ..}"),
+        ("{}", "final_sparsity: expected a number or"),
+        ("{high: [0.weight]}", "final_sparsity: expected a number, got 'high'"),
+    ],
+)
+def test_sparsity_by_layer_errors(final, message):
+    text = (PRUNING % "GMPruningModifier").replace("0.75", final).replace("[0.weight]\n    init", "[]\n    init")
+    with pytest.raises(ValueError, match=message):
+        Manager.from_recipe(text)
+
+
+@pytest.mark.parametrize("groups", ["0", "[x]", "[-1]", "[true]", "[0.5]"])
+def test_group_errors(groups):
+    text = f"modifiers:\n  - !SetLearningRateModifier {{learning_rate: 1, param_groups: {groups}}}\n"
+    with pytest.raises(ValueError, match="line 2: !SetLearningRateModifier: param_groups: expected"):
+        Manager.from_recipe(text)
+
+
+@pytest.mark.parametrize(
+    ("written", "batches"), [("", 3 * 4), ("    refresh: 4\n", 3 * 4), ("    refresh: 1\n", 4 + 1 + 1)]
+)
+def test_refresh(written, batches):
+    """Of m = 4 gradients, how many are new at each of the recomputations after the first."""
+    text = (PRUNING % "MFACPruningModifier") + "    num_grads: 4\n    num_recomputations: 3\n" + written
+    drawn = []
+    stream = (drawn.append(i) or (torch.randn(4, 8), torch.randint(2, (4,))) for i in range(100))
+    Manager.from_recipe(text).one_shot(nn.Sequential(nn.Linear(8, 2)), stream, nn.functional.cross_entropy)
+    assert len(drawn) == batches
