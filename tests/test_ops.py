@@ -9,8 +9,8 @@ from oracle import BACKENDS, TOLERANCE
 
 import mfac
 from mfac import _build
+from mfac.ops import backend, reference
 from mfac.ops import compiled as ops
-from mfac.ops import reference
 from mfac.ops.backend import select_backend
 
 GRADS = torch.randn(6, 20)
@@ -120,11 +120,11 @@ def broken_build(monkeypatch):
         raise _build.BuildError("no compiler here")
 
     ops.load.cache_clear()
-    ops._warn_once.cache_clear()
+    backend._warn_once.cache_clear()
     monkeypatch.setattr(_build, "load", fail)
     yield
     ops.load.cache_clear()
-    ops._warn_once.cache_clear()
+    backend._warn_once.cache_clear()
 
 
 def test_auto_falls_back_with_one_warning(broken_build):
@@ -157,7 +157,7 @@ def test_environment_chooses(monkeypatch):
 def test_other_devices_take_the_reference():
     with pytest.raises(RuntimeError, match="backend: there are no compiled kernels for meta"):
         select_backend("compiled", "meta")
-    ops._warn_once.cache_clear()
+    backend._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="no compiled kernels for meta"):
         assert select_backend("auto", "meta") is reference
 

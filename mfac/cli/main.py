@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from mfac import __version__
 from mfac._build import BuildError
+from mfac.extras import DISTRIBUTION
 
 _DESCRIPTION = """\
 Prune PyTorch models with second-order information (M-FAC).
@@ -93,7 +94,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         help="compare M-FAC with magnitude pruning on embedded data",
         description="Prune a dense MobileNet on embedded digits to more than 95 % by magnitude, by the published "
         "M-FAC update and by the joint one, each with the same budget; print a table and draw comparison.png. Needs "
-        "pip install 'mfac[demo]'.",
+        f"pip install '{DISTRIBUTION}[demo]'.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output", default="mfac-demo", metavar="DIR", help="folder of table, CSV files and plot")
