@@ -1,6 +1,6 @@
 # Everything a newcomer or a developer does. `make help` lists it.
 PYTHON ?= python3
-# On a machine with an NVIDIA GPU: make TORCH=torch ...
+# On a machine with an NVIDIA GPU: make TORCH=torch ...; the oldest supported: make test TORCH=torch==2.8.0
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN     = $(VENV)/bin
@@ -14,12 +14,13 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
 	@echo "  Set-up is done as needed, in $(VENV), with $(TORCH); override: make test TORCH=torch PYTHON=python3.12"
 
-# A virtual environment with torch, this package (editable) and its demo and development extras.
+# A virtual environment with torch, this package (editable) and all extras. The last installation names torch again, so that
+# no dependency of an extra replaces it.
 $(READY): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=23" "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[demo,dev]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[demo,dev,lightning,transformers]" "$(TORCH)"
 	touch $@
 
 demo: $(READY)  ## train, prune and compare on real handwritten digits: a table and comparison.png, in a few minutes
@@ -64,4 +65,4 @@ gpu:  ## on a machine with an NVIDIA GPU: build, test and time on CUDA with the 
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py
 
 clean:  ## remove the virtual environment and what builds leave here
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks

@@ -1,7 +1,9 @@
 """Packaging. Needs no torch, except with MFAC_AOT=1, which compiles the kernels ahead of time as mfac._C."""
 
-import importlib.util
+import importlib
 import os
+import sys
+import types
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -11,13 +13,15 @@ def ahead_of_time() -> dict:
     """Return setup()'s arguments for the compiled module, from the flags that the just-in-time build uses too."""
     from torch.utils import cpp_extension
 
-    module = importlib.util.spec_from_file_location("_mfac_build", Path("mfac", "_build.py"))
-    build = importlib.util.module_from_spec(module)
-    module.loader.exec_module(build)
-    if build.cuda_plan()[0]:
-        cpp_extension.CUDA_HOME = str(build.cuda_home())  # torch's own may have no headers
-    spec = build.extension_spec(ahead_of_time=True)
-    extension = (cpp_extension.CUDAExtension if build.cuda_plan()[0] else cpp_extension.CppExtension)(
+    # spec and toolchain without the rest of mfac, whose dependencies are not needed for a build.
+    package = sys.modules["_mfac_build"] = types.ModuleType("_mfac_build")
+    package.__path__ = [os.path.abspath(os.path.join("mfac", "_build"))]
+    toolchain = importlib.import_module("_mfac_build.toolchain")
+    gpus = toolchain.cuda_plan()[0]
+    if gpus:
+        cpp_extension.CUDA_HOME = str(toolchain.cuda_home())  # torch's own may have no headers
+    spec = importlib.import_module("_mfac_build.spec").extension_spec(ahead_of_time=True)
+    extension = (cpp_extension.CUDAExtension if gpus else cpp_extension.CppExtension)(
         "mfac._C",
         [os.path.relpath(source) for source in spec["sources"]],
         include_dirs=spec["include_dirs"],
@@ -31,7 +35,8 @@ sources = ["mfac.csrc"] + [f"mfac.csrc.{folder.name}" for folder in sorted(Path(
 setup(
     packages=[*find_packages(include=["mfac", "mfac.*"]), *sources, "mfac.recipes"],
     package_dir={"mfac": "mfac", "mfac.csrc": "csrc", "mfac.recipes": "recipes"},
-    package_data={"mfac.recipes": ["*.md"]} | {name: ["*.cpp", "*.h", "*.cu", "*.cuh"] for name in sources},
+    package_data={"mfac": ["py.typed"], "mfac.recipes": ["*.md"]}
+    | {name: ["*.cpp", "*.h", "*.cu", "*.cuh"] for name in sources},
     include_package_data=False,
     **(ahead_of_time() if os.environ.get("MFAC_AOT") == "1" else {}),
 )

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from build_bench import Bench
 
 EMULATE = os.environ.get("MFAC_EMULATE_CUDA") == "1"
 if EMULATE:
@@ -19,6 +20,11 @@ if EMULATE:
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    return Bench(tmp_path, monkeypatch)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The tutorial's program: network, data, training with checkpoints, dense models and the demo."""
 
 import csv
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,17 @@ def test_image_folder(folder):
     validation = ImageFolder(folder / "val", 24, train=False)
     assert torch.equal(validation[0][0], validation[0][0])
     assert -3 < float(validation[0][0].min()) < float(validation[0][0].max()) < 3
+
+
+@pytest.mark.parametrize(
+    ("module", "dataset", "message"),
+    [("PIL", "imagefolder", r"pillow.*pip install 'mfac-pruning\[tutorial\]'"),
+     ("sklearn.datasets", "digits", r"scikit-learn.*pip install 'mfac-pruning\[demo\]'")],
+)  # fmt: skip
+def test_missing_packages(folder, monkeypatch, module, dataset, message):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=message):
+        load_data(dataset, folder)
 
 
 def test_data_errors(folder, tmp_path):

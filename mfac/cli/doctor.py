@@ -5,7 +5,7 @@ import platform
 import sys
 from collections.abc import Callable
 
-from mfac import _build
+from mfac import __version__, _build
 
 
 def main() -> int:
@@ -16,7 +16,8 @@ def main() -> int:
     """
     import torch
 
-    for name in ("mfac", "torch", "numpy", "pybind11", "ninja"):
+    _row("mfac", __version__)
+    for name in ("torch", "numpy", "pybind11", "ninja"):
         _row(name, _version(name))
     _row("python", f"{platform.python_version()} ({sys.executable})")
     _row("platform", platform.platform())

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from mfac import __version__
 from mfac._build import BuildError
+from mfac.extras import DISTRIBUTION
 
 _DESCRIPTION = """\
 Prune PyTorch models with second-order information (M-FAC).
@@ -146,7 +147,8 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         help="compare M-FAC with magnitude pruning on bundled data",
         description="Prune a dense MobileNet on bundled images of digits to above 95 % sparsity: by magnitude, with "
         "the published M-FAC update and with the joint update, all with the same training budget. Prints a table and "
-        "draws comparison.png. Requires pip install 'mfac[demo]'.",
+        "draws comparison.png. Requires "
+        f"pip install '{DISTRIBUTION}[demo]'.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _add_debug(parser)

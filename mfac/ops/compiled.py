@@ -31,9 +31,15 @@ def load() -> dict[str, Any]:
         BuildError: If it cannot be built or loaded; says why and what to do.
     """
     module = _build.load()
+    _register_fakes()
+    return module.build_config()
+
+
+@functools.cache
+def _register_fakes() -> None:
+    """Register all fake kernels; an op accepts one only once per process."""
     for name, fake in _FAKES.items():
         torch.library.register_fake(f"mfac::{name}", fake)
-    return module.build_config()
 
 
 def block_factor(grads: Tensor, damping: float, block_size: int, active: Tensor | None = None) -> Tensor:

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+
+from mfac.extras import install_hint
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _SUFFIXES = {".jpg", ".jpeg", ".png"}
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels
@@ -67,7 +72,7 @@ class Digits(Dataset):
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
-            raise ImportError("the digits come from scikit-learn; install it with: pip install 'mfac[demo]'") from error
+            raise ImportError(install_hint("scikit-learn, which has the digits,", "demo")) from error
         digits = load_digits()
         order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
         order = order[_DIGITS_VALIDATION:] if train else order[:_DIGITS_VALIDATION]
@@ -97,10 +102,15 @@ class ImageFolder(Dataset):
         train: Crop at random and flip, or resize and crop the centre.
 
     Raises:
+        ImportError: If pillow is not installed.
         ValueError: If the folder does not exist or holds no images.
     """
 
     def __init__(self, root: Path, size: int, train: bool) -> None:
+        try:
+            import PIL  # noqa: F401 (needed for the first image: say so at the start)
+        except ImportError as error:
+            raise ImportError(install_hint("pillow, which reads images,", "tutorial")) from error
         if not root.is_dir():
             raise ValueError(f"no folder {root}; expected <dataset-path>/train/<class>/*.jpg and .../val/<class>/*.jpg")
         self.classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
@@ -120,6 +130,8 @@ class ImageFolder(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         """Return an image, shape [3, size, size], normalised as for ImageNet, and its class index."""
+        from PIL import Image
+
         path, target = self._items[index]
         with Image.open(path) as file:
             image = file.convert("RGB")
@@ -128,23 +140,27 @@ class ImageFolder(Dataset):
         return (pixels - torch.tensor(_MEAN)[:, None, None]) / torch.tensor(_STD)[:, None, None], target
 
 
-def _random_crop(image: Image.Image, size: int) -> Image.Image:
+def _random_crop(image: Image, size: int) -> Image:
     """Return a random crop (30 to 100 % of the area, sides 3:4 to 4:3) in the new size, mirrored half of the time."""
+    from PIL.Image import Resampling, Transpose
+
     area, log_ratio, left, top, mirror = torch.rand(5).tolist()
     area = image.width * image.height * (0.3 + 0.7 * area)
     ratio = (4 / 3) ** (2 * log_ratio - 1)
     width = min(image.width, max(1, round((area * ratio) ** 0.5)))
     height = min(image.height, max(1, round((area / ratio) ** 0.5)))
     x, y = round(left * (image.width - width)), round(top * (image.height - height))
-    image = image.resize((size, size), Image.Resampling.BILINEAR, box=(x, y, x + width, y + height))
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror < 0.5 else image
+    image = image.resize((size, size), Resampling.BILINEAR, box=(x, y, x + width, y + height))
+    return image.transpose(Transpose.FLIP_LEFT_RIGHT) if mirror < 0.5 else image
 
 
-def _centre_crop(image: Image.Image, size: int) -> Image.Image:
+def _centre_crop(image: Image, size: int) -> Image:
     """Return the central square, 7/8 of the shorter side (224 of 256), in the new size."""
+    from PIL.Image import Resampling
+
     side = min(image.size) * 7 / 8
     x, y = (image.width - side) / 2, (image.height - side) / 2
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=(x, y, x + side, y + side))
+    return image.resize((size, size), Resampling.BILINEAR, box=(x, y, x + side, y + side))
 
 
 def load_data(
@@ -175,7 +191,7 @@ def load_data(
 
     Raises:
         ValueError: If the dataset is not known, the folder is not laid out as expected, or it has too few images.
-        ImportError: If the digits are asked for and scikit-learn is not installed.
+        ImportError: If scikit-learn, for the digits, or pillow, for image files, is not installed.
     """
     if dataset == "digits":
         train, gradients, validation = Digits(True, seed), Digits(True, seed + 1), Digits(False)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from mfac.extras import install_hint
 from mfac.ops.backend import select_backend
 from mfac.pruning.result import write_csv
 from mfac.recipe.load import tutorial_recipes
@@ -237,7 +238,7 @@ def demo(
     try:
         import matplotlib  # noqa: F401 (needed at the end: say so at the start)
     except ImportError as error:
-        raise ImportError("the demo draws with matplotlib; install it with: pip install 'mfac[demo]'") from error
+        raise ImportError(install_hint("matplotlib, which draws the comparison,", "demo")) from error
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     dense = dense_digits(width, epochs=dense_epochs)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from mfac._build import cache_dir
+from mfac._build import cache_dir, make_private
 from mfac.pruning.result import PruneResult
 from mfac.tutorial.data import load_data
 from mfac.tutorial.loop import evaluate, fit
@@ -90,6 +90,7 @@ def dense_digits(
         schedule = _OneCycle(optimizer, _RATE, epochs)
         fit(model, optimizer, schedule, data, epochs, report=lambda line: None, progress=progress)
     report(f"dense model trained: top-1 {evaluate(model, data.validation)[1]:.1f} %")
+    make_private(path.parent)
     save(model.state_dict(), path)
     return model
 

@@ -1,0 +1,32 @@
+"""Find, build and load the compiled kernels.
+
+`toolchain` finds what a build needs, `spec` says what is built and how, `compiler` runs the build in a process of its own
+(`compile_in_child`), `cache` keeps the results and `loader` loads them. Within this package imports are relative, because
+setup.py imports `spec` without importing mfac.
+"""
+
+from .cache import cache_dir, cache_key, make_private
+from .errors import BuildError
+from .loader import load, status
+from .spec import PACKAGE, architecture, extension_spec, fingerprint, sources_root
+from .toolchain import cpu, cuda_home, cuda_plan, find_compiler, find_ninja, gpus_here
+
+__all__ = [
+    "PACKAGE",
+    "BuildError",
+    "architecture",
+    "cache_dir",
+    "cache_key",
+    "cpu",
+    "cuda_home",
+    "cuda_plan",
+    "extension_spec",
+    "find_compiler",
+    "find_ninja",
+    "fingerprint",
+    "gpus_here",
+    "load",
+    "make_private",
+    "sources_root",
+    "status",
+]

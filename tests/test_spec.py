@@ -1,0 +1,34 @@
+"""Sources and flags of the extension."""
+
+import os
+from pathlib import Path
+
+from mfac import _build
+
+
+def test_architecture(monkeypatch):
+    monkeypatch.delenv("MFAC_ARCH", raising=False)
+    assert "-march=native" in _build.extension_spec()["cflags"]
+    assert not [flag for flag in _build.extension_spec(ahead_of_time=True)["cflags"] if "march" in flag]
+    monkeypatch.setenv("MFAC_ARCH", "x86-64-v3")
+    for ahead_of_time in (False, True):
+        assert "-march=x86-64-v3" in _build.extension_spec(ahead_of_time)["cflags"]
+
+
+def test_spec_names_existing_sources_and_safe_flags():
+    spec = _build.extension_spec()
+    names = {Path(p).name for p in spec["sources"]}
+    assert names >= {"module.cpp", "mfac.cpp"} and all(map(os.path.exists, spec["sources"]))
+    assert not {"-ffast-math", "-Ofast"} & set(spec["cflags"])
+    assert isinstance(_build.cuda_plan()[0], list) and _build.cuda_plan()[1]
+    if not _build.cuda_plan()[0]:
+        assert not [p for p in spec["sources"] if "/cuda/" in p]
+
+
+def test_fingerprint_names_sources_and_torch(bench):
+    import torch
+
+    before = _build.fingerprint()
+    assert before.endswith(f"/torch-{torch.__version__}")
+    (bench.sources / "a.cuh").touch()
+    assert _build.fingerprint() != before
