@@ -62,7 +62,7 @@ OTHER = GradientBuffer(2, {"0.weight": torch.zeros(8, 5)})
         ({"grads": WITH_INF}, ValueError, "grads: expected finite .* in 4 rows, the first 0"),
         ({"grads": 3}, TypeError, "grads: expected a GradientBuffer, a tensor or a list of dicts, got int"),
         ({"grads": GradientBuffer(2, ROW)}, ValueError, "grads: expected at least one gradient, got an empty Gradient"),
-        ({"grads": OTHER, "params": "__ALL_PRUNABLE__"}, ValueError, "grads: expected the parameters 0.* a buffer of 0"),
+        ({"grads": OTHER, "params": "__ALL_PRUNABLE__"}, ValueError, "grads: expected the parameters 0.* buffer of 0"),
         ({"grads": []}, ValueError, "grads: expected at least one gradient"),
         ({"grads": [ROW, G]}, TypeError, r"grads\[1\]: expected a dict .* got Tensor"),
         ({"grads": [ROW, {"0.weight": ROW["0.weight"]}]}, ValueError, r"grads\[1\]: .* unknown: \['2.weight'\]"),
