@@ -312,9 +312,15 @@ class Symmetric(nn.Module):
         return weight.triu() + weight.triu(1).T
 
 
+def masked_weight_norm(layer):
+    prune.random_unstructured(nn.utils.weight_norm(layer), "weight_v", 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("change", "original", "message"),
     [
+        (masked_weight_norm, "0.weight_v_orig", r"weight(_v)? of the Linear is masked by torch.nn.utils.prune"),
         (
             lambda layer: prune.random_unstructured(layer, "weight", 0.5),
             "0.weight_orig",
@@ -334,7 +340,7 @@ class Symmetric(nn.Module):
             "parametrized by _SpectralNorm, Symmetric, which",
         ),
     ],
-    ids=["torch prune", "own", "two"],
+    ids=["torch prune of weight norm", "torch prune", "own", "two"],
 )
 def test_refused(change, original, message):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
@@ -347,7 +353,7 @@ def test_refused(change, original, message):
         assert list(prunable_parameters(model, exclude=exclude)) == ["1.weight"]
 
 
-def test_nonzero_masks_of_torch_prune_removed():
+def test_torch_prune_removed():
     layer = nn.Linear(4, 4)
     prune.random_unstructured(layer, "weight", 0.5)
     prune.remove(layer, "weight")

@@ -218,9 +218,10 @@ class Pruner:
 
     def apply_masks(self) -> None:
         """Set the pruned weights to zero."""
+        params = self._params if self.masks else {}
         with torch.no_grad():
             for name, mask in self.masks.items():
-                p = self._model.get_parameter(name)
+                p = params[name]
                 self.masks[name] = mask.to(p.device)
                 p.masked_fill_(~self.masks[name], 0)
 
