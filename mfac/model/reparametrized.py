@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.nn.utils import parametrize, prune
@@ -67,6 +67,10 @@ def reparametrized(layer: nn.Module) -> dict[str, Reparametrized]:
                 )
                 norm_dim = steps[0].dim if kept == "original1" else -1 if kept else None
                 found[name] = Reparametrized(originals, path + kept if kept else originals[0], refusal, norm_dim)
+    for name, computed in found.items():  # the direction of weight norm may itself be masked
+        inner = found.get(computed.pruned)
+        if inner is not None:
+            found[name] = replace(inner, norm_dim=computed.norm_dim)
     return found
 
 
