@@ -159,9 +159,9 @@ class Session:
     optimizer step.
 
     A session refers to its model, optimizer and batches. Copy or pickle them together, as in
-    ``copy.deepcopy((model, optimizer, session))``, so that the copy prunes the copied model. To resume training in
-    another process, save :meth:`state_dict`: it holds tensors and plain values only, and ``torch.load`` reads it with
-    ``weights_only=True``.
+    ``copy.deepcopy((model, optimizer, session))``, so that the copy prunes the copied model; this works if the
+    :class:`~mfac.Pruner` of each pruning modifier can be copied. To resume training in another process, save
+    :meth:`state_dict`: it holds tensors and plain values only, and ``torch.load`` reads it with ``weights_only=True``.
 
     Args:
         pruners: One per pruning modifier.
