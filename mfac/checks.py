@@ -78,7 +78,7 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
     number = as_number(value)
     if number is None:
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not (low <= number <= high and math.isfinite(number)):
+    if not (low <= number <= high and abs(number) < math.inf):
         bounds = {(False, False): "a finite number", (True, False): f">= {low:g}", (False, True): f"<= {high:g}"}
         wanted = bounds.get((low > -math.inf, high < math.inf), f"in [{low:g}, {high:g}]")
         raise ValueError(f"{name}: expected {wanted}, got {value!r}")

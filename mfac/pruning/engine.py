@@ -70,19 +70,22 @@ class Engine:
             refuse_sharded(model)
         given = settings["params"]
         chosen = prunable_parameters(model, names if given is None else given, settings["exclude"])
-        self.targets, members = parse_sparsity(sparsity, list(chosen))
+        table = NameTable.of_model(model)
+        self.targets, members = parse_sparsity(sparsity, list(chosen), table)
         if only_keys and given is None and names is None and None not in members:
             found = [name for name in chosen if any(name in part for part in members.values())]
             chosen = prunable_parameters(model, found)
         self.model, self.names, self.settings = model, list(chosen), dict(settings)
         self.device = _check_parameters(chosen)
-        self._chosen, self._members, self._named = chosen, members, given or ()
+        self._chosen, self._members = chosen, members
+        written = [*(given or ()), *(key for key in self.targets if key is not None)]
+        self._named = {name for entry in written if not entry.startswith("re:") for name in table.find(entry)}
         self.selection = self.select_by(settings["pattern"])
         self.selection.check_targets(self.targets)
         select_backend(settings["backend"], self.device)  # refused here rather than after an hour
         self.masks: dict[str, Tensor] = {}
         if settings["masks"] is not None:
-            masks = check_masks("masks", settings["masks"], chosen, NameTable.of_model(model))
+            masks = check_masks("masks", settings["masks"], chosen, table)
             self.masks = {n: masks[n].to(p.device) if n in masks else torch.ones_like(p, dtype=torch.bool)
                           for n, p in chosen.items()}  # fmt: skip
         else:

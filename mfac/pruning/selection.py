@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from mfac.checks import check_sparsity
-from mfac.model.names import matching_names
+from mfac.model.names import NameTable
 from mfac.model.targets import PrunableParameters
 from mfac.pruning.patterns import parse_pattern
 from mfac.pruning.schedule import interpolate_sparsity
@@ -20,13 +20,14 @@ Targets = dict[str | None, float]  # sparsity by the key of the user's dict; by 
 
 
 def parse_sparsity(
-    sparsity: float | Mapping[str, float], names: Sequence[str]
+    sparsity: float | Mapping[str, float], names: Sequence[str], table: NameTable
 ) -> tuple[Targets, dict[str | None, list[str]]]:
     """Understand the sparsity that the user asks for.
 
     Args:
         sparsity: A sparsity for all parameters, or a dict of them by name or ``"re:<regex>"``.
         names: Of all chosen parameters.
+        table: What a user may write for them.
 
     Returns:
         Key -> sparsity, and key -> names of its parameters; the key is None for a single number.
@@ -43,7 +44,7 @@ def parse_sparsity(
     members: dict[str | None, list[str]] = {}
     taken: dict[str, str] = {}
     for key, value in sparsity.items():
-        found = matching_names(key, names)
+        found = [name for name in table.find(key, "sparsity") if name in names]
         if not found:
             raise ValueError(f"sparsity: {key!r} matches none of the parameters {', '.join(names[:8])}")
         for name in found:
@@ -65,7 +66,7 @@ class Selection:
         members: Key -> names, from :func:`parse_sparsity`.
         scope: ``"global"`` or ``"layer"``.
         pattern: How weights group; see :func:`mfac.pruning.patterns.parse_pattern`.
-        named: What the user wrote to choose the parameters; those under their own names must have groups.
+        named: Parameters that the user chose by their names; these must have groups.
         max_layer_sparsity: Bound of the sparsity of a parameter; None: no bound.
 
     Attributes:
@@ -85,7 +86,7 @@ class Selection:
         members: Mapping[str | None, Sequence[str]],
         scope: str,
         pattern: str | Sequence[int],
-        named: Iterable[str] = (),
+        named: Collection[str] = (),
         max_layer_sparsity: float | None = None,
     ) -> None:
         """List the groups."""
@@ -96,7 +97,6 @@ class Selection:
             for key, names in members.items()
             for segment in ([[name] for name in names] if scope == "layer" else [list(names)])
         ]
-        named = {*named, *(key for key in members if key is not None)}
         self.sizes = {name: p.numel() for name, p in chosen.items()}
         self._units = dict(self.sizes)  # units of each parameter
         self.positions: Tensor | None = None

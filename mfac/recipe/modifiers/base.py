@@ -35,6 +35,23 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
     return float(check_number(name, value, low, high))
 
 
+def plain_number(value: Any) -> Any:
+    """Return numbers as the settings of mfac take them; other values as they are.
+
+    Args:
+        value: As read from the recipe: `1e-7` and `"256"` are strings there, and 256.0 may stand for 256.
+
+    Returns:
+        An int for whole numbers, else a float; anything else unchanged.
+    """
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def count(name: str, value: Any, most: int | None = None) -> int:
     """Check a count of at least 1; whole floats and numeric strings count.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,13 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from mfac.checks import check_choice
+from mfac.checks import check_choice, warn
 from mfac.pruning.gradual import Pruner
 from mfac.pruning.patterns import parse_pattern
-from mfac.pruning.quadratic import check_settings
 from mfac.pruning.schedule import CURVES
-from mfac.pruning.step import UPDATES
-from mfac.recipe.modifiers.base import Modifier, count, names, number, positive
+from mfac.pruning.settings import PrunerSettings, definitions
+from mfac.recipe.modifiers.base import Modifier, count, names, number, plain_number, positive
 
 
 def _pattern(mask_type: Any) -> Any:
@@ -153,93 +151,99 @@ class GlobalMagnitudePruning(MagnitudePruning):
 class MFACPruning(MagnitudePruning):
     """Prune by the empirical Fisher (M-FAC), updating the remaining weights.
 
-    `num_recomputations`, `refresh`, `num_substeps` and `update` extend the format, as do `auto` and `<number>*mean` for
-    `damp`, and `auto` for `fisher_block_size`. A single jump from 35 % to 95 % leaves the range in which a quadratic
-    model of the loss is accurate; new gradients on the way, by default 8 times, keep it valid.
+    Beyond the format's own arguments it takes settings of :class:`mfac.Pruner` by their names. Their defaults here are
+    the published ones where the format has them (`damp`, `fisher_block_size`). A single jump from 35 % to 95 % leaves
+    the range in which a quadratic model of the loss is accurate; new gradients on the way, by default 8 times, keep it
+    valid.
     """
 
     criterion: ClassVar[str] = "fisher"
     score_types: ClassVar[tuple[str, ...]] = ("MFAC",)
+    spellings: ClassVar[dict[str, str]] = {  # of the format -> of mfac
+        "damp": "damping",
+        "fisher_block_size": "block_size",
+        "num_recomputations": "recomputations",
+        "available_gpus": "available_devices",
+    }
+    settings: ClassVar[tuple[str, ...]] = (
+        "num_grads", "damping", "block_size", "recomputations", "refresh", "substeps", "update", "max_layer_sparsity",
+        "mode", "dtype", "precision", "grads_device",
+    )  # fmt: skip
 
     num_grads: Any = 256
-    damp: Any = 1e-5
-    fisher_block_size: Any = 2000  # None: the full matrix
-    num_recomputations: Any = 8
-    refresh: Any = None  # gradients that are new at each recomputation but the first; None: all num_grads
-    num_substeps: Any = 4
-    update: str = "joint"
+    damping: Any = 1e-5
+    block_size: Any = 2000  # None: the full matrix
+    recomputations: Any = 8
+    refresh: Any = None  # None: all num_grads
+    substeps: Any = 4
+    update: Any = "joint"
+    max_layer_sparsity: Any = None
+    mode: Any = "eval"
+    dtype: Any = "float32"
+    precision: Any = "highest"
+    grads_device: Any = None
+    num_pages: Any = None  # above 1: the same as `grads_device: cpu`; the actual number follows from the memory
     available_devices: Any = None
     use_gradient_buffering: Any = None
     grad_sampler_kwargs: Any = None
-    num_pages: Any = None  # above 1: the same as `grads_device: cpu`; the actual number follows from the memory
-    grads_device: Any = None  # cpu: gradients are kept in host memory and copied to the GPU in pages
 
     @classmethod
     def normalize(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Return `arguments` with the legacy `mfac_options` unpacked and `available_gpus` renamed.
+        """Return `arguments` under mfac's names, with the legacy `mfac_options` unpacked.
 
         Args:
             arguments: As written in the recipe.
 
         Returns:
-            The arguments in today's spelling.
+            The arguments by the names of this class's fields.
 
         Raises:
-            ValueError: If `mfac_options` is not a mapping.
+            ValueError: If `mfac_options` is not a mapping, or an argument is given under two names.
         """
         options = arguments.get("mfac_options") or {}
         if not isinstance(options, dict):
             raise ValueError(f"mfac_options: expected a mapping, got {options!r:.80}")
-        merged = {key: value for key, value in {**arguments, **options}.items() if key != "mfac_options"}
-        if "available_gpus" in merged:
-            merged["available_devices"] = merged.pop("available_gpus")
-        return merged
+        renamed: dict[str, Any] = {}
+        for key, value in {**arguments, **options}.items():
+            if key == "mfac_options":
+                continue
+            name = cls.spellings.get(key, key)
+            if name in renamed:
+                raise ValueError(f"{key}: expected either {key} or {name}, got both")
+            renamed[name] = value
+        return renamed
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
         if isinstance(self.num_grads, dict):
             raise ValueError(f"num_grads: expected an int (a schedule is not supported), got {self.num_grads!r:.80}")
-        self.num_grads = count("num_grads", self.num_grads)
-        self.refresh = self.num_grads if self.refresh is None else count("refresh", self.refresh, self.num_grads)
-        self.num_recomputations = count("num_recomputations", self.num_recomputations)
-        self.num_substeps = count("num_substeps", self.num_substeps)
-        if isinstance(self.damp, str) and ("mean" in self.damp or self.damp == "auto"):
-            check_settings(self.damp, None)
-        else:
-            self.damp = positive("damp", self.damp)
-        if self.fisher_block_size not in (None, "auto"):
-            self.fisher_block_size = count("fisher_block_size", self.fisher_block_size)
-        check_choice("update", self.update, UPDATES)
-        if self.num_pages is not None:
-            self.num_pages = count("num_pages", self.num_pages)
-        if self.grads_device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", str(self.grads_device)):
-            raise ValueError(f"grads_device: expected cpu, cuda or cuda:<index>, got {self.grads_device!r:.80}")
-        devices = names("available_devices", self.available_devices or [])
-        devices = [*devices, *([str(self.grads_device)] if self.grads_device is not None else [])]
+        known = definitions(PrunerSettings)
+        for name in self.settings:
+            setattr(self, name, known[name].check(name, plain_number(getattr(self, name))))
+        self.refresh = self.num_grads if self.refresh is None else self.refresh
+        if self.refresh > self.num_grads:
+            raise ValueError(f"refresh: expected 1 to num_grads = {self.num_grads}, got {self.refresh}")
+        if self.num_pages is not None and count("num_pages", self.num_pages) > 1:
+            self.grads_device = "cpu"
+        devices = [*names("available_devices", self.available_devices or []), str(self.grads_device)]
         if any(device.startswith("cuda") for device in devices) and not torch.cuda.is_available():
-            warnings.warn(
-                f"the recipe asks for {', '.join(devices)}, but CUDA is not available: the CPU is used", stacklevel=2
+            asked = ", ".join(device for device in devices if device.startswith("cuda"))
+            warn(f"the recipe asks for {asked}, but CUDA is not available: the CPU is used")
+        if self.grads_device is not None and not re.fullmatch(r"cpu|disk(:.+)?|cuda(:\d+)?", str(self.grads_device)):
+            raise ValueError(
+                f"grads_device: expected cpu, disk, disk:<folder>, cuda or cuda:<index>, got {self.grads_device!r:.80}"
             )
         if self.use_gradient_buffering or self.grad_sampler_kwargs:
-            warnings.warn(
-                "use_gradient_buffering and grad_sampler_kwargs have no effect: "
-                "gradients come from the batches given to Manager.apply",
-                stacklevel=2,
+            warn(
+                "use_gradient_buffering and grad_sampler_kwargs have no effect: gradients come from the batches given "
+                "to Manager.apply"
             )
 
     def options(self) -> dict[str, Any]:
         """Return the Pruner's arguments that only M-FAC has."""
-        return {
-            "grads_device": "cpu" if self.grads_device == "cpu" or (self.num_pages or 1) > 1 else None,
-            "num_grads": self.num_grads,
-            "damping": self.damp,
-            "block_size": self.fisher_block_size,
-            "recomputations": self.num_recomputations,
-            "refresh": self.refresh,
-            "substeps": self.num_substeps,
-            "update": self.update,
-        }
+        on_gpu = str(self.grads_device).startswith("cuda")  # where the model is
+        return {name: getattr(self, name) for name in self.settings} | ({"grads_device": None} if on_gpu else {})
 
 
 @dataclass(kw_only=True)
