@@ -89,7 +89,7 @@ def test_legacy_options():
 def test_where_gradients_are_kept(written, kept):
     modifier = Manager.from_recipe((PRUNING % "MFACPruningModifier") + written).modifiers[1]
     assert modifier.options()["grads_device"] == kept
-    with pytest.raises(ValueError, match="grads_device: expected cpu, disk, .* or cuda:<index>, got 'tpu'"):
+    with pytest.raises(ValueError, match=r"grads_device: expected cpu, disk, .* or cuda:<index>, got 'tpu'"):
         Manager.from_recipe((PRUNING % "MFACPruningModifier") + "    grads_device: tpu\n")
 
 

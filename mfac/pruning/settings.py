@@ -169,8 +169,8 @@ class StepSettings(TypedDict, total=False):
         Setting(
             "fisher",
             _choice(CRITERIA),
-            'The saliency: ``"fisher"``, or ``"magnitude"`` (\\|w\\|; for groups the sum of squares), which needs no '
-            "gradients and then updates nothing; given gradients, they make the ``update``.",
+            'The saliency: ``"fisher"``, or ``"magnitude"`` (the absolute value; for groups the sum of squares), which '
+            "needs no gradients and then updates nothing; given gradients, they make the ``update``.",
         ),
     ]
     update: Annotated[
