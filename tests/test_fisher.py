@@ -148,7 +148,8 @@ def test_check_of_bfloat16_casts_no_matrix():
     grads = torch.randn(64, 1000).bfloat16()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         Fisher(grads, backend="reference")
-    assert max(event.cpu_memory_usage for event in profile.events()) <= 4 * 1000
+    most = max(event.cpu_memory_usage for event in profile.events())
+    assert most < 2 * 4 * 1000  # torch 2.8 counts a scalar with the row
 
 
 G = torch.ones(4, 6)

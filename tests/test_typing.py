@@ -11,29 +11,21 @@ from build_bench import REPO, python
 PROGRAM = REPO / "tests" / "typing" / "user_program.py"
 
 
-def mypy(site, program, cache):
-    """Return the finished process; mfac is found in `site`, where mypy reports no errors inside of it."""
-    command = [
-        sys.executable,
-        "-m",
-        "mypy",
-        "--strict",
-        "--follow-imports=silent",
-        "--cache-dir",
-        str(cache),
-        str(program),
-    ]
+def mypy(site, program):
+    """Return the finished process; mfac is found in `site`, and errors inside of it are not reported."""
+    options = ["--strict", "--follow-imports=silent", "--cache-dir", str(site / "cache")]
+    command = [sys.executable, "-m", "mypy", *options, str(program)]
     return subprocess.run(command, capture_output=True, text=True, cwd=site, env={**os.environ, "MYPYPATH": str(site)})
 
 
 def test_user_program_is_typed(tmp_path):
     pytest.importorskip("mypy")
     shutil.copytree(REPO / "mfac", tmp_path / "mfac", ignore=shutil.ignore_patterns("__pycache__"))
-    done = mypy(tmp_path, PROGRAM, REPO / ".mypy_cache")
+    done = mypy(tmp_path, PROGRAM)
     assert done.returncode == 0, done.stdout + done.stderr
     wrong = tmp_path / "wrong.py"
     wrong.write_text(PROGRAM.read_text().replace("reached: float = result.sparsity", "reached: str = result.sparsity"))
-    done = mypy(tmp_path, wrong, REPO / ".mypy_cache")
+    done = mypy(tmp_path, wrong)
     assert done.returncode == 1 and 'variable has type "str"' in done.stdout, done.stdout + done.stderr
 
 

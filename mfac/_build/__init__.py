@@ -1,8 +1,8 @@
 """Find, build and load the compiled kernels.
 
-`toolchain` finds what a build needs, `spec` says what is built and how, `compiler` runs the build in a process of its own
-(`compile_in_child`), `cache` keeps the results and `loader` loads them. Within this package imports are relative, because
-setup.py imports `spec` without importing mfac.
+`toolchain` finds what a build needs, `spec` says what is built and how, `jit` runs the build in a process of its own
+(`jit_child`), `cache` keeps the results and `loader` loads them. Imports within this package are relative, because setup.py
+imports `spec` without importing mfac.
 """
 
 from .cache import cache_dir, cache_key, make_private

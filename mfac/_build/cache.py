@@ -42,7 +42,7 @@ def cache_dir() -> Path:
     fallback = Path(tempfile.gettempdir()).absolute() / f"mfac-{os.getuid()}"
     try:
         path = platformdirs.user_cache_path("mfac")
-    except (RuntimeError, KeyError):  # no home folder; older releases of platformdirs return a path with "~" instead
+    except RuntimeError:  # no home folder; older releases of platformdirs return a path with "~" instead
         return fallback
     if not path.is_absolute():
         return fallback

@@ -13,8 +13,8 @@ from types import ModuleType
 from typing import Any
 
 from . import cache, spec, toolchain
-from .compiler import compile_kernels
 from .errors import BuildError, CompileError, explain
+from .jit import compile_kernels
 
 _once = threading.Lock()
 _outcome: "ModuleType | BuildError | None" = None

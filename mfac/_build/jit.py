@@ -50,7 +50,7 @@ def compile_kernels(folder: Path, log: Path, tried: str) -> None:
     elif sys.stderr is not None and sys.stderr.isatty():
         sys.stderr.write(f"{notice}\n")
     with log.open("w") as out:
-        command = [sys.executable, str(Path(__file__).with_name("compile_in_child.py"))]
+        command = [sys.executable, str(Path(__file__).with_name("jit_child.py"))]
         done = subprocess.run(command, input=job, text=True, stdout=out, stderr=subprocess.STDOUT, env=env)
     if done.returncode == 0 and (folder / "_C.so").exists():
         return

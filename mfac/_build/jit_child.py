@@ -1,4 +1,4 @@
-"""The program that compiles: it reads a job as JSON from standard input. `compiler` runs it in a process of its own."""
+"""The program that compiles: it reads a job as JSON from standard input. `jit` runs it in a process of its own."""
 
 import json
 import shlex
