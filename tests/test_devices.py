@@ -37,5 +37,5 @@ def test_pruner(device):
     model, batches = _model_and_batches(device)
     pruner = mfac.Pruner(model, batches, F.cross_entropy, sparsity=0.9, end=0, num_grads=12, recomputations=3)
     pruner.step()
-    zeros = sum(int((p == 0).sum()) for p in pruner._params.values())
-    assert zeros == round(0.9 * sum(p.numel() for p in pruner._params.values()))
+    zeros = sum(int((p == 0).sum()) for p in pruner.params.values())
+    assert zeros == round(0.9 * sum(p.numel() for p in pruner.params.values()))

@@ -131,7 +131,7 @@ CASES |= {
     "hexadecimal": ("modifiers:\n  - !EpochRangeModifier {end_epoch: 0x" + "f" * 5000 + "}\n", None,
                     "end_epoch: expected"),
     "infinite": ("modifiers:\n  - !MFACPruningModifier {params: [a], final_sparsity: 0.5, num_grads: .inf}\n", None,
-                 "num_grads: expected a finite number, got inf"),
+                 "num_grads: expected an int, got inf"),
     "no such date": ("a: 2024-99-99\n" + PRUNING, None, "line 1: expected a value of type timestamp"),
     "wrong tags": ("a: !!int x\n" + PRUNING, None, "line 1: expected a value of type int, got 'x'"),
     "binary": ("a: !!binary ä\n" + PRUNING, None, "line 1: expected"),

@@ -76,7 +76,7 @@ def collect_gradients(
         which there is a warning after the first batch. Interrupted, a buffer that was given holds the rows so far.
 
     Raises:
-        TypeError: If ``batches`` cannot be iterated, ``loss_fn`` or ``forward`` called, a batch is neither a pair nor a
+        TypeError: If ``model`` is not a module, ``batches`` cannot be iterated, ``loss_fn`` or ``forward`` called, a batch is neither a pair nor a
             mapping and there is no ``forward``, or there is no loss or it is not a tensor.
         ValueError: If ``num_grads`` < 1 or more than ``buffer`` has rows, ``mode`` is none of the two, ``batches`` is
             empty or an iterator that ends early, the loss is not a scalar, as many gradients are not finite as were

@@ -12,8 +12,10 @@ def refuse_distributed(model: nn.Module) -> None:
         model: Any module.
 
     Raises:
+        TypeError: If it is not a module.
         ValueError: If it is or holds a DistributedDataParallel module, or is sharded.
     """
+    refuse_sharded(model)
     for module in model.modules():
         if "DistributedDataParallel" in _classes(module):
             raise ValueError(
@@ -21,7 +23,6 @@ def refuse_distributed(model: nn.Module) -> None:
                 "different gradients and drift apart; prune before wrapping it (on rank 0, then broadcast), or feed "
                 "the averaged gradients of the training itself to a GradientBuffer after backward() and pass buffer="
             )
-    refuse_sharded(model)
 
 
 def refuse_sharded(model: nn.Module) -> None:
@@ -31,9 +32,12 @@ def refuse_sharded(model: nn.Module) -> None:
         model: Any module.
 
     Raises:
+        TypeError: If it is not a module.
         ValueError: If it is or holds a FullyShardedDataParallel module, one that ``fully_shard`` was applied to, or a
             parameter that is a DTensor.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
         for sharded in {"FullyShardedDataParallel", "FSDPModule"} & _classes(module):
             raise ValueError(_sharded(sharded))

@@ -66,8 +66,7 @@ class Engine:
         only_keys: bool = False,
     ) -> None:
         """Check the arguments; the model is not touched."""
-        if isinstance(model, nn.Module):
-            refuse_sharded(model)
+        refuse_sharded(model)
         given = settings["params"]
         chosen = prunable_parameters(model, names if given is None else given, settings["exclude"])
         table = NameTable.of_model(model)
