@@ -77,9 +77,13 @@ def test_wrong_devices():
         mfac.GradientBuffer(2, {"w": torch.ones(3)}, device="meta")
     model, data = torch.nn.Linear(3, 2), [(torch.randn(4, 3), torch.randint(2, (4,)))]
     for device in ("dsk", "meta", 7.5):
-        with pytest.raises(ValueError, match=f"grads_device: expected 'cpu', where the model is, or 'disk', got {device!r}"):
+        with pytest.raises(
+            ValueError, match=f"grads_device: expected 'cpu', where the model is, or 'disk', got {device!r}"
+        ):
             mfac.prune(model, data, F.cross_entropy, 0.5, grads_device=device, num_grads=1, progress=False)
-        with pytest.raises(ValueError, match=f"grads_device: expected 'cpu', where the model is, or 'disk', got {device!r}"):
+        with pytest.raises(
+            ValueError, match=f"grads_device: expected 'cpu', where the model is, or 'disk', got {device!r}"
+        ):
             mfac.Pruner(model, data, F.cross_entropy, sparsity=0.5, end=2, num_grads=1, grads_device=device)
     with pytest.raises(ValueError, match="device: expected one that there is, got 'disk'"):
         mfac.Fisher(torch.ones(2, 3), 1.0, device="disk")

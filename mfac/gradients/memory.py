@@ -97,6 +97,8 @@ def allocate_rows(num_grads: int, d: int, dtype: torch.dtype, place: torch.devic
         RuntimeError: If the device refuses.
     """
     nbytes = num_grads * d * dtype.itemsize
+    if pinned and not fits(nbytes, place) and hasattr(torch.accelerator, "empty_host_cache"):
+        torch.accelerator.empty_host_cache()  # torch keeps the pinned memory of a ring that is gone
     check_memory(num_grads, d, dtype, place)
     with torch.inference_mode(False):  # a tensor made inside could not be written outside
         if isinstance(place, Path):
