@@ -105,6 +105,35 @@ def test_announced_once():
         [next(stream) for _ in range(9)]
 
 
+class Failing:
+    """Raises once, at its third batch."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __iter__(self):
+        for i in range(5):
+            if i == 2 and self.error is not None:
+                error, self.error = self.error, None
+                raise error
+            yield i
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_an_error_is_not_the_end_of_a_pass(error, as_dataset):
+    """After it, the batch that could not be had is tried again."""
+
+    class Dataset(Failing, IterableDataset):
+        pass
+
+    stream = BatchStream(DataLoader(Dataset(error), batch_size=None) if as_dataset else Failing(error), 0)
+    assert [next(stream), next(stream)] == [0, 1]
+    with pytest.raises(error):
+        next(stream)
+    assert [next(stream) for _ in range(4)] == [2, 3, 4, 0] and stream.passes == 2
+
+
 def test_bad_input():
     with pytest.raises(TypeError, match="batches: expected an iterable of batches, got int"):
         BatchStream(3, 0)

@@ -69,7 +69,11 @@ class BatchStream:
         while True:
             if self._iterator is None:
                 self._iterator = self._open()
-            batch = self._fetch(self._iterator, self.taken)
+            try:
+                batch = self._fetch(self._iterator, self.taken)
+            except BaseException:  # a generator is at its end then, and that is not the end of the pass
+                self._iterator = None
+                raise
             if batch is not _END:
                 self.taken += 1
                 self._served += 1
