@@ -1,4 +1,4 @@
-"""Protocol of a batch: how it is moved, run through a model and turned into a loss, and in which mode."""
+"""Protocol of a batch: moving it, running the model, the loss, and the context of an evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Forward = Callable[[nn.Module, Any], Any]
 
 
 def check_functions(loss_fn: Callable[[Any, Any], Tensor] | None, forward: Forward | None) -> None:
-    """Check what turns a batch into a loss.
+    """Check the functions that turn a batch into a loss.
 
     Args:
         loss_fn: Loss of (outputs, targets), or None if the outputs have it.
@@ -141,10 +141,10 @@ def batch_loss(
 def evaluation(
     model: nn.Module, params: Iterable[nn.Parameter] = (), mode: str = "eval", seed: int | None = None
 ) -> Iterator[None]:
-    """Measure a model, whatever mode the caller is in, and leave no trace on it.
+    """Enable gradients and set the mode of a model; restore everything on exit.
 
-    Modes, requires_grad and torch's random state, on the CPU and on the CUDA devices of the model, are as before
-    afterwards; with ``mode="train"`` the buffers too, bit for bit.
+    Works under ``torch.no_grad`` and ``torch.inference_mode``. Modes, requires_grad and torch's random state (CPU and
+    the CUDA devices of the model) are restored; with ``mode="train"`` the buffers too, bit for bit.
 
     Args:
         model: Any module.

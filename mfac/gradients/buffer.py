@@ -34,14 +34,14 @@ class GradientBuffer:
         dtype: torch.float32, or torch.bfloat16 for half the memory.
         device: Where the rows are; default where the parameters are. ``"cpu"`` for parameters on a GPU that has no room
             for the rows: pinned memory, from which :class:`Fisher` takes them page by page. ``"disk"`` or
-            ``"disk:<folder>"`` for a memory-mapped file in the folder for temporary files or another one; it has no
-            name, so that nothing is left of it when the process ends, in whatever way.
+            ``"disk:<folder>"`` for a memory-mapped file in the folder for temporary files or another one; it is
+            unlinked, so nothing is left behind when the process ends, even if it is killed.
 
     Attributes:
         names: Names of the parameters, in the order of the columns.
         skipped: How many gradients were refused because they held NaN or infinity.
         reached: Names of the parameters that have had a gradient (not None) since the buffer was made or cleared.
-        version: A number that grows with every change of the rows.
+        version: Increases with every change of the rows.
         loss: Mean loss of the batches of the last :func:`mfac.collect_gradients`; NaN before.
         samples: Mean samples of those batches (size of the first dimension); NaN before.
 
@@ -159,8 +159,8 @@ class GradientBuffer:
 
         Args:
             model: The module whose parameters the buffer was made for (or a copy of it).
-            scale: What the gradients are too large by, > 0: a number, a 0-d tensor or a GradScaler, which stands for
-                its scale.
+            scale: Divide the gradients by this number > 0: a float, a 0-d tensor, or a GradScaler, whose current
+                scale is used.
 
         Returns:
             True if the row was stored, False if it was skipped because it is not finite.
@@ -210,7 +210,7 @@ class GradientBuffer:
 
         Args:
             grads: Tensors of the parameters' shapes; None counts as zeros.
-            scale: What they are too large by, as for :meth:`append`.
+            scale: Divide them by this number, as for :meth:`append`.
 
         Returns:
             True if the row was stored, False if it was skipped because it is not finite.
@@ -236,7 +236,7 @@ class GradientBuffer:
         index = self._next
         try:
             self._store(index, parts)
-        except KeyboardInterrupt:  # in the middle of the row, which would hold parts of two gradients
+        except KeyboardInterrupt:  # in the middle of the copy: the row would mix two gradients
             self._store(index, parts)
             raise
         return True
@@ -367,7 +367,7 @@ def _check_scale(scale: float | Tensor | torch.amp.GradScaler) -> float:
 
 
 def _converted(grad: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """The gradient as it is stored: what is finite in float64 may not be in float32, and the scale of a half is."""
+    """The gradient as it is stored, divided in float32 at least. It may overflow: float64 exceeds float32."""
     grad = grad.detach().to_dense()
     if scale != 1:
         grad = grad.to(torch.promote_types(grad.dtype, torch.float32)) / scale
@@ -375,7 +375,7 @@ def _converted(grad: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def _finite(parts: list[Tensor]) -> bool:
-    """Whether all are finite: NaN and infinity survive a norm, and on a GPU one answer for all is waited for."""
+    """Whether all are finite. NaN and infinity survive a norm; on a GPU there is one synchronization for all."""
     if not parts:
         return True
     norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]

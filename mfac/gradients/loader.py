@@ -1,4 +1,4 @@
-"""A DataLoader gone through without a trace on the one that the training loop iterates at the same time."""
+"""Iteration over a DataLoader without side effects on the training loop that uses it at the same time."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def can_clone(batches: Any) -> bool:
 
 
 class LoaderClone:
-    """The settings of a DataLoader, and copies of its samplers as they were when this was made.
+    """The settings of a DataLoader and a snapshot of its samplers.
 
-    Dataset, collate_fn and worker_init_fn are shared. Iterators, worker processes, samplers and generators are not, so
-    that a training epoch under way, with persistent workers or without, goes on as if nothing had happened.
+    Dataset, collate_fn and worker_init_fn are shared. Iterators, worker processes, samplers and generators are not:
+    an epoch of training in progress, with persistent workers or without, is not disturbed.
 
     Args:
         loader: One for which :func:`can_clone` is true.
@@ -66,14 +66,14 @@ class LoaderClone:
         """Start a pass.
 
         Args:
-            seed: What all seeds follow from.
+            seed: All seeds are derived from it.
             passes: Number of the pass, which decides the order of a loader that shuffles.
-            skip: Batches to leave out at the beginning, without loading them; only if ``by_index``.
+            skip: Number of batches to skip at the beginning without loading them; only if ``by_index``.
 
         Returns:
-            An iterator; its worker processes end when it is dropped.
+            An iterator; its worker processes stop when it is deleted.
         """
-        # Workers of an iterable dataset start again from the beginning, so they must draw the same numbers as before.
+        # Workers of an iterable dataset restart at its beginning, so they must draw the same random numbers again.
         workers = derive_seed(seed, _WORKERS, passes, skip if self.by_index else 0)
         settings = self._settings | {"generator": torch.Generator().manual_seed(workers)}
         if self.by_index:
@@ -84,7 +84,7 @@ class LoaderClone:
 
 
 class _Indices:
-    """What a sampler yields after the first ``skip``, drawn under seeds of its own however far workers read ahead."""
+    """The indices of a sampler after the first ``skip``; each draw is seeded, however far workers prefetch."""
 
     def __init__(self, sampler: Any, seed: int, passes: int, skip: int) -> None:
         self._sampler, self._seed, self._passes, self._skip = sampler, seed, passes, skip
@@ -105,7 +105,7 @@ class _Indices:
 
 
 def _copied(sampler: Any, dataset: Any, seed: int | None, passes: int) -> Any:
-    """Copy a sampler and the samplers in it: the data are shared, generators and containers are not."""
+    """Copy a sampler and those nested in it: the dataset is shared, generators and containers are not."""
     new = copy.copy(sampler)
     for name, value in list(vars(new).items()) if hasattr(new, "__dict__") else []:
         if value is dataset:

@@ -1,4 +1,4 @@
-"""Memory for the gradients: the bytes that they need against the bytes that are free where they are to be kept."""
+"""Memory for the gradients: bytes needed against bytes free, and the allocation."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def free_bytes(place: torch.device | Path) -> int | None:
         place: A device, or a folder for a memory-mapped file.
 
     Returns:
-        Bytes; None if it cannot be told. For the CPU the least of MemAvailable and what the limits of the control
-        groups leave, reclaimable file cache counting as free. For CUDA what the driver reports and whole segments that
+        Bytes; None if unknown. For the CPU the minimum of MemAvailable and what the limits of the control groups
+        leave, reclaimable file cache counting as free. For CUDA what the driver reports and whole segments that
         torch's allocator holds unused. For a folder the free disk space, or memory if it is a tmpfs.
     """
     if isinstance(place, Path):
@@ -42,7 +42,7 @@ def free_bytes(place: torch.device | Path) -> int | None:
 
 
 def fits(nbytes: int, place: torch.device | Path) -> bool:
-    """Return whether so many bytes can be allocated with a tenth of the free ones to spare; True if unknown."""
+    """Return whether ``nbytes`` fit while a tenth of the free bytes stays free; True if unknown."""
     free = free_bytes(place)
     return free is None or nbytes <= HEADROOM * free
 
@@ -97,6 +97,8 @@ def allocate_rows(num_grads: int, d: int, dtype: torch.dtype, place: torch.devic
         RuntimeError: If the device refuses.
     """
     nbytes = num_grads * d * dtype.itemsize
+    if pinned and not fits(nbytes, place) and hasattr(torch.accelerator, "empty_host_cache"):
+        torch.accelerator.empty_host_cache()  # torch keeps the pinned memory of a ring that is gone
     check_memory(num_grads, d, dtype, place)
     with torch.inference_mode(False):  # a tensor made inside could not be written outside
         if isinstance(place, Path):

@@ -1,4 +1,4 @@
-"""Seeds for batches: torch, random and numpy draw from them while a batch is fetched, and go on as before."""
+"""Seeds for fetching batches, and the context that applies them to torch, random and numpy."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 
 def derive_seed(seed: int, kind: int, passes: int = 0, index: int = 0) -> int:
-    """Return a seed of its own for one event.
+    """Derive an independent seed for one event.
 
     Args:
-        seed: What all follow from, any int.
-        kind: Which of several things happen there.
+        seed: The root, any int.
+        kind: What it is used for.
         passes: Number of the pass.
         index: Number of the batch in it.
 
@@ -27,14 +27,14 @@ def derive_seed(seed: int, kind: int, passes: int = 0, index: int = 0) -> int:
 
 
 def current_seed() -> int:
-    """Return a seed that follows from torch's random state as it is now, which stays."""
+    """Return a seed derived from torch's random state, which is not advanced."""
     with torch.random.fork_rng(devices=[]):
         return int(torch.randint(2**62, (), dtype=torch.int64, device="cpu", generator=torch.default_generator))
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators of torch (CPU), random and numpy; they are put back on the way out.
+    """Seed the global generators of torch (CPU), random and numpy, and restore them on exit.
 
     Args:
         seed: At most 63 bits.

@@ -21,12 +21,12 @@ _COLLECT, _MEASURE = 20, 21  # kinds of seeds
 
 
 class GradientSource:
-    """Batches gone through again and again, as gradients of a model that changes meanwhile.
+    """A ring of gradients of a model that changes, renewed from an endless stream of batches.
 
-    All that is random follows from torch's seed when the source was made (``torch.initial_seed()``), so that torch's
-    random state stays and every collection sees other batches of a loader that shuffles. A position that was saved is
-    exact, also in the middle of a pass; :class:`BatchStream` says how for lists, DataLoaders and iterators. No worker
-    processes of a DataLoader are alive between two calls.
+    All randomness is derived from torch's seed when the source is made (``torch.initial_seed()``): torch's random
+    state does not change, and every collection sees new batches of a loader that shuffles. A saved position is exact,
+    also in the middle of a pass; :class:`BatchStream` describes lists, DataLoaders and iterators. No worker processes
+    of a DataLoader are alive between two calls.
 
     Copies and pickles hold position and ring; ``copy.deepcopy`` shares ``batches``, ``loss_fn`` and ``forward``.
 
@@ -158,7 +158,7 @@ class GradientSource:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a position. Without a ring in the state, all rows are new at the next collection.
+        """Restore a position. Without a ring in the state, all rows are new at the next collection.
 
         Args:
             state: From :meth:`state_dict` of a source over the same kind of batches.
@@ -175,7 +175,7 @@ class GradientSource:
         self._ring = ring
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradientSource:
-        """Copy position and ring; what is iterated and called is shared."""
+        """Copy position and ring; batches and functions are shared."""
         new = copy.copy(self)
         new.batches, new._buffer = copy.deepcopy(self.batches, memo), copy.deepcopy(self._buffer, memo)
         return new

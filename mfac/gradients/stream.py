@@ -1,4 +1,4 @@
-"""Batches gone through again and again, with a position that can be saved."""
+"""Endless iteration over batches, with a position that can be saved."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ _END = object()
 
 
 class BatchStream:
-    """An endless iterator over batches that can be started again, as long as ``batches`` can.
+    """An endless iterator over batches; it restarts ``batches`` at the end of each pass.
 
-    Every start and every batch has a seed, for torch, random and numpy, that follows from ``seed``, the number of the
-    pass and that of the batch; the global generators stay as they are. A saved position is exact, therefore, also for
-    a loader that shuffles or augments. How it is returned to depends on ``batches``:
+    While a pass is started or a batch is fetched, the global generators of torch, random and numpy have a seed derived
+    from ``seed``, the number of the pass and that of the batch; they are restored afterwards. A saved position is
+    therefore exact for loaders that shuffle or augment, too. How a position is restored depends on ``batches``:
 
-    * A DataLoader is not iterated itself, but a clone of it (:class:`mfac.gradients.loader.LoaderClone`). Batches to be
-      skipped are not loaded, unless the dataset is iterable. What a dataset draws at random in worker processes is the
-      same again only if :meth:`close` was called at the same positions.
-    * Other iterables (lists; loaders of other libraries, and subclasses of DataLoader that iterate in their own way)
-      are started again and gone through up to the position. They are iterated as they are, workers included.
-    * An iterator cannot be started again: it goes on where it is.
+    * A DataLoader is not iterated itself; a clone of it is (:class:`mfac.gradients.loader.LoaderClone`). Skipped
+      batches are not loaded, unless the dataset is iterable. Random numbers drawn in worker processes are reproduced
+      only if :meth:`close` is called at the same positions.
+    * Other iterables (lists, loaders of other libraries, subclasses of DataLoader that override the iteration) are
+      restarted and iterated up to the position. They are used as they are, including their worker processes, and stay
+      open between calls.
+    * An iterator cannot be restarted: it continues where it is.
 
     Args:
         batches: Any iterable of batches.
-        seed: What all seeds follow from.
-        announce: Warn at the first restart if there were fewer batches than this, the number asked for.
+        seed: All seeds are derived from it.
+        announce: Number of batches that was asked for: warn, once, if a pass has fewer.
 
     Attributes:
         passes: Passes started so far.
@@ -69,7 +70,11 @@ class BatchStream:
         while True:
             if self._iterator is None:
                 self._iterator = self._open()
-            batch = self._fetch(self._iterator, self.taken)
+            try:
+                batch = self._fetch(self._iterator, self.taken)
+            except BaseException:  # which ends a generator, but not the pass
+                self._iterator = None
+                raise
             if batch is not _END:
                 self.taken += 1
                 self._served += 1
@@ -112,7 +117,7 @@ class BatchStream:
         self.passes, self.taken = self.passes + 1, 0
 
     def close(self) -> None:
-        """End the worker processes of a DataLoader; the next batch starts new ones at the position."""
+        """Stop the worker processes of a DataLoader; the next batch starts new ones at the position."""
         if isinstance(self._batches, LoaderClone):
             self._iterator = None
 
@@ -121,7 +126,7 @@ class BatchStream:
         return {"seed": self._seed, "passes": self.passes, "taken": self.taken}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go to a position, with a warning if ``batches`` is an iterator, which cannot.
+        """Restore a position; an iterator stays where it is, with a warning.
 
         Args:
             state: From :meth:`state_dict` of a stream over the same batches.

@@ -1,14 +1,16 @@
-"""GradientBuffer and collect_gradients."""
+"""collect_gradients: gradients of batches, and no trace on the model."""
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from mfac import GradientBuffer, collect_gradients, prunable_parameters
+from mfac import GradientBuffer, collect_gradients
+from mfac.fisher import check_gradients
 
 mse = nn.functional.mse_loss
 
@@ -54,9 +56,6 @@ class Loader:
 
 def spoiled(batch):
     return torch.full_like(batch[0], math.nan), batch[1]
-
-
-# ---- collect_gradients
 
 
 def test_equals_autograd_by_hand(unchanged):
@@ -132,27 +131,56 @@ def test_nan_batches_are_replaced():
     assert torch.equal(buffer.tensor, by_hand(model, [batches[i] for i in (0, 2, 3)], buffer.names))
 
 
+class Sometimes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.a(x) if x[0, 0] > 0 else self.b(x)
+
+
 def test_parameter_used_in_some_batches():
-    """Where the loss does not reach a parameter, its gradient is zero."""
-
-    class Sometimes(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 2), nn.Linear(4, 2)
-
-        def forward(self, x):
-            return self.a(x) if x[0, 0] > 0 else self.b(x)
-
-    x = torch.ones(1, 4)
-    buffer = collect_gradients(Sometimes(), [(x, torch.zeros(1, 2)), (-x, torch.zeros(1, 2))], mse, 2)
+    """Where the loss does not reach a parameter, its gradient is zero; there is a warning after the first batch."""
+    x, y = torch.ones(1, 4), torch.zeros(1, 2)
+    message = "the loss of the first batch does not reach 'b.weight'; weights that no batch reaches stay dense"
+    with pytest.warns(UserWarning, match=message) as caught:
+        buffer = collect_gradients(Sometimes(), [(x, y), (-x, y)], mse, 2)
+    assert len(caught) == 1 and buffer.unreached == []
     a, b = buffer.tensor.split(8, dim=1)
     assert a[0].any() and not a[1].any() and not b[0].any() and b[1].any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # not again for the same buffer
+        collect_gradients(Sometimes(), [(x, y), (-x, y)], mse, 2, buffer=buffer)
+
+
+def test_unreached_parameters(unchanged):
+    """No error: the buffer says which they are. The warning names four of them."""
+    model = make_model()
+    model.unused = nn.Sequential(*[nn.Linear(2, 2) for _ in range(5)])
+    model.forward = lambda x: model[:4](x)
+    message = r"'unused.0.weight', 'unused.1.weight', 'unused.2.weight', 'unused.3.weight', ... \(5 in all\); weights"
+    with unchanged(model), pytest.warns(UserWarning, match=message):
+        buffer = collect_gradients(model, make_batches(3), mse, 3)
+    assert buffer.unreached == [f"unused.{i}.weight" for i in range(5)]
+    assert buffer.shape == (3, 38) and not buffer.tensor[:, 18:].any() and buffer.tensor[:, :18].all(1).any()
+
+
+def test_no_parameter_is_reached(unchanged):
+    """Refused after the first batch, not after all."""
+    model, calls = make_model(), []
+    model.unused = nn.Linear(2, 2)
+    model.forward = lambda x: calls.append(1) or model[:4](x)
+    message = "params: expected parameters that the loss depends on, got 'unused.weight'$"
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        collect_gradients(model, make_batches(3), mse, 3, params=["unused.weight"])
+    assert len(calls) == 1
 
 
 def test_progress(capfd):
-    collect_gradients(make_model(), make_batches(2), mse, 2)
+    collect_gradients(make_model(), make_batches(2), mse, 2, progress=False)
     assert capfd.readouterr() == ("", "")
-    collect_gradients(make_model(), make_batches(2), mse, 2, progress=True)
+    collect_gradients(make_model(), make_batches(2), mse, 2)
     assert "gradients: 100%" in capfd.readouterr().err
 
 
@@ -165,8 +193,8 @@ def broken_loss(outputs, targets):
     ("change", "error", "message"),
     [
         ({"num_grads": 0}, ValueError, "num_grads: expected an int >= 1, got 0"),
-        ({"num_grads": 2.0}, ValueError, "num_grads: expected an int >= 1, got 2.0"),
-        ({"num_grads": True}, ValueError, "num_grads: expected an int >= 1, got True"),
+        ({"num_grads": 2.0}, TypeError, "num_grads: expected an int, got 2.0"),
+        ({"num_grads": True}, TypeError, "num_grads: expected an int, got True"),
         ({"dtype": torch.float16}, TypeError, "dtype: expected torch.float32 or torch.bfloat16, got torch.float16"),
         ({"params": ["nope"]}, ValueError, "params: 'nope' matches no parameter"),
         ({"batches": []}, ValueError, "batches: expected batches for 4 gradients or more, got none left"),
@@ -175,11 +203,15 @@ def broken_loss(outputs, targets):
         (
             {"batches": [torch.ones(2, 4)]},
             TypeError,
-            r"batches: expected pairs \(inputs, targets\) or dicts, got Tensor",
+            r"batches: expected pairs \(inputs, targets\) or dicts without forward=, got Tensor",
         ),
         ({"batches": [(1, 2, 3)]}, TypeError, "batches: expected pairs .* got tuple"),
         ({"batches": [spoiled(b) for b in make_batches(16)]}, ValueError, "16 gradients are not finite, only 0 are"),
-        ({"loss_fn": None}, TypeError, "loss_fn: expected a function, got None"),
+        ({"loss_fn": None}, TypeError, r"loss_fn: expected a function, got None and outputs without .loss \(Tensor\)"),
+        ({"loss_fn": 3}, TypeError, "loss_fn: expected a function or None, got 3"),
+        ({"forward": 3}, TypeError, "forward: expected a function or None, got 3"),
+        ({"mode": "test"}, ValueError, "mode: expected one of eval, train, got 'test'"),
+        ({"mode": None}, ValueError, "mode: expected one of eval, train, got None"),
         ({"loss_fn": lambda out, y: 1.0}, TypeError, "loss_fn: expected a tensor, got float"),
         ({"loss_fn": lambda out, y: out - y}, ValueError, r"loss_fn: expected a scalar, got shape \[5, 2\]"),
         ({"loss_fn": lambda out, y: mse(out, y).detach()}, ValueError, "loss_fn: expected a loss that depends"),
@@ -195,128 +227,119 @@ def test_bad_input(unchanged, change, error, message):
         collect_gradients(**args)
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_unused_parameter(unchanged, alone):
-    model = make_model()
-    model.unused = nn.Linear(2, 2)
-    model.forward = lambda x: model[:4](x)
-    params = ["unused.weight"] if alone else None
-    with (
-        unchanged(model),
-        pytest.raises(ValueError, match=r"does not depend on 'unused\.weight'; leave it out of params"),
-    ):
-        collect_gradients(model, make_batches(3), mse, 3, params=params)
+class Interrupt:
+    """A loss that ends in Ctrl-C at its third call."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, outputs, targets):
+        self.calls += 1
+        torch.randn(2)
+        if self.calls == 3:
+            raise KeyboardInterrupt
+        return mse(outputs, targets)
 
 
-# ---- GradientBuffer
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_interrupted(unchanged, mode):
+    """The rows so far are valid, and the model is as it was."""
+    model, batches = make_model(), make_batches(6)
+    buffer = collect_gradients(model, batches, mse, 4)
+    before = buffer.tensor.clone()
+    with unchanged(model), pytest.raises(KeyboardInterrupt):
+        collect_gradients(model, batches[3:], Interrupt(), 3, buffer=buffer, mode=mode)
+    assert torch.equal(buffer.tensor[2:], before[2:]) and not torch.equal(buffer.tensor[:2], before[:2])
+    assert buffer.mean_square == check_gradients(buffer.tensor)
+    if mode == "eval":
+        assert torch.equal(buffer.tensor[:2], by_hand(model, batches[3:5], buffer.names))
 
 
-def filled(rows, num_grads=3, dtype=torch.float32):
-    buffer = GradientBuffer(num_grads, {"w": torch.zeros(2, 1)}, dtype)
-    for row in rows:
-        buffer.append_gradients([torch.full((2, 1), float(row))])
-    return buffer
-
-
-def test_ring():
-    """Rows fill up in turn; when full, the oldest is overwritten."""
-    assert filled([]).tensor.shape == (0, 2)
-    assert filled([1, 2]).tensor[:, 0].tolist() == [1, 2]
-    buffer = filled([1, 2, 3, 4, 5])
-    assert buffer.tensor[:, 0].tolist() == [4, 5, 3]
-    assert len(buffer) == buffer.num_grads == 3 and buffer.shape == (3, 2)
-    buffer.clear()
-    assert len(buffer) == 0 and buffer.shape == (0, 2)
-    buffer.append_gradients([torch.full((2, 1), 9.0)])
-    assert buffer.tensor[:, 0].tolist() == [9]
-
-
-def test_attributes():
-    buffer = filled([1], num_grads=4, dtype=torch.bfloat16)
-    assert (buffer.dtype, buffer.device, buffer.nbytes) == (torch.bfloat16, torch.device("cpu"), 4 * 2 * 2)
-    assert repr(buffer) == "GradientBuffer(1 of 4 gradients, d=2, torch.bfloat16, 0.0 MiB, 0 skipped)"
-    buffer.tensor.zero_()
-    assert not buffer.tensor.any()  # a view, not a copy
-
-
-def test_append(unchanged):
-    """Copies the gradients, in the order of the names, and of a copy of the model just as well."""
-    model = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 2))
-    buffer = GradientBuffer(2, prunable_parameters(model))
-    model(torch.ones(1, 2)).sum().backward()
+def test_train_mode(unchanged):
+    """Batch statistics and dropout; running statistics and their counts are put back bit for bit."""
+    model, batches = make_model(), make_batches(3)
     with unchanged(model):
-        assert buffer.append(model)
-    expected = torch.cat([model[0].weight.grad.flatten(), model[1].weight.grad.flatten()])
-    twin = copy.deepcopy(model)
-    for p, q in zip(twin.parameters(), model.parameters(), strict=True):
-        p.grad = q.grad.clone()
-    assert buffer.append(twin)
-    model.zero_grad(set_to_none=False)
-    assert torch.equal(buffer.tensor, expected.expand(2, 4))
+        buffer = collect_gradients(model, batches, mse, 3, mode="train")
+    model[2].p = 0.0
+    with unchanged(model):
+        exact = collect_gradients(model, batches, mse, 3, mode="train")
+    rows = []
+    for inputs, targets in batches:
+        twin = copy.deepcopy(model).requires_grad_(True).train()
+        twin.zero_grad()
+        mse(twin(inputs), targets).backward()
+        rows.append(torch.cat([twin[0].weight.grad.flatten(), twin[3].weight.grad.flatten()]))
+    assert torch.equal(exact.tensor, torch.stack(rows))
+    assert not torch.equal(buffer.tensor, exact.tensor)  # dropout
+    with pytest.raises(KeyError), unchanged(model):
+        collect_gradients(model, batches, broken_loss, 3, mode="train")
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_not_finite_is_skipped(bad, dtype):
-    """1e300 is finite in float64, not as stored. The rows stay as they were."""
-    buffer = filled([1, 2, 3], dtype=dtype)
-    assert not buffer.append_gradients([torch.tensor([[0.0], [bad]], dtype=torch.float64)])
-    assert buffer.skipped == 1
-    assert buffer.append_gradients([torch.full((2, 1), 4.0)])
-    assert buffer.tensor[:, 0].tolist() == [4, 2, 3]
-    buffer.clear()
-    assert buffer.skipped == 0
+class Replacing(nn.Module):
+    """A module that puts another tensor in the place of its buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return self.layer(x)
 
 
-def test_append_before_backward(unchanged):
-    model = nn.Linear(2, 1)
-    buffer = GradientBuffer(2, prunable_parameters(model))
-    with unchanged(model), pytest.raises(ValueError, match="expected a gradient for 'weight', got None; call"):
-        buffer.append(model)
-    with pytest.raises(ValueError, match="expected a parameter 'weight', got none"):
-        buffer.append(nn.Sequential(model))
-    assert len(buffer) == 0 and buffer.skipped == 0
+def test_train_mode_and_replaced_buffers(unchanged):
+    model = Replacing()
+    own = model.calls
+    with unchanged(model):
+        collect_gradients(model, make_batches(2), mse, 2, mode="train")
+    assert model.calls is own
 
 
-@pytest.mark.parametrize(
-    ("grads", "error", "message"),
-    [
-        ([], ValueError, "grads: expected 1 tensors, got 0"),
-        ([torch.ones(1, 2)], ValueError, r"grads: expected shape \[2, 1\] for 'w', got \[1, 2\]"),
-        ([[1.0, 2.0]], TypeError, "grads: expected a tensor for 'w', got list"),
-        ([torch.ones(2, 1).numpy()], TypeError, "grads: expected a tensor for 'w', got ndarray"),
-    ],
-)
-def test_bad_gradients(grads, error, message):
-    buffer = filled([1])
-    with pytest.raises(error, match=message):
-        buffer.append_gradients(grads)
-    assert buffer.tensor.tolist() == [[1, 1]]
+@pytest.mark.parametrize("caller", [torch.no_grad, torch.inference_mode])
+def test_callers_without_grad(unchanged, caller):
+    """Batches made in inference mode serve too."""
+    model, batches = make_model(), make_batches(2)
+    expected = by_hand(model, batches, ["0.weight", "3.weight"])
+    with caller(), unchanged(model):
+        given = [(x.clone(), y.clone()) for x, y in batches]
+        buffer = collect_gradients(model, given, mse, 2)
+        assert given[0][0].is_inference() == (caller is torch.inference_mode)
+    assert torch.equal(buffer.tensor, expected) and not buffer.tensor.is_inference()
 
 
-P = {"w": torch.zeros(2)}
+def test_other_default_type_and_device():
+    model, batches = make_model(), make_batches(2)
+    expected = by_hand(model, batches, ["0.weight", "3.weight"])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        buffer = collect_gradients(model, batches, mse, 2)
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+    assert torch.equal(buffer.tensor, expected)
 
 
-@pytest.mark.parametrize(
-    ("args", "error", "message"),
-    [
-        ((0, P), ValueError, "num_grads: expected an int >= 1, got 0"),
-        ((-1, P), ValueError, "num_grads: expected an int >= 1, got -1"),
-        ((1.5, P), ValueError, "num_grads: expected an int >= 1, got 1.5"),
-        ((2, {}), ValueError, "params: expected at least one parameter, got none"),
-        ((2, [torch.zeros(2)]), TypeError, "params: expected name -> parameter, got list"),
-        ((2, {"w": 3}), TypeError, r"params\['w'\]: expected a tensor, got int"),
-        ((2, P, torch.float64), TypeError, "dtype: expected torch.float32 or torch.bfloat16, got torch.float64"),
-        (
-            (2, P | {"v": torch.zeros(2, device="meta")}),
-            ValueError,
-            "params: expected on one device, got cpu, meta",
-        ),
-    ],
-)
-def test_bad_buffer(args, error, message):
-    with pytest.raises(error, match=message):
-        GradientBuffer(*args)
+def test_names_in_an_order_of_their_own():
+    """The columns are those of the buffer, in whatever order it was made."""
+    model, batches = make_model(), make_batches(2)
+    names = ["3.weight", "0.weight"]
+    buffer = GradientBuffer(2, {name: model.get_parameter(name) for name in names})
+    collect_gradients(model, batches, mse, 2, buffer=buffer)
+    assert torch.equal(buffer.tensor, by_hand(model, batches, names))
+
+
+def test_seeds_follow_the_random_state():
+    """Another random state, other batches of a loader that shuffles; the same, the same."""
+    x = torch.arange(32.0)[:, None].expand(32, 4).contiguous()
+    loader = DataLoader(TensorDataset(x, torch.zeros(32, 2)), batch_size=2, shuffle=True)
+    model = make_model()
+    first, again = (collect_gradients(model, loader, mse, 16).tensor for _ in range(2))
+    torch.rand(1)
+    other = collect_gradients(model, loader, mse, 16).tensor
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 @pytest.mark.parametrize(

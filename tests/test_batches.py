@@ -1,0 +1,209 @@
+"""Protocol of a batch: trees of tensors, losses, modes."""
+
+from collections import OrderedDict, UserDict, namedtuple
+
+import pytest
+import torch
+from torch import nn
+
+from mfac import collect_gradients, reestimate_batchnorm
+from mfac.gradients.batches import batch_loss, evaluation, model_device, move_batch, num_samples, run_model
+
+mse = nn.functional.mse_loss
+CPU, META = torch.device("cpu"), torch.device("meta")
+Pair = namedtuple("Pair", "first second")
+
+
+class Encoding(UserDict):
+    """As tokenizers make them: moved in place by a method of its own."""
+
+    def to(self, device):
+        self.data = {key: value.to(device) for key, value in self.data.items()}
+        return self
+
+
+class Graph:
+    """Not a container, but with a method `to`."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def to(self, device):
+        return Graph(self.x.to(device))
+
+
+def test_move_batch():
+    """At any depth and by whatever can be moved; what was given stays where it is."""
+    x = torch.ones(3)
+    packed = nn.utils.rnn.pack_sequence([torch.ones(2, 1), torch.ones(1, 1)])
+    plain = type("Plain", (dict,), {})(a=x)
+    batch = (
+        {"a": [x, (x, 5)], "b": Pair(x, "text")},
+        Encoding(x=x),
+        UserDict(y={"z": x}),
+        plain,
+        OrderedDict(w=x),
+        Graph(x),
+        packed,
+        None,
+    )
+    moved = move_batch(batch, META)
+    tree, encoding, user, subclass, ordered, graph, sequence, nothing = moved
+    tensors = [tree["a"][0], tree["a"][1][0], tree["b"].first, encoding["x"], user["y"]["z"], subclass["a"], graph.x]
+    assert {t.device for t in [*tensors, ordered["w"], sequence.data]} == {META}
+    assert tree["a"][1][1] == 5 and tree["b"].second == "text" and nothing is None
+    kinds = (dict, Encoding, UserDict, type(plain), OrderedDict, Graph, type(packed), type(None))
+    assert tuple(map(type, moved)) == kinds
+    assert {t.device for t in (batch[1]["x"], batch[2]["y"]["z"], plain["a"], batch[5].x, packed.data)} == {CPU}
+    assert move_batch(x, CPU) is x
+
+
+def test_inference_tensors_are_copied():
+    with torch.inference_mode():
+        batch = {"x": torch.ones(2)}, UserDict(y=torch.ones(2))
+    moved = move_batch(batch, CPU)
+    assert not moved[0]["x"].is_inference() and not moved[1]["y"].is_inference()
+
+
+@pytest.mark.parametrize(
+    ("batch", "count"),
+    [
+        ((torch.ones(5, 2), torch.ones(3)), 5),
+        ({"id": 3, "x": torch.ones(4)}, 4),
+        (Encoding(x=torch.ones(6, 1)), 6),
+        (({"x": torch.tensor(1.0), "y": torch.ones(7)}, None), 7),
+        ((1, "a"), 1),
+    ],
+)
+def test_num_samples(batch, count):
+    assert num_samples(batch) == count
+
+
+def test_model_device():
+    assert model_device(nn.Linear(2, 2, device="meta")) == META and model_device(nn.ReLU()) == CPU
+
+
+Outputs = namedtuple("Outputs", "loss logits")
+
+
+class Model(nn.Module):
+    """Takes x and, like those of transformers, y: then its outputs have the loss."""
+
+    def __init__(self, outputs=Outputs):
+        super().__init__()
+        self.layer, self.outputs = nn.Linear(4, 2), outputs
+
+    def forward(self, x, y=None):
+        x = x["x"] if isinstance(x, dict) else x
+        out = self.layer(x)
+        return out if y is None else self.outputs(mse(out, y), out)
+
+
+X, Y = torch.randn(5, 4), torch.randn(5, 2)
+
+
+@pytest.mark.parametrize(
+    ("batch", "loss_fn", "forward"),
+    [
+        ((X, Y), mse, None),
+        ([X, Y], mse, None),
+        (({"x": X}, {"y": [Y]}), lambda out, targets: mse(out, targets["y"][0]), None),
+        ({"x": X}, lambda out, batch: mse(out, Y) if batch["x"] is X else None, None),
+        ({"x": X, "y": Y}, lambda out, batch: out.loss, None),
+        ({"x": X, "y": Y}, None, None),
+        (UserDict(x=X, y=Y), None, None),
+        (Encoding(x=X, y=Y), lambda out, batch: mse(out.logits, batch["y"]), None),
+        ((X, 0, Y), mse, lambda model, batch: (model(batch[0]), batch[2])),
+        ((X, 0, Y), None, lambda model, batch: mse(model(batch[0]), batch[2])),
+        ((X, 0, Y), None, lambda model, batch: model(batch[0], batch[2])),
+        (X, None, lambda model, x: {"loss": mse(model(x), Y)}),
+    ],
+)
+def test_losses(batch, loss_fn, forward, unchanged):
+    """Of all kinds of batches and models the same, and so are the gradients."""
+    model = Model()
+    expected = mse(model.layer(X), Y)
+    assert torch.equal(batch_loss(model, batch, loss_fn, forward), expected)
+    with unchanged(model):
+        grads = collect_gradients(model, [batch], loss_fn, 1, forward=forward)
+    assert torch.equal(grads.tensor[0], torch.autograd.grad(expected, model.layer.weight)[0].flatten())
+    assert grads.loss == expected.item() and grads.samples == 5
+
+
+def test_losses_by_key():
+    model = Model(lambda loss, logits: {"loss": loss, "logits": logits})
+    assert torch.equal(batch_loss(model, {"x": X, "y": Y}, None), mse(model.layer(X), Y))
+
+
+@pytest.mark.parametrize(
+    ("batch", "loss_fn", "forward", "error", "message"),
+    [
+        ((X, Y, 1), mse, None, TypeError, r"batches: expected pairs \(inputs, targets\) or dicts without forward=, got "
+                                          "tuple of 3"),
+        ((X,), mse, None, TypeError, "forward=, got tuple of 1"),
+        (X, mse, None, TypeError, "forward=, got Tensor"),
+        ("ab", mse, None, TypeError, "forward=, got str"),
+        ((X, Y), None, None, TypeError, r"loss_fn: expected a function, got None and outputs without .loss \(Tensor\)"),
+        ({"x": X}, None, None, TypeError, r"loss_fn: expected a function, got None and outputs without .loss"),
+        (X, mse, lambda model, x: model(x), TypeError, r"forward: expected a pair \(outputs, targets\)"),
+        (X, None, lambda model, x: (model(x), Y), TypeError, r"outputs without .loss \(tuple\)"),
+        (X, None, lambda model, x: {"loss": 1.0}, TypeError, "outputs.loss: expected a tensor, got float"),
+        (X, None, lambda model, x: model(x), ValueError, r"forward: expected a scalar, got shape \[5, 2\]"),
+        ((X, Y), lambda out, y: 1.0, None, TypeError, "loss_fn: expected a tensor, got float"),
+        ((X, Y), lambda out, y: out, None, ValueError, r"loss_fn: expected a scalar, got shape \[5, 2\]"),
+    ],
+)  # fmt: skip
+def test_errors(batch, loss_fn, forward, error, message, unchanged):
+    model = Model()
+    with unchanged(model), pytest.raises(error, match=message):
+        collect_gradients(model, [batch], loss_fn, 1, forward=forward)
+
+
+def test_batchnorm_follows_the_same_protocol():
+    """Targets are not used; trees and forward= serve."""
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return self.norm(x["x"] if isinstance(x, dict) else x)
+
+    means = []
+    for batch, forward in (
+        ((X, None), None),
+        (({"x": X}, "anything"), None),
+        (UserDict(x=X), None),
+        ((1, X, 2), lambda model, batch: model(batch[1])),
+    ):
+        model = Named().eval()
+        with torch.inference_mode():
+            reestimate_batchnorm(model, [batch], 1, forward=forward)
+        means.append(model.norm.running_mean)
+    torch.testing.assert_close(means[0], X.mean(0))
+    assert all(torch.equal(mean, means[0]) for mean in means)
+    with pytest.raises(TypeError, match="forward: expected a function or None, got 1"):
+        reestimate_batchnorm(model, [(X, None)], 1, forward=1)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_evaluation(mode, unchanged):
+    """Every mode is set inside; everything is as before outside, also after an error and under inference mode."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
+    model[1].eval()
+    model[0].requires_grad_(False)
+    with torch.inference_mode(), unchanged(model), pytest.raises(KeyError):
+        with evaluation(model, [model[0].weight], mode, seed=3):
+            assert {m.training for m in model.modules()} == {mode == "train"}
+            assert model[0].weight.requires_grad and not model[0].bias.requires_grad
+            assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+            first = torch.randn(3)
+            model(X)
+            raise KeyError
+    with evaluation(model, seed=3):
+        assert torch.equal(torch.randn(3), first)
+
+
+def test_run_model_returns_what_forward_does():
+    assert run_model(Model(), X, lambda model, batch: (model, batch))[1] is X
