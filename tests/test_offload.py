@@ -65,7 +65,7 @@ def test_host_gradients_of_a_model_on_cuda():
         torch.manual_seed(0)
         model = torch.nn.Linear(40, 20).cuda()
         batches = [(torch.randn(8, 40), torch.randint(20, (8,))) for _ in range(8)]
-        grads = mfac.collect_gradients(model, batches, F.cross_entropy, 8, device=place)
+        grads = mfac.collect_gradients(model, batches, F.cross_entropy, 8, grads_device=place)
         assert grads.device.type == place and grads.tensor.is_pinned() == (place == "cpu")
         mfac.prune_step(model, grads, 0.8, block_size=64)
         weights.append(model.weight.detach())

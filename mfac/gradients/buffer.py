@@ -77,8 +77,7 @@ class GradientBuffer:
         for name, p in params.items():
             if not isinstance(p, Tensor):
                 raise TypeError(f"params[{name!r}]: expected a tensor, got {type(p).__name__}")
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise TypeError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
+        check_dtype("dtype", dtype)
         devices = {p.device for p in params.values()}
         if len(devices) > 1:
             raise ValueError(f"params: expected on one device, got {', '.join(sorted(map(str, devices)))}")
@@ -314,6 +313,24 @@ class GradientBuffer:
         new = type(self).__new__(type(self))
         new.__setstate__(self.__getstate__())
         return new
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Check the type of gradients.
+
+    Args:
+        name: Of the argument, for the error.
+        dtype: What the user gave.
+
+    Returns:
+        The same.
+
+    Raises:
+        TypeError: If it is neither torch.float32 nor torch.bfloat16.
+    """
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"{name}: expected torch.float32 or torch.bfloat16, got {dtype!r}")
+    return dtype
 
 
 def check_grads_device(name: str, device: torch.device | str | None, home: torch.device) -> torch.device | Path:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mfac.checks import check_choice, check_int
+from mfac.checks import check_int
 from mfac.gradients.batches import (
-    MODES,
     Forward,
     batch_loss,
     check_functions,
@@ -23,24 +22,25 @@ from mfac.gradients.batches import (
 )
 from mfac.gradients.buffer import GradientBuffer, listed
 from mfac.gradients.seeds import current_seed
+from mfac.gradients.settings import CollectSettings
 from mfac.gradients.stream import BatchStream
 from mfac.model.distributed import refuse_distributed
 from mfac.model.targets import prunable_parameters
+from mfac.settings import accepts
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@accepts(CollectSettings)
 def collect_gradients(
     model: nn.Module,
     batches: Iterable[Any],
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     num_grads: int = 256,
     *,
-    params: str | Iterable[str] | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-    mode: str = "eval",
-    forward: Forward | None = None,
     buffer: GradientBuffer | None = None,
-    progress: bool = True,
+    **settings: Unpack[CollectSettings],
 ) -> GradientBuffer:
     """Collect one gradient per batch, with the model in eval mode unless ``mode`` says otherwise.
 
@@ -59,16 +59,9 @@ def collect_gradients(
         loss_fn: Returns a scalar. None for a model whose outputs have the loss, as ``outputs.loss`` or
             ``outputs["loss"]``.
         num_grads: m, the number of gradients, >= 1.
-        params: Parameters to collect for; see :func:`mfac.prunable_parameters`.
-        dtype: torch.float32, or torch.bfloat16 for half the memory.
-        device: Where the gradients are kept; see :class:`GradientBuffer`.
-        mode: ``"eval"``, or ``"train"``: modules in training mode, BatchNorm with the statistics of each batch; the
-            model's buffers are put back afterwards.
-        forward: A function ``forward(model, batch)`` for batches of any other kind: it returns the pair
-            ``(outputs, targets)`` for ``loss_fn``, or with ``loss_fn=None`` the loss or outputs that have it.
-        buffer: A buffer to go on with, in place of ``params``, ``dtype`` and ``device``: its oldest rows are
-            overwritten.
-        progress: Show a progress bar.
+        buffer: A buffer to go on with: its oldest rows are overwritten. In place of ``params``, ``exclude``, ``dtype``
+            and ``grads_device``.
+        settings: How; each is described below.
 
     Returns:
         The buffer, with ``num_grads`` new rows. Gradients that are not finite are replaced by those of further
@@ -76,11 +69,12 @@ def collect_gradients(
         which there is a warning after the first batch. Interrupted, a buffer that was given holds the rows so far.
 
     Raises:
-        TypeError: If ``model`` is not a module, ``batches`` cannot be iterated, ``loss_fn`` or ``forward`` called, a batch is neither a pair nor a
-            mapping and there is no ``forward``, or there is no loss or it is not a tensor.
-        ValueError: If ``num_grads`` < 1 or more than ``buffer`` has rows, ``mode`` is none of the two, ``batches`` is
-            empty or an iterator that ends early, the loss is not a scalar, as many gradients are not finite as were
-            asked for, or the loss of the first batch depends on none of the parameters.
+        TypeError: If ``model`` is not a module, ``batches`` cannot be iterated, ``loss_fn`` or ``forward`` called, a
+            batch is neither a pair nor a mapping and there is no ``forward``, or there is no loss or it is not a
+            tensor.
+        ValueError: If the model is one of several processes, ``num_grads`` < 1 or more than ``buffer`` has rows,
+            ``batches`` is empty or an iterator that ends early, the loss is not a scalar, as many gradients are not
+            finite as were asked for, or the loss of the first batch depends on none of the parameters.
         MemoryError: If the gradients do not fit; the message says what would.
 
     Example:
@@ -90,22 +84,28 @@ def collect_gradients(
         (16, 8)
     """
     refuse_distributed(model)
+    mode, forward = settings["mode"], settings["forward"]
     check_functions(loss_fn, forward)
-    check_choice("mode", mode, MODES)
     num_grads = check_int("num_grads", num_grads)
     if buffer is not None:
         if not isinstance(buffer, GradientBuffer):
             raise TypeError(f"buffer: expected a GradientBuffer, got {type(buffer).__name__}")
-        if params is not None:
-            raise ValueError(f"params: expected None with a buffer, which has its own, got {params!r}")
+        for name in ("params", "exclude"):
+            if settings[name] is not None:
+                raise ValueError(f"{name}: expected None with a buffer, which has its own, got {settings[name]!r}")
         if num_grads > buffer.num_grads:
             raise ValueError(f"num_grads: expected at most the {buffer.num_grads} rows of the buffer, got {num_grads}")
     stream = BatchStream(batches, current_seed(), announce=num_grads)
-    chosen = prunable_parameters(model, params if buffer is None else buffer.names)
     if buffer is None:
-        buffer = GradientBuffer(num_grads, chosen, dtype, device)
+        chosen = prunable_parameters(model, settings["params"], settings["exclude"])
+        buffer = GradientBuffer(num_grads, chosen, settings["dtype"], settings["grads_device"])
+    else:
+        chosen = prunable_parameters(model, buffer.names)
     try:
-        append_batches(buffer, model, stream, loss_fn, num_grads, chosen, mode=mode, forward=forward, progress=progress)
+        append_batches(
+            buffer, model, stream, loss_fn, num_grads, chosen, mode=mode, forward=forward,
+            progress=settings["progress"],
+        )  # fmt: skip
     finally:
         stream.close()
     return buffer

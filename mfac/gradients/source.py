@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mfac.checks import check_choice, check_int
 from mfac.gradients.batches import MODES, Forward, check_functions
-from mfac.gradients.buffer import GradientBuffer
+from mfac.gradients.buffer import GradientBuffer, check_dtype
 from mfac.gradients.collect import append_batches, mean_loss
 from mfac.gradients.seeds import derive_seed
 from mfac.gradients.stream import BatchStream
@@ -75,9 +75,7 @@ class GradientSource:
         check_functions(loss_fn, forward)
         self.num_grads = check_int("num_grads", num_grads)
         self.refresh = self.num_grads if refresh is None else check_int("refresh", refresh, 1, self.num_grads)
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise TypeError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device = check_dtype("dtype", dtype), device
         self._loss_fn, self._forward, self._mode = loss_fn, forward, check_choice("mode", mode, MODES)
         self.batches = BatchStream(batches, torch.initial_seed(), self.num_grads if announce else None)
         self._buffer: GradientBuffer | None = None

@@ -15,7 +15,8 @@ from mfac.gradients.buffer import GradientBuffer
 from mfac.pruning.engine import Engine
 from mfac.pruning.patterns import parse_pattern
 from mfac.pruning.result import write_csv
-from mfac.pruning.settings import StepSettings, accepts
+from mfac.pruning.settings import StepSettings
+from mfac.settings import accepts
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

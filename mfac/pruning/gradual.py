@@ -17,7 +17,8 @@ from mfac.pruning.engine import Engine
 from mfac.pruning.masks import check_masks
 from mfac.pruning.result import PruneResult
 from mfac.pruning.schedule import Schedule
-from mfac.pruning.settings import PrunerSettings, accepts
+from mfac.pruning.settings import PrunerSettings
+from mfac.settings import accepts
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

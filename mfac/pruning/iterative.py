@@ -13,7 +13,8 @@ from mfac.gradients.source import GradientSource
 from mfac.pruning.batchnorm import reestimate_batchnorm
 from mfac.pruning.engine import Engine
 from mfac.pruning.result import PruneResult
-from mfac.pruning.settings import PruneSettings, accepts
+from mfac.pruning.settings import PruneSettings
+from mfac.settings import accepts
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

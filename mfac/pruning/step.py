@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from mfac.gradients.buffer import GradientBuffer
 from mfac.pruning.engine import Engine
 from mfac.pruning.result import PruneResult
-from mfac.pruning.settings import StepSettings, accepts
+from mfac.pruning.settings import StepSettings
+from mfac.settings import accepts
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -14,8 +14,9 @@ from mfac.checks import check_choice, warn
 from mfac.pruning.gradual import Pruner
 from mfac.pruning.patterns import parse_pattern
 from mfac.pruning.schedule import CURVES
-from mfac.pruning.settings import PrunerSettings, definitions
+from mfac.pruning.settings import PrunerSettings
 from mfac.recipe.modifiers.base import Modifier, count, names, number, plain_number, positive
+from mfac.settings import definitions
 
 
 def _pattern(mask_type: Any) -> Any:

@@ -1,0 +1,77 @@
+"""The settings of what is pruned and of where gradients come from."""
+
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, TypedDict
+
+import torch
+from torch import nn
+
+from mfac.gradients.batches import MODES
+from mfac.gradients.buffer import check_dtype
+from mfac.model.targets import names_of
+from mfac.settings import Setting, checked_later, is_flag, is_function, one_of
+
+
+def _names(name: str, value: Any) -> list[str] | None:
+    return names_of(value, name)
+
+
+def _dtype(name: str, value: Any) -> torch.dtype:
+    return check_dtype(name, getattr(torch, value, value) if isinstance(value, str) else value)
+
+
+class CommonSettings(TypedDict, total=False):
+    """The settings of every entry point."""
+
+    params: Annotated[
+        str | Iterable[str] | None,
+        Setting(
+            None,
+            _names,
+            "What to prune: names or ``re:<regex>``; see :func:`mfac.prunable_parameters`. None: the weights of all "
+            "layers that can be pruned, or the parameters of the GradientBuffer.",
+        ),
+    ]
+    exclude: Annotated[
+        str | Iterable[str] | None, Setting(None, _names, "What of it not to prune, in the same notation.")
+    ]
+    progress: Annotated[bool, Setting(True, is_flag, "Show progress bars of what takes long.")]
+
+
+class SourceSettings(TypedDict, total=False):
+    """How gradients are computed and where they are kept."""
+
+    mode: Annotated[
+        str,
+        Setting(
+            "eval",
+            one_of(MODES),
+            '``"eval"``, or ``"train"``: modules are in training mode while gradients are collected (batch statistics, '
+            "the running ones staying as they are), which recurrent layers on cuDNN and detection models need.",
+        ),
+    ]
+    forward: Annotated[
+        Callable[[nn.Module, Any], Any] | None,
+        Setting(
+            None,
+            is_function,
+            "For batches that are neither (inputs, targets) nor dicts: ``forward(model, batch)`` returns (outputs, "
+            "targets) for ``loss_fn`` or, without one, the loss or an output that has a ``.loss``.",
+        ),
+    ]
+    dtype: Annotated[
+        torch.dtype | str, Setting(torch.float32, _dtype, "Type of the gradients, torch.float32 or torch.bfloat16.")
+    ]
+    grads_device: Annotated[
+        torch.device | str | None,
+        Setting(
+            None,
+            checked_later,
+            'Where they are kept: None for the model\'s device; ``"cpu"`` if they do not fit there; ``"disk"`` or '
+            '``"disk:FOLDER"`` for a memory-mapped file.',
+        ),
+    ]
+
+
+class CollectSettings(CommonSettings, SourceSettings, total=False):
+    """The settings of :func:`mfac.collect_gradients`."""
