@@ -19,12 +19,12 @@ def kind(place):
     [
         (CUDA, {"cuda": 223, "cpu": 0, "disk": 0}, "dtype=torch.bfloat16 (1.86e-07 GiB), num_grads=5"),
         (CUDA, {"cuda": 222, "cpu": 0, "disk": 0}, "num_grads=4"),
-        (CUDA, {"cuda": 100, "cpu": 450, "disk": 0}, "device='cpu', num_grads=2"),
-        (CUDA, {"cuda": 100, "cpu": 440, "disk": 450}, "device='disk', num_grads=2"),
-        (CUDA, {"cuda": 20, "cpu": 450, "disk": 450}, "device='cpu', device='disk'"),
-        (CPU, {"cpu": 223, "disk": 450}, "dtype=torch.bfloat16 (1.86e-07 GiB), device='disk', num_grads=5"),
+        (CUDA, {"cuda": 100, "cpu": 450, "disk": 0}, "the gradients on the device 'cpu', num_grads=2"),
+        (CUDA, {"cuda": 100, "cpu": 440, "disk": 450}, "on 'disk', num_grads=2"),
+        (CUDA, {"cuda": 20, "cpu": 450, "disk": 450}, "the gradients on the device 'cpu', on 'disk'"),
+        (CPU, {"cpu": 223, "disk": 450}, "dtype=torch.bfloat16 (1.86e-07 GiB), on 'disk', num_grads=5"),
         (CPU, {"cpu": 20, "disk": 20}, "not even one gradient"),
-        (DISK, {"cpu": 450, "disk": 100}, "device='cpu', num_grads=2"),
+        (DISK, {"cpu": 450, "disk": 100}, "the gradients on the device 'cpu', num_grads=2"),
     ],
 )
 def test_refusals_name_what_really_fits(monkeypatch, place, free, options):

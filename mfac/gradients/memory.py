@@ -67,9 +67,9 @@ def check_memory(num_grads: int, d: int, dtype: torch.dtype, place: torch.device
     if half < need and fits(half, place):
         options.append(f"dtype=torch.bfloat16 ({_gib(half)})")
     if place != torch.device("cpu") and fits(need, torch.device("cpu")):
-        options.append("device='cpu'")
+        options.append("the gradients on the device 'cpu'")
     if not isinstance(place, Path) and fits(need, Path(tempfile.gettempdir())):
-        options.append("device='disk'")
+        options.append("on 'disk'")
     fewer = int(HEADROOM * free) // (d * dtype.itemsize)
     if fewer >= 1:
         options.append(f"num_grads={fewer}")

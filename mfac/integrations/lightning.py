@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mfac.extras import install_hint
 from mfac.pruning.gradual import Pruner
 
 try:
@@ -16,7 +17,7 @@ except ImportError:
     try:
         from pytorch_lightning import Callback, LightningModule, Trainer
     except ImportError as error:
-        raise ImportError("mfac.integrations.lightning needs Lightning; pip install lightning") from error
+        raise ImportError(install_hint("lightning", "lightning")) from error
 
 UNITS = ("step", "epoch")
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mfac.checks import check_sparsity
+from mfac.extras import install_hint
 from mfac.gradients.buffer import GradientBuffer
 from mfac.pruning.engine import Engine
 from mfac.pruning.patterns import parse_pattern
@@ -84,7 +85,7 @@ class Frontier:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError("the plot needs matplotlib; install it with: pip install matplotlib") from error
+            raise ImportError(install_hint("matplotlib", "demo")) from error
         figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
         axes = figure.subplots()
         for pattern in dict.fromkeys(point.pattern for point in self.points):

@@ -1,0 +1,70 @@
+"""Dependencies point one way: a module imports only from its own layer and those above it in CONTRIBUTING's tree."""
+
+import ast
+from pathlib import Path
+
+import mfac
+
+PACKAGE = Path(mfac.__file__).parent
+LAYERS = [
+    {"checks", "extras"},
+    {"settings", "_build"},
+    {"ops"},
+    {"model"},
+    {"gradients"},
+    {"fisher"},
+    {"pruning"},
+    {"recipe", "integrations"},
+    {"tutorial"},
+    {"cli"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def imports(path):
+    """Names of the modules of mfac that a file imports anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "mfac":
+            if node.module == "mfac":
+                yield from (f"mfac.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("mfac."))
+
+
+def test_nothing_lower_imports_anything_higher():
+    seen = set()
+    for path in PACKAGE.rglob("*.py"):
+        part = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if part in ("__init__", "__main__", "csrc", "recipes"):
+            continue
+        seen.add(part)
+        for name in imports(path):
+            other = name.split(".")[1]
+            if other in LEVEL:
+                same = part == other
+                assert same or LEVEL[other] < LEVEL[part], f"{path.relative_to(PACKAGE)} imports {name}"
+    assert seen == set(LEVEL)
+
+
+def test_no_circles():
+    """Not even within a layer: the modules of a folder have an order too."""
+    graph = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = ("mfac", *path.relative_to(PACKAGE).with_suffix("").parts)
+        if parts[-1] not in ("__init__", "__main__"):
+            graph[".".join(parts)] = set(imports(path))
+    state = {}
+
+    def visit(name, trail):
+        assert state.get(name) != "open", " -> ".join([*trail, name])
+        if name in state:
+            return
+        state[name] = "open"
+        for other in graph.get(name, ()):
+            visit(other, [*trail, name])
+        state[name] = "done"
+
+    for name in graph:
+        visit(name, [])
