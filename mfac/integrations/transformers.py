@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mfac.extras import install_hint
 from mfac.pruning.gradual import Pruner
 
 try:
     from transformers import TrainerCallback
 except ImportError as error:
-    raise ImportError(
-        "mfac.integrations.transformers needs Transformers; pip install transformers accelerate"
-    ) from error
+    raise ImportError(install_hint("transformers", "transformers")) from error
 
 UNITS = ("step", "epoch")
 FILE = "pruner.pt"  # in each checkpoint's folder
