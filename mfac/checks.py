@@ -5,6 +5,7 @@ Every error reads ``name: expected ..., got ...``; numpy scalars and 0-d tensors
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
 import warnings
@@ -85,6 +86,29 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
     return number
 
 
+def check_positive(name: str, value: Any, finite: bool = True) -> float:
+    """Check a number above 0.
+
+    Args:
+        name: Of the argument, for the error.
+        value: What the user gave.
+        finite: Whether infinity is refused.
+
+    Returns:
+        The value as int or float.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is not above 0.
+    """
+    number = as_number(value)
+    if number is None:
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not 0 < number <= math.inf or (finite and number == math.inf):
+        raise ValueError(f"{name}: expected {'a finite number ' if finite else ''}> 0, got {value!r}")
+    return number
+
+
 def check_sparsity(name: str, value: Any) -> float:
     """Check a sparsity, the share of zeros in [0, 1].
 
@@ -120,6 +144,12 @@ def check_choice(name: str, value: T, known: Iterable[T]) -> T:
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}, got {value!r}")
     return value
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error about an unknown name: the nearest one that there is, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:

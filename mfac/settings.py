@@ -7,7 +7,6 @@ takes them as ``**settings: Unpack[Group]``, so that type checkers and editors k
 """
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import re
@@ -17,7 +16,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import torch
 
-from mfac.checks import check_choice, check_int
+from mfac.checks import check_choice, check_int, suggestion
 
 Check = Callable[[str, Any], Any]  # takes name and value; returns the value as it is used, or raises
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -114,8 +113,7 @@ def accepts(settings: type, **defaults: Any) -> Callable[[Decorated], Decorated]
         def call(*args: Any, **given: Any) -> Any:
             for name in given:
                 if name not in known and name not in signature.parameters:
-                    close = difflib.get_close_matches(name, [*known, *signature.parameters], n=1)
-                    hint = f"; did you mean {close[0]!r}?" if close else ""
+                    hint = suggestion(name, [*known, *signature.parameters])
                     raise TypeError(f"{target.__name__}() got an unexpected keyword argument {name!r}{hint}")
             others = {name: value for name, value in given.items() if name not in known}
             checked = {

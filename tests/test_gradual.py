@@ -295,7 +295,7 @@ BUFFER = GradientBuffer(2, {"0.weight": torch.zeros(10, 6)})
         ({"loss_fn": 3}, TypeError, "loss_fn: expected a function or None, got 3"),
         ({"batches": None, "buffer": [1]}, TypeError, "buffer: expected a GradientBuffer, got list"),
         ({"batches": None, "buffer": BUFFER, "recomputations": 2}, ValueError, "recomputations: expected 1 with"),
-        ({"batches": None, "buffer": BUFFER, "params": "2.weight"}, ValueError, "params: .* 0.weight; got 2.weight"),
+        ({"batches": None, "buffer": BUFFER, "params": "2.weight"}, ValueError, "params: .* 0.weight, got 2.weight"),
         ({"recomputations": 0}, ValueError, "recomputations: expected an int >= 1, got 0"),
         ({"recomputations": 1.5}, TypeError, "recomputations: expected an int, got 1.5"),
         ({"num_grads": 0}, ValueError, "num_grads: expected an int >= 1, got 0"),
@@ -304,11 +304,11 @@ BUFFER = GradientBuffer(2, {"0.weight": torch.zeros(10, 6)})
         ({"sparsity": math.nan}, ValueError, r"sparsity: expected in \[0, 1\], got nan"),
         ({"sparsity": True}, TypeError, "sparsity: expected a number, got True"),
         ({"sparsity": "0.8"}, TypeError, "sparsity: expected a number, got '0.8'"),
-        ({"sparsity": {"0.wei": 0.5}}, ValueError, "sparsity: '0.wei' matches none of the parameters"),
-        ({"sparsity": {"re:.": 0.5, "0.weight": 0.9}}, ValueError, "sparsity: '0.weight' is matched by both"),
-        ({"sparsity": {"0.weight": 0.3}, "initial_sparsity": 0.4}, ValueError, "initial sparsity: .* <= .* got 0.4"),
-        ({"initial_sparsity": -1}, ValueError, r"initial sparsity: expected in \[0, 1\], got -1"),
-        ({"initial_sparsity": "0"}, TypeError, "initial sparsity: expected a number, got '0'"),
+        ({"sparsity": {"0.wei": 0.5}}, ValueError, "sparsity: expected names among .* got '0.wei'"),
+        ({"sparsity": {"re:.": 0.5, "0.weight": 0.9}}, ValueError, "expected one key for '0.weight', got both"),
+        ({"sparsity": {"0.weight": 0.3}, "initial_sparsity": 0.4}, ValueError, "initial_sparsity: .* at most .*0.4"),
+        ({"initial_sparsity": -1}, ValueError, r"initial_sparsity: expected in \[0, 1\], got -1"),
+        ({"initial_sparsity": "0"}, TypeError, "initial_sparsity: expected a number, got '0'"),
         ({"start": 9}, ValueError, "end: expected >= start = 9, got 8"),
         ({"end": math.nan}, ValueError, "end: expected a finite number, got nan"),
         ({"frequency": 0}, ValueError, "frequency: expected > 0, got 0"),
@@ -360,11 +360,11 @@ def test_pattern(criterion):
     assert shares[-1] == 0.5 and shares == sorted(shares) and (model[0].weight != 0).all()
     pairs = (model[1].weight == 0).view(-1, 4).sum(1)
     assert (pairs == 2).all()
-    with pytest.raises(ValueError, match=r"pattern: 2:4 does not fit '0.weight'"):
+    with pytest.raises(ValueError, match=r"pattern: expected one that fits '0.weight'"):
         Pruner(model, params=["0.weight", "1.weight"], **options)
-    with pytest.raises(ValueError, match=r"pattern: 2:4 does not fit '0.weight'"):
+    with pytest.raises(ValueError, match=r"pattern: expected one that fits '0.weight'"):
         Pruner(model, **{**options, "sparsity": {"0.weight": 0.5}})
-    with pytest.raises(ValueError, match=r"sparsity: 0.9 .* is more than 0.5, all that 2:4 allows"):
+    with pytest.raises(ValueError, match=r"sparsity: expected at most 0.5 for .* all that 2:4 allows, got 0.9"):
         Pruner(model, **{**options, "sparsity": 0.9})
 
 

@@ -152,7 +152,7 @@ MASKS = {"0.weight": torch.ones(10, 6, dtype=torch.bool), "2.weight": torch.ones
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (bad_state(last=None, calls=None), "state: expected the keys of Pruner.state_dict.., missing calls, last"),
+        (bad_state(last=None, calls=None), "state: expected the keys of Pruner.state_dict.., got none of calls, last"),
         (
             bad_state(masks=MASKS | {"1.weight": MASKS["0.weight"]}),
             "state: expected names among 0.weight, 2.weight, got '1.weight'",

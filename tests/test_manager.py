@@ -69,7 +69,7 @@ modifiers:
 
 @pytest.mark.parametrize("name", [name for name in MODIFIERS if "Pruning" in name])
 def test_pruning_schedule(model, name):
-    extra = "    num_grads: 4\n    num_recomputations: 1\n" if "MFAC" in name else ""
+    extra = "    num_grads: 4\n    recomputations: 1\n" if "MFAC" in name else ""
     session, _ = apply(PRUNING % name + extra, model)
     reached = []
     for step in range(10):

@@ -175,7 +175,7 @@ def test_grouped_layers(model, pattern):
 
 def test_unknown_axes_do_not_fit():
     model = nn.Bilinear(4, 4, 4, bias=False)
-    with pytest.raises(ValueError, match=r"pattern: 2:4 does not fit 'weight' of shape \[4, 4, 4\]"):
+    with pytest.raises(ValueError, match=r"pattern: expected one that fits 'weight' of shape \[4, 4, 4\]"):
         mfac.prune_step(model, oracle.gradients(8, 64), pattern="2:4", params="weight")
     assert mfac.prune_step(model, oracle.gradients(8, 64), 0.5, params="weight").sparsity == 0.5
 
@@ -214,7 +214,7 @@ def test_gradual(pattern):
         assert result.sparsity == share * most
         assert before is None or not (masks["weight"] & ~before).any()
         before = masks["weight"]
-    with pytest.raises(ValueError, match=r"masks already hold .* pruned"):
+    with pytest.raises(ValueError, match=r"expected at least 48 of 48 groups"):
         mfac.prune_step(model, grads, 0.25 * most, pattern=pattern, masks=masks)
 
 
@@ -235,9 +235,9 @@ def test_layers_that_do_not_fit():
     grads = oracle.gradients(8, sum(p.numel() for p in mfac.prunable_parameters(model).values()))
     result = mfac.prune_step(model, grads, pattern="2:4")
     assert [kept / n for _, n, kept in result.layers] == [1, 0.5, 1]
-    with pytest.raises(ValueError, match=r"pattern: 2:4 does not fit '0.weight' of shape \[8, 3, 3, 3\]"):
+    with pytest.raises(ValueError, match=r"pattern: expected one that fits '0.weight' of shape \[8, 3, 3, 3\]"):
         mfac.prune_step(model, torch.randn(4, 216), pattern="2:4", params="0.weight")
-    with pytest.raises(ValueError, match=r"pattern: 2:4 fits none of the parameters"):
+    with pytest.raises(ValueError, match=r"pattern: expected one that fits a parameter"):
         mfac.prune_step(model, torch.randn(4, 216 + 72), pattern="2:4", params=["re:[02][.]weight"])
 
 
@@ -247,8 +247,8 @@ def test_layers_that_do_not_fit():
         ("4:2", ValueError, "expected N:M with 1 <= N < M"),
         ("0:4", ValueError, "expected N:M with 1 <= N < M"),
         ("4:4", ValueError, "expected N:M with 1 <= N < M"),
-        ("8:16", ValueError, "allows 12870 ways to prune a group"),
-        ("2of4", ValueError, "expected 'unstructured', 'N:M'"),
+        ("8:16", ValueError, "at most 5000 subsets of a group.* with 12870"),
+        ("2of4", ValueError, "expected 'unstructured', 'block4', 'N:M'"),
         ([0, 4], ValueError, r"expected \[rows, cols\] >= 1, got \[0, 4\]"),
         ([4], TypeError, r"\[rows, cols\], got \[4\]"),
         ([2.0, 4], TypeError, r"\[rows, cols\], got \[2.0, 4\]"),
@@ -264,7 +264,7 @@ def test_bad_patterns(pattern, error, message):
 
 
 def test_more_than_the_pattern_allows():
-    with pytest.raises(ValueError, match=r"sparsity: 0[.]6 of weight is more than 0.5, all that 2:4 allows"):
+    with pytest.raises(ValueError, match=r"sparsity: expected at most 0.5 for weight, all that 2:4 allows, got 0.6"):
         mfac.prune_step(layer_of("linear"), oracle.gradients(8, 48), 0.6, pattern="2:4")
 
 

@@ -25,13 +25,13 @@ def updates(schedule, times):
 @pytest.mark.parametrize(("curve", "expected"), [("linear", 0.25), ("cubic", 0.4375), ("inverse_cubic", 0.1031)])
 def test_pinned_by_sparseml(curve, expected):
     """Halfway from 0 to 0.5; the table has four digits."""
-    schedule = Schedule(0.0, 0.5, start=2, end=4, frequency=1, interpolation=curve)
+    schedule = Schedule(0.0, 0.5, start=2, end=4, frequency=1, curve=curve)
     assert schedule.sparsity(3) == pytest.approx(expected, abs=5e-5)
 
 
 @pytest.mark.parametrize("curve", CURVES)
 def test_clamped(curve):
-    schedule = Schedule(0.1, 0.7, start=2, end=4, frequency=1, interpolation=curve)
+    schedule = Schedule(0.1, 0.7, start=2, end=4, frequency=1, curve=curve)
     assert schedule.sparsity(-5) == schedule.sparsity(2) == 0.1
     assert schedule.sparsity(4) == schedule.sparsity(50) == 0.7
 
@@ -83,18 +83,18 @@ def test_only_start_and_end():
     assert updates(Schedule(0.1, 0.8, start=1, end=4, frequency=math.inf), range(10)) == [(1, 0.1), (4, 0.8)]
 
 
-GOOD = {"initial": 0.0, "final": 0.8, "start": 0, "end": 10, "frequency": 1}
+GOOD = {"initial_sparsity": 0.0, "final_sparsity": 0.8, "start": 0, "end": 10, "frequency": 1}
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"initial": -0.1}, ValueError, r"initial sparsity: expected in \[0, 1\], got -0.1"),
-        ({"final": 1.1}, ValueError, r"final sparsity: expected in \[0, 1\], got 1.1"),
-        ({"final": math.nan}, ValueError, "final sparsity: expected in .* got nan"),
-        ({"initial": 0.9}, ValueError, "initial sparsity: expected <= the final one, 0.8, got 0.9"),
-        ({"final": "0.8"}, TypeError, "final sparsity: expected a number, got '0.8'"),
-        ({"initial": True}, TypeError, "initial sparsity: expected a number, got True"),
+        ({"initial_sparsity": -0.1}, ValueError, r"initial_sparsity: expected in \[0, 1\], got -0.1"),
+        ({"final_sparsity": 1.1}, ValueError, r"final_sparsity: expected in \[0, 1\], got 1.1"),
+        ({"final_sparsity": math.nan}, ValueError, "final_sparsity: expected in .* got nan"),
+        ({"initial_sparsity": 0.9}, ValueError, "initial_sparsity: expected at most the final one, 0.8, got 0.9"),
+        ({"final_sparsity": "0.8"}, TypeError, "final_sparsity: expected a number, got '0.8'"),
+        ({"initial_sparsity": True}, TypeError, "initial_sparsity: expected a number, got True"),
         ({"end": None}, TypeError, "end: expected a number, got None"),
         ({"end": -1}, ValueError, "end: expected >= start = 0, got -1"),
         ({"end": math.inf}, ValueError, "end: expected a finite number, got inf"),
@@ -102,9 +102,9 @@ GOOD = {"initial": 0.0, "final": 0.8, "start": 0, "end": 10, "frequency": 1}
         ({"frequency": 0}, ValueError, "frequency: expected > 0, got 0"),
         ({"frequency": math.nan}, ValueError, "frequency: expected > 0, got nan"),
         (
-            {"interpolation": "quadratic"},
+            {"curve": "quadratic"},
             ValueError,
-            "schedule: expected one of linear, cubic, inverse_cubic",
+            "curve: expected one of linear, cubic, inverse_cubic",
         ),
     ],
 )

@@ -29,7 +29,7 @@ modifiers:
     start_epoch: 1
     end_epoch: 2
     num_grads: 3
-    num_recomputations: 2
+    recomputations: 2
 epochs: 3
 """
 PRUNED = [f"sections.4.{block}.point.conv.weight" for block in (0, 1)]
@@ -314,7 +314,7 @@ def test_demo_in_small(tmp_path, monkeypatch, capsys):
         num_grads=2,
         width=0.25,
         dense_epochs=0.1,
-        num_recomputations=1,
+        recomputations=1,
         max_train_steps=1,
     )
     assert [(run.method.label, run.seed) for run in runs] == [(m.label, s) for s in (0, 1) for m in METHODS]

@@ -32,7 +32,7 @@ checkpoint.pt (the last epoch, to resume from) into SAVE_DIR/MODEL_TAG.
 _TRAIN_EPILOG = """\
 examples:
   override variables of the recipe:
-    mfac train --recipe-path recipes/mfac.md --recipe-args num_grads=64,num_recomputations=4 --model-tag first
+    mfac train --recipe-path recipes/mfac.md --recipe-args num_grads=64,recomputations=4 --model-tag first
   resume after an interruption, masks included:
     mfac train --recipe-path recipes/mfac.md --checkpoint-path runs/first/checkpoint.pt --model-tag first
   prune to the final sparsity at once, without training:

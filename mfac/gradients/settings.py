@@ -33,9 +33,9 @@ class CommonSettings(TypedDict, total=False):
         ),
     ]
     exclude: Annotated[
-        str | Iterable[str] | None, Setting(None, _names, "What of it not to prune, in the same notation.")
+        str | Iterable[str] | None, Setting(None, _names, "Parameters to leave out, written as in ``params``.")
     ]
-    progress: Annotated[bool, Setting(True, is_flag, "Show progress bars of what takes long.")]
+    progress: Annotated[bool, Setting(True, is_flag, "Show progress bars.")]
 
 
 class SourceSettings(TypedDict, total=False):

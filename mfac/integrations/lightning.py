@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mfac.extras import install_hint
+from mfac.integrations.callback import check_unit, needs_batches
 from mfac.pruning.gradual import Pruner
 
 try:
@@ -18,8 +19,6 @@ except ImportError:
         from pytorch_lightning import Callback, LightningModule, Trainer
     except ImportError as error:
         raise ImportError(install_hint("lightning", "lightning")) from error
-
-UNITS = ("step", "epoch")
 
 
 class PrunerCallback(Callback):
@@ -57,10 +56,8 @@ class PrunerCallback(Callback):
         **settings: Any,
     ) -> None:
         """Keep the arguments."""
-        if unit not in UNITS:
-            raise ValueError(f"unit: expected one of {', '.join(UNITS)}, got {unit!r}")
         self.pruner: Pruner | None = None
-        self._batches, self._loss_fn, self._unit, self._settings = batches, loss_fn, unit, settings
+        self._batches, self._loss_fn, self._unit, self._settings = batches, loss_fn, check_unit(unit), settings
         self._state: dict[str, Any] | None = None  # of a checkpoint, until there is a Pruner
         self._step = 0
 
@@ -80,15 +77,14 @@ class PrunerCallback(Callback):
                 "train with devices=1"
             )
         settings = dict(self._settings)
-        if settings.get("criterion") != "magnitude" and settings.get("buffer") is None and self._batches is None:
-            settings["batches"] = trainer.train_dataloader
-        else:
-            settings["batches"] = self._batches
-        if settings["batches"] is not None and self._loss_fn is None and settings.get("forward") is None:
+        batches = self._batches
+        if batches is None and needs_batches(settings):
+            batches = trainer.train_dataloader
+        if batches is not None and self._loss_fn is None and settings.get("forward") is None:
             settings["forward"] = _TrainingStep(trainer)
-        self.pruner = Pruner(pl_module, loss_fn=self._loss_fn, **settings)
-        for optimizer in trainer.optimizers[:1] if len(trainer.optimizers) == 1 else ():
-            self.pruner.check_optimizer(optimizer)
+        self.pruner = Pruner(pl_module, batches, self._loss_fn, **settings)
+        if len(trainer.optimizers) == 1:
+            self.pruner.check_optimizer(trainer.optimizers[0])
         if self._state is not None:
             self.pruner.load_state_dict(self._state)
             self._state = None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mfac.extras import install_hint
+from mfac.integrations.callback import check_unit, needs_batches
 from mfac.pruning.gradual import Pruner
 
 try:
@@ -17,7 +18,6 @@ try:
 except ImportError as error:
     raise ImportError(install_hint("transformers", "transformers")) from error
 
-UNITS = ("step", "epoch")
 FILE = "pruner.pt"  # in each checkpoint's folder
 
 
@@ -58,10 +58,8 @@ class PrunerCallback(TrainerCallback):
         **settings: Any,
     ) -> None:
         """Keep the arguments."""
-        if unit not in UNITS:
-            raise ValueError(f"unit: expected one of {', '.join(UNITS)}, got {unit!r}")
         self.pruner: Pruner | None = None
-        self._batches, self._loss_fn, self._unit, self._settings = batches, loss_fn, unit, settings
+        self._batches, self._loss_fn, self._unit, self._settings = batches, loss_fn, check_unit(unit), settings
         self._resume_from = resume_from
         self._hooks: list[Any] = []
 
@@ -85,7 +83,7 @@ class PrunerCallback(TrainerCallback):
             )
         settings, model = dict(self._settings), objects["model"]
         batches = self._batches
-        if batches is None and settings.get("criterion") != "magnitude" and settings.get("buffer") is None:
+        if batches is None and needs_batches(settings):
             loader = objects["train_dataloader"]
             batches = getattr(loader, "base_dataloader", loader)  # without accelerate's bookkeeping
         self.pruner = Pruner(model, batches, self._loss_fn, **settings)

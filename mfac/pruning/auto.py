@@ -10,11 +10,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mfac.checks import warn
-from mfac.fisher import Fisher
+from mfac.fisher import DEFAULT_DAMPING, Fisher
 from mfac.pruning.quadratic import Plan, prune_vector
 
 DAMPINGS = ("1e-3*mean", "1e-2*mean", "1e-1*mean", "1*mean")  # candidates
 BLOCK_SIZES = (64, 128, 256, 512, 2048, 8192)
+_FIRST_DAMPING = "1e-2*mean"  # with which the block sizes are compared
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def choose_settings(
         if m < 4:
             raise ValueError(f"grads: expected at least 4 gradients for 'auto', got {m}")
         fisher = fisher.replace(**({} if damping == "auto" else {"damping": damping}))
-        dampings = DAMPINGS if damping == "auto" else [fisher.damping]
+        dampings, first = (DAMPINGS, _FIRST_DAMPING) if damping == "auto" else ([fisher.damping], fisher.damping)
         sizes = [b for b in BLOCK_SIZES if b < d] or [d] if block_size == "auto" else [block_size]
         options = {"backend": fisher.backend, "precision": fisher.precision, "device": fisher.device}
         part, rest = Fisher(fisher.grads[: m * 3 // 4], **options), fisher.grads[m * 3 // 4 :]
@@ -89,13 +90,13 @@ def choose_settings(
             return min(tried, key=lambda key: tried[key].score if tried[key].score < math.inf else math.inf)  # nor NaN
 
         with tqdm(total=len(dampings) + len(sizes), desc="settings", disable=not progress, leave=False) as bar:
-            _, size = best_of([(dampings[len(dampings) // 3], size) for size in sizes])
+            _, size = best_of([(first, size) for size in sizes])
             value, size = best_of([(value, size) for value in dampings])
             near = sizes.index(size)
             damping, block_size = best_of([(value, size) for size in sizes[max(near - 1, 0) : near + 2]])
         candidates = list(tried.values())
         if not tried[damping, block_size].score < math.inf:
-            raise RuntimeError("damping: no candidate gives a finite step; are the gradients far too large?")
+            raise RuntimeError("damping: expected a candidate with a finite step, got none; are the gradients huge?")
     fisher = fisher.replace(damping=damping, block_size=block_size)
     _warn_ill_conditioned(fisher)
     return fisher, candidates
@@ -105,7 +106,7 @@ def _warn_ill_conditioned(fisher: Fisher) -> None:
     """Warn of a damping that float64 cannot resolve beside the gradients, or that drowns them."""
     damping, scale = fisher.damping, fisher.mean_square
     trace = scale * fisher.block_size  # of a block of (1/m) GᵀG, on average
-    advice = f"try damping='3e-2*mean', {3e-2 * scale:.1e} here, or 'auto'"
+    advice = f"try damping={DEFAULT_DAMPING!r} or 'auto'"
     if trace > 1e13 * damping:
         problem = f"{damping / trace:.0e} of the trace of a block of the Fisher, too little for float64"
     elif 0 < 1e3 * scale < damping:

@@ -16,7 +16,7 @@ from mfac.gradients.buffer import GradientBuffer
 from mfac.pruning.engine import Engine
 from mfac.pruning.patterns import parse_pattern
 from mfac.pruning.result import write_csv
-from mfac.pruning.settings import StepSettings
+from mfac.pruning.settings import MethodSettings
 from mfac.settings import accepts
 
 if TYPE_CHECKING:
@@ -100,26 +100,27 @@ class Frontier:
         figure.savefig(path)
 
 
-@accepts(StepSettings)
+@accepts(MethodSettings)
 def frontier(
     model: nn.Module,
     grads: GradientBuffer | Tensor | Sequence[Mapping[str, Tensor]],
     sparsities: Iterable[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
     patterns: Iterable[str | Sequence[int]] = ("unstructured",),
-    **settings: Unpack[StepSettings],
+    **settings: Unpack[MethodSettings],
 ) -> Frontier:
     """Predict what pruning costs, over sparsities and patterns, from one set of gradients; the model is not touched.
 
     Each point is the step that :func:`prune_step` would make. The quadratic model is good for small steps: it tells
     patterns and sparsities apart, and falls short of the loss itself far out. Gradients of batches of n samples make
-    the prediction n times too small, everywhere alike.
+    the prediction n times too small, everywhere alike. ``"auto"`` chooses once, for the first pattern at its highest
+    sparsity.
 
     Args:
         model: Any module.
         grads: See :func:`prune_step`.
         sparsities: Sparsities in [0, 1]. For a pattern that allows less (2:4 allows 0.5), those above are left out.
-        patterns: ``"unstructured"``, ``"N:M"``, ``"block4"`` or ``[rows, cols]``; in place of ``pattern``.
-        settings: How; each is described below. ``"auto"`` chooses once, for the first pattern at its highest sparsity.
+        patterns: See ``pattern`` of :func:`prune_step`.
+        settings: The fields of :class:`MethodSettings`.
 
     Returns:
         The points.
@@ -140,7 +141,7 @@ def frontier(
     plan: list[tuple[str | Sequence[int], list[float]]] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         parsed = parse_pattern(pattern)
-        within = [sparsity for sparsity in wanted if sparsity <= parsed.max_sparsity + 1e-9]
+        within = [sparsity for sparsity in wanted if parsed.allows(sparsity)]
         if not within:
             raise ValueError(f"sparsities: expected some up to {parsed.max_sparsity:g} for {parsed.name}, got {wanted}")
         plan.append((pattern, within))
@@ -149,8 +150,8 @@ def frontier(
     (pattern, within), points = plan[0], []
     names = grads.names if isinstance(grads, GradientBuffer) else None
     engine = Engine(model, within[-1], {**settings, "pattern": pattern}, names)
-    selections = [engine.select_by(pattern) for pattern, _ in plan]
-    fisher, _ = engine.choose(grads, engine.targets, settings["progress"])
+    selections = [engine.selection_for(pattern) for pattern, _ in plan]
+    fisher, _ = engine.choose(grads, engine.sparsities, settings["progress"])
     total = sum(len(within) for _, within in plan)
     with tqdm(total=total, desc="frontier", disable=not settings["progress"], leave=False) as bar:
         for selection, (_, within) in zip(selections, plan, strict=True):

@@ -13,21 +13,22 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mfac.checks import check_number, warn
+from mfac.model.names import shorten
+from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.engine import Engine
 from mfac.pruning.masks import check_masks
 from mfac.pruning.result import PruneResult
 from mfac.pruning.schedule import Schedule
 from mfac.pruning.settings import PrunerSettings
-from mfac.settings import accepts
+from mfac.settings import accepts, definitions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# What a resumed run must have in common with the run that was saved; the schedule may change.
-_SAVED_SETTINGS = (
-    "params", "exclude", "pattern", "scope", "max_layer_sparsity", "criterion", "update", "substeps", "damping",
-    "block_size", "num_grads", "refresh", "recomputations", "mode",
-)  # fmt: skip
+# What a resumed run must have in common with the saved one: all but the schedule and where things are computed.
+_SCHEDULED = ("initial_sparsity", "start", "frequency", "schedule")
+_HERE = ("masks", "buffer", "backend", "precision", "dtype", "grads_device", "forward", "progress")
+_SAVED_SETTINGS = [name for name in definitions(PrunerSettings) if name not in (*_SCHEDULED, *_HERE)]
 
 _STEPPED: weakref.WeakSet[Pruner] = weakref.WeakSet()  # looked at when the program ends
 
@@ -62,14 +63,14 @@ class Pruner:
 
     Args:
         model: Its weights are written.
-        batches: Iterable of (inputs, targets) or dicts, gone through again and again; ``num_grads`` of them make the
+        batches: Iterable of (inputs, targets) or dicts, iterated repeatedly; ``num_grads`` of them make the
             gradients of an update (see :func:`collect_gradients`). A DataLoader is not disturbed: the Pruner reads its
             dataset in an order of its own, which follows from torch's seed.
         loss_fn: Loss of (outputs, targets); None for models whose output has a ``.loss``.
         sparsity: Final sparsity: a float, or a dict of them by name or ``"re:<regex>"`` (others are left alone, unless
             ``params`` or the buffer has them: then they stay dense, but take part in the updates).
         end: Time of the last update, which gives ``sparsity`` exactly.
-        settings: How; each is described below.
+        settings: The fields of :class:`PrunerSettings`.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -109,9 +110,10 @@ class Pruner:
     ) -> None:
         """Check the arguments; the model is not touched."""
         buffer, criterion = settings["buffer"], settings["criterion"]
+        needs_gradients = CRITERIA[criterion].needs_gradients
         sources = (batches is not None) + (buffer is not None)
-        if sources > 1 or (sources == 0 and criterion == "fisher"):
-            wanted = "exactly one of them for criterion='fisher'" if criterion == "fisher" else "at most one of them"
+        if sources > 1 or (sources == 0 and needs_gradients):
+            wanted = f"exactly one of them for criterion={criterion!r}" if needs_gradients else "at most one of them"
             raise ValueError(f"batches, buffer: expected {wanted}, got {'both' if sources else 'neither'}")
         if buffer is not None and settings["recomputations"] > 1:
             raise ValueError(
@@ -121,8 +123,7 @@ class Pruner:
         self._engine = Engine(model, sparsity, settings, None if buffer is None else buffer.names, only_keys=True)
         if buffer is not None and self._engine.names != buffer.names:
             raise ValueError(
-                f"params: expected those of the buffer, {', '.join(buffer.names[:8])}; got "
-                f"{', '.join(self._engine.names[:8])}"
+                f"params: expected those of the buffer, {shorten(buffer.names)}, got {shorten(self._engine.names)}"
             )
         self._source = None if batches is None else self._engine.source(batches, loss_fn)
         self._buffer = buffer
@@ -130,7 +131,7 @@ class Pruner:
             key: Schedule(
                 settings["initial_sparsity"], value, settings["start"], end, settings["frequency"], settings["schedule"]
             )
-            for key, value in self._engine.targets.items()
+            for key, value in self._engine.sparsities.items()
         }
         self._calls = 0
         self._stepped = False  # by this very object, not by one that it was copied or loaded from
@@ -164,7 +165,7 @@ class Pruner:
 
     def __repr__(self) -> str:
         """Return sparsity, time and updates, each beside what it leads to."""
-        goals = sorted({schedule.final for schedule in self._schedules.values()})
+        goals = sorted({schedule.final_sparsity for schedule in self._schedules.values()})
         goal = " to ".join(f"{100 * value:.1f}" for value in dict.fromkeys((goals[0], goals[-1])))
         time = "not started" if self._time is None else f"time {self._time:g}"
         return (
@@ -208,23 +209,23 @@ class Pruner:
             now = self._schedule.nominal_time(time)
             # A run that goes on with another schedule keeps its sparsity until that has caught up.
             reached = self._engine.reached
-            targets = {key: max(reached[key], schedule.sparsity(now)) for key, schedule in self._schedules.items()}
-            if targets == reached:  # nothing to prune, as at a start from zero: no gradients are collected for it
+            sparsities = {key: max(reached[key], schedule.sparsity(now)) for key, schedule in self._schedules.items()}
+            if sparsities == reached:  # nothing to prune, as at a start from zero: no gradients are collected for it
                 self._last = now
                 return None
-            result = self._update(targets)
+            result = self._update(sparsities)
         self._last = now
         self.results.append((time, dataclasses.replace(result, masks={})))
         return result
 
-    def _update(self, targets: dict[str | None, float]) -> PruneResult:
+    def _update(self, sparsities: dict[str | None, float]) -> PruneResult:
         settings, buffer = self._engine.settings, self._buffer
         if buffer is not None and len(buffer) < buffer.num_grads:
             warn(f"buffer: only {len(buffer)} of {buffer.num_grads} gradients so far")
         try:
             return self._engine.run(
                 buffer if self._source is None else self._source,
-                targets,
+                sparsities,
                 settings["recomputations"],
                 progress=settings["progress"],
             )
@@ -289,16 +290,20 @@ class Pruner:
     def apply_masks(self) -> None:
         """Set the pruned weights to zero."""
         masks = self._engine.masks
+        if not masks:
+            return
         with torch.no_grad():
-            for name, p in self.params.items() if masks else ():
+            for name, p in self.params.items():
                 masks[name] = masks[name].to(p.device)
                 p.masked_fill_(~masks[name], 0)
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero; call it before gradients are clipped, whose norm counts them."""
         masks = self._engine.masks
+        if not masks:
+            return
         with torch.no_grad():
-            for name, p in self.params.items() if masks else ():
+            for name, p in self.params.items():
                 if p.grad is not None:
                     p.grad.masked_fill_(~masks[name].to(p.grad.device), 0)
 
@@ -341,25 +346,9 @@ class Pruner:
         Raises:
             ValueError: If it belongs to other parameters, sparsities or settings; nothing is changed then.
         """
-        engine = self._engine
-        missing = {"masks", "calls", "time", "last", "reached", "settings", "names", "source"} - set(state)
-        if missing:
-            raise ValueError(f"state: expected the keys of Pruner.state_dict(), missing {', '.join(sorted(missing))}")
-        if list(state["names"]) != engine.names:
-            other = sorted(set(state["names"]) ^ set(engine.names)) or state["names"]
-            raise ValueError(f"state: expected the parameters of this Pruner, got others: {', '.join(other[:4])}")
-        if set(state["reached"]) != set(self._schedules):
-            raise ValueError(f"state: expected sparsities for {list(self._schedules)}, got {list(state['reached'])}")
-        for name, value in state["settings"].items() if strict else ():
-            if value != engine.settings[name]:
-                raise ValueError(
-                    f"state: expected {name}={engine.settings[name]!r} like this Pruner, got {value!r}; strict=False "
-                    "goes on with the new one"
-                )
-        params = engine.params
+        self.check_state_dict(state, strict)
+        engine, params = self._engine, self.params
         masks = check_masks("state", state["masks"], params)
-        if masks and set(masks) != set(params):
-            raise ValueError(f"state: expected a mask for each parameter, got none for {set(params) - set(masks)}")
         if "buffer" in state and self._buffer is not None:
             self._buffer.load_state_dict(state["buffer"])
         if self._source is not None and state["source"] is not None:
@@ -369,3 +358,34 @@ class Pruner:
         self._calls, self._time, self._last = state["calls"], state["time"], state["last"]
         self.results = [(time, PruneResult.from_dict(values)) for time, values in state.get("results", ())]
         self.apply_masks()
+
+    def check_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Check a state without loading it.
+
+        Args:
+            state: From :meth:`state_dict`.
+            strict: See :meth:`load_state_dict`.
+
+        Raises:
+            ValueError: If it belongs to other parameters, sparsities or settings.
+        """
+        engine = self._engine
+        missing = {"masks", "calls", "time", "last", "reached", "settings", "names", "source"} - set(state)
+        if missing:
+            raise ValueError(
+                f"state: expected the keys of Pruner.state_dict(), got none of {', '.join(sorted(missing))}"
+            )
+        if list(state["names"]) != engine.names:
+            raise ValueError(f"state: expected the parameters {shorten(engine.names)}, got {shorten(state['names'])}")
+        if set(state["reached"]) != set(self._schedules):
+            raise ValueError(f"state: expected sparsities for {list(self._schedules)}, got {list(state['reached'])}")
+        for name, value in state["settings"].items():
+            if strict and value != engine.settings[name]:
+                raise ValueError(
+                    f"state: expected {name}={engine.settings[name]!r} like this Pruner, got {value!r}; strict=False "
+                    "goes on with the new one"
+                )
+        masks = check_masks("state", state["masks"], self.params)
+        missing = set(self.params) - set(masks)
+        if masks and missing:
+            raise ValueError(f"state: expected a mask for each parameter, got none for {shorten(sorted(missing))}")

@@ -30,18 +30,18 @@ def prune(
 ) -> PruneResult:
     """Prune a trained model in place, in one call and without training.
 
-    It goes to the sparsity in R steps at equal ratios of the remaining weights, with new gradients at each: a big
+    The sparsity is reached in R steps at equal ratios of the remaining weights, with new gradients at each: a big
     jump at once defeats every quadratic model. Collecting gradients is most of the cost, so a ring of ``num_grads``
     is kept of which ``refresh`` are renewed at each step ("rolling"); all together ``num_grads + (R - 1) · refresh``
     backward passes.
 
     Args:
         model: Its weights are written; BatchNorm statistics only if asked for.
-        batches: Iterable of (inputs, targets) or dicts, as for :func:`collect_gradients`; gone through again and again.
+        batches: Iterable of (inputs, targets) or dicts, as for :func:`collect_gradients`; iterated repeatedly.
             Some 32 samples a batch.
         loss_fn: Loss of (outputs, targets); None for models whose output has a ``.loss``.
         sparsity: Sparsity, or a dict by name; see :func:`prune_step`.
-        settings: How; each is described below.
+        settings: The fields of :class:`PruneSettings`.
 
     Returns:
         Masks, sparsity, settings, candidates, and predicted and measured loss of each of the steps.
@@ -70,7 +70,9 @@ def prune(
     def finish() -> float:
         return _finish(model, source, settings["batchnorm_batches"], settings["forward"])
 
-    return engine.run(source, engine.targets, settings["recomputations"], finish=finish, progress=settings["progress"])
+    return engine.run(
+        source, engine.sparsities, settings["recomputations"], finish=finish, progress=settings["progress"]
+    )
 
 
 def _finish(model: nn.Module, source: GradientSource, batchnorm_batches: int, forward: Any) -> float:

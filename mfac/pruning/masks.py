@@ -38,25 +38,23 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 
 def check_masks(
-    name: str, masks: Mapping[str, Tensor] | str, params: Mapping[str, Tensor], table: NameTable | None = None
+    name: str, masks: Mapping[str, Tensor], params: Mapping[str, Tensor], table: NameTable | None = None
 ) -> dict[str, Tensor]:
     """Check masks against parameters.
 
     Args:
         name: Of the argument, for errors.
-        masks: Name -> bool tensor, or ``"nonzero"``.
+        masks: Name -> bool tensor.
         params: The parameters that may have one, by canonical name.
         table: What a user may write for these names; None: little beside themselves.
 
     Returns:
-        Canonical name -> mask, as given; for ``"nonzero"`` one for each parameter.
+        Canonical name -> mask, as given.
 
     Raises:
         TypeError: If it is not a mapping.
         ValueError: If a name, type or shape does not fit.
     """
-    if isinstance(masks, str):
-        return {key: p.detach() != 0 for key, p in params.items()}
     if not isinstance(masks, Mapping):
         raise TypeError(f"{name}: expected name -> bool tensor, got {type(masks).__name__}")
     checked = (table or NameTable(params)).translate(name, masks)
@@ -72,6 +70,20 @@ def check_masks(
     return checked
 
 
+def sparsity_of(masks: Mapping[str, Tensor]) -> float:
+    """Return the sparsity of masks; 0 if there are none."""
+    total = sum(mask.numel() for mask in masks.values())
+    return 1 - sum(int(mask.sum()) for mask in masks.values()) / total if total else 0.0
+
+
+def complete_masks(masks: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a mask for every parameter, on its device; those that are missing keep every weight."""
+    return {
+        name: masks[name].to(p.device) if name in masks else torch.ones_like(p, dtype=torch.bool)
+        for name, p in params.items()
+    }
+
+
 def flatten_masks(masks: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> Tensor | None:
     """Return masks as one vector.
 
@@ -84,5 +96,4 @@ def flatten_masks(masks: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> 
     """
     if not masks:
         return None
-    full = [masks[n].to(p.device) if n in masks else torch.ones_like(p, dtype=torch.bool) for n, p in params.items()]
-    return torch.cat([mask.reshape(-1) for mask in full])
+    return torch.cat([mask.reshape(-1) for mask in complete_masks(masks, params).values()])

@@ -14,8 +14,8 @@ from torch import Tensor
 from mfac.checks import as_number
 from mfac.model.layers import Axes
 
-_MOST_SUBSETS = 5000
-_MOST_WEIGHTS = 1024  # of a block, whose P² elements of F⁻¹ are formed
+_MAX_SUBSETS = 5000
+_MAX_GROUP_SIZE = 1024  # P² elements of F⁻¹ are formed
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Pattern:
 
     A group is a rectangle of ``rows`` output by ``cols`` input channels, at one position of the kernel for a
     convolution. Of each group that is pruned, ``pruned`` weights go: all of a block, M - N of an N:M group. Weights
-    of the last rows and columns that make no whole group stay dense.
+    that do not fill a group stay dense.
 
     Attributes:
         name: What the user wrote.
@@ -47,6 +47,10 @@ class Pattern:
     def max_sparsity(self) -> float:
         """The largest sparsity of whole groups."""
         return self.pruned / self.size
+
+    def allows(self, sparsity: float) -> bool:
+        """Return whether a sparsity is within ``max_sparsity``, up to rounding."""
+        return sparsity <= self.max_sparsity + 1e-9
 
     @property
     def num_subsets(self) -> int:
@@ -85,7 +89,8 @@ class Pattern:
         return tiles.permute(0, 1, 3, 5, 2, 4).reshape(-1, self.size)
 
 
-UNSTRUCTURED = Pattern("unstructured")
+# Patterns that have a name; N:M and [rows, cols] are understood by parse_pattern.
+PATTERNS = {pattern.name: pattern for pattern in (Pattern("unstructured"), Pattern("block4", 1, 4, 4))}
 
 
 def parse_pattern(pattern: str | Sequence[int]) -> Pattern:
@@ -100,7 +105,7 @@ def parse_pattern(pattern: str | Sequence[int]) -> Pattern:
 
     Raises:
         TypeError: If it is neither a string nor two integers.
-        ValueError: If it is another word, N is not below M, or N of M in more ways than can be tried.
+        ValueError: If it is another word, N is not below M, or a group has too many weights or subsets.
 
     Example:
         >>> parse_pattern("2:4").subsets().tolist()
@@ -108,24 +113,22 @@ def parse_pattern(pattern: str | Sequence[int]) -> Pattern:
         >>> parse_pattern([2, 2]).groups((4, 2), Axes(outputs=0, inputs=1)).tolist()
         [[0, 1, 2, 3], [4, 5, 6, 7]]
     """
-    known = "expected 'unstructured', 'N:M' such as '2:4', 'block4' or [rows, cols]"
+    known = f"expected {', '.join(map(repr, PATTERNS))}, 'N:M' such as '2:4', or [rows, cols]"
     if isinstance(pattern, str):
-        if pattern == "unstructured":
-            return UNSTRUCTURED
-        if pattern == "block4":
-            return Pattern(pattern, 1, 4, 4)
+        if pattern in PATTERNS:
+            return PATTERNS[pattern]
         match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", pattern)
         if not match:
             raise ValueError(f"pattern: {known}, got {pattern!r}")
         keep, size = map(int, match.groups())
         if not 1 <= keep < size:
             raise ValueError(f"pattern: expected N:M with 1 <= N < M (N kept of M), got {pattern!r}")
-        if size > _MOST_WEIGHTS:
-            raise ValueError(f"pattern: expected N:M with M <= {_MOST_WEIGHTS}, got {pattern!r}")
-        if math.comb(size, keep) > _MOST_SUBSETS:
+        if size > _MAX_GROUP_SIZE:
+            raise ValueError(f"pattern: expected N:M with M <= {_MAX_GROUP_SIZE}, got {pattern!r}")
+        if math.comb(size, keep) > _MAX_SUBSETS:
             raise ValueError(
-                f"pattern: {pattern} allows {math.comb(size, keep)} ways to prune a group, all of which are tried; "
-                f"expected at most {_MOST_SUBSETS}"
+                f"pattern: expected N:M with at most {_MAX_SUBSETS} subsets of a group, all of which are scored, got "
+                f"{pattern!r} with {math.comb(size, keep)}"
             )
         return Pattern(f"{keep}:{size}", 1, size, size - keep)
     if not isinstance(pattern, Sequence) or len(pattern) != 2:
@@ -135,6 +138,6 @@ def parse_pattern(pattern: str | Sequence[int]) -> Pattern:
         raise TypeError(f"pattern: {known}, got {pattern!r}")
     if rows < 1 or cols < 1:
         raise ValueError(f"pattern: expected [rows, cols] >= 1, got {list(pattern)}")
-    if rows * cols > _MOST_WEIGHTS:
-        raise ValueError(f"pattern: expected blocks of at most {_MOST_WEIGHTS} weights, got {list(pattern)}")
+    if rows * cols > _MAX_GROUP_SIZE:
+        raise ValueError(f"pattern: expected blocks of at most {_MAX_GROUP_SIZE} weights, got {list(pattern)}")
     return Pattern(f"[{rows}, {cols}]", rows, cols, rows * cols)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mfac.fisher import Fisher
 from mfac.pruning.criteria import Criterion
-from mfac.pruning.selection import Selection, Targets
+from mfac.pruning.selection import Selection, Sparsities
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Plan:
 
     Args:
         selection: Units and segments.
-        targets: Sparsity by key.
+        sparsities: Sparsity by key.
         criterion: What scores the units.
         update: ``"joint"``, ``"independent"`` or ``"none"``.
         substeps: Sub-steps of selection and update.
@@ -31,7 +31,7 @@ class Plan:
     """
 
     selection: Selection
-    targets: Targets
+    sparsities: Sparsities
     criterion: Criterion
     update: str
     substeps: int
@@ -76,7 +76,7 @@ def prune_vector(
         with timed(seconds, "selection"):
             zeroed = weights if update == "none" else None
             share = 1 - (1 - 1 / left) ** 2
-            kept = plan.selection.select(scores, kept, plan.targets, share, plan.kernels, zeroed, plan.dense)
+            kept = plan.selection.select(scores, kept, plan.sparsities, share, plan.kernels, zeroed, plan.dense)
             del scores
         with timed(seconds, "update"):
             if update == "joint":

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mfac.gradients.buffer import GradientBuffer
 from mfac.pruning.auto import Candidate
 from mfac.pruning.masks import apply_masks
 
@@ -41,6 +42,33 @@ class PruneStep:
     predicted_loss_increase: float | None
     loss_after: float
     seconds: float
+
+    @classmethod
+    def of(cls, result: PruneResult, buffer: GradientBuffer | None, new_gradients: int, seconds: float) -> PruneStep:
+        """Return the record of a step.
+
+        Args:
+            result: What the step did.
+            buffer: Its gradients.
+            new_gradients: How many of them were new.
+            seconds: Wall time, gradients included.
+
+        Returns:
+            The record; ``loss_after`` is not known yet.
+        """
+        increase = result.predicted_loss_increase
+        if increase is not None and buffer is not None and math.isfinite(buffer.samples):
+            increase *= buffer.samples
+        return cls(
+            sparsity=result.sparsity,
+            damping=result.damping,
+            block_size=result.block_size,
+            new_gradients=new_gradients,
+            loss_before=math.nan if buffer is None else buffer.loss,
+            predicted_loss_increase=increase,
+            loss_after=math.nan,
+            seconds=seconds,
+        )
 
 
 @dataclass(repr=False)

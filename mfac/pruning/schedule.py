@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from mfac.checks import as_number, check_choice, check_number, check_sparsity
+from mfac.checks import check_choice, check_number, check_positive, check_sparsity
 
 CURVES = {
     "linear": lambda x: x,
@@ -27,57 +27,58 @@ class Schedule:
     after its nominal time and gives the sparsity of that nominal time, whatever the time then is.
 
     Args:
-        initial: Sparsity at ``start``, in [0, ``final``].
-        final: Sparsity at ``end``, in [0, 1].
+        initial_sparsity: Sparsity at ``start``, in [0, ``final_sparsity``].
+        final_sparsity: Sparsity at ``end``, in [0, 1].
         start: Time of the first update.
         end: Time of the last update. With ``end == start`` there is one update, to ``final``.
         frequency: Time between updates, > 0; infinity for none but those at ``start`` and ``end``.
-        interpolation: ``"cubic"`` (1 - (1 - x)³: fast at first, the usual choice), ``"linear"`` (x) or
+        curve: ``"cubic"`` (1 - (1 - x)³: fast at first, the usual choice), ``"linear"`` (x) or
             ``"inverse_cubic"`` (1 - (1 - x)^⅓).
 
     Raises:
         TypeError: If a value is not a number.
-        ValueError: If a value is out of its range, or ``initial`` above ``final``.
+        ValueError: If a value is out of its range, or ``initial_sparsity`` above ``final_sparsity``.
 
     Example:
-        >>> schedule = Schedule(initial=0.0, final=0.8, start=0, end=10, frequency=5)
+        >>> schedule = Schedule(0.0, 0.8, start=0, end=10, frequency=5)
         >>> [round(schedule.sparsity(t), 3) for t in (0, 5, 10)]
         [0.0, 0.7, 0.8]
         >>> [schedule.nominal_time(t) for t in (-1, 0, 4, 7, 12)]
         [None, 0, 0, 5, 10]
     """
 
-    initial: float
-    final: float
+    initial_sparsity: float
+    final_sparsity: float
     start: float
     end: float
     frequency: float
-    interpolation: str = "cubic"
+    curve: str = "cubic"
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        for name, words in (("initial", "initial sparsity"), ("final", "final sparsity")):
-            object.__setattr__(self, name, check_sparsity(words, getattr(self, name)))
-        for name in ("start", "end"):
-            object.__setattr__(self, name, check_number(name, getattr(self, name)))
-        frequency = as_number(self.frequency)
-        if frequency is None:
-            raise TypeError(f"frequency: expected a number, got {self.frequency!r}")
-        object.__setattr__(self, "frequency", frequency)
-        if self.initial > self.final:
-            raise ValueError(f"initial sparsity: expected <= the final one, {self.final}, got {self.initial!r}")
+        checked = {
+            "initial_sparsity": check_sparsity("initial_sparsity", self.initial_sparsity),
+            "final_sparsity": check_sparsity("final_sparsity", self.final_sparsity),
+            "start": check_number("start", self.start),
+            "end": check_number("end", self.end),
+            "frequency": check_positive("frequency", self.frequency, finite=False),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        if self.initial_sparsity > self.final_sparsity:
+            raise ValueError(
+                f"initial_sparsity: expected at most the final one, {self.final_sparsity}, got {self.initial_sparsity}"
+            )
         if self.end < self.start:
             raise ValueError(f"end: expected >= start = {self.start}, got {self.end!r}")
-        if not self.frequency > 0:
-            raise ValueError(f"frequency: expected > 0, got {self.frequency!r}")
-        check_choice("schedule", self.interpolation, CURVES)
+        check_choice("curve", self.curve, CURVES)
 
     def sparsity(self, time: float) -> float:
         """Return the sparsity at ``time``."""
         if time >= self.end:
-            return self.final
+            return self.final_sparsity
         x = max(0.0, (time - self.start) / (self.end - self.start))
-        return self.initial + (self.final - self.initial) * CURVES[self.interpolation](x)
+        return self.initial_sparsity + (self.final_sparsity - self.initial_sparsity) * CURVES[self.curve](x)
 
     def nominal_time(self, time: float) -> float | None:
         """Return the nominal time of the latest update due by ``time``; None before ``start``."""
@@ -113,6 +114,6 @@ def interpolate_sparsity(start: float, end: float, share: float) -> float:
     return min(max(start, 1 - (1 - start) * ((1 - end) / (1 - start)) ** share), end)  # whatever the rounding
 
 
-def interpolate_targets(start: Mapping[Key, float], end: Mapping[Key, float], share: float) -> dict[Key, float]:
+def interpolate_sparsities(start: Mapping[Key, float], end: Mapping[Key, float], share: float) -> dict[Key, float]:
     """Return :func:`interpolate_sparsity` for each key of two dicts."""
     return {key: interpolate_sparsity(start[key], end[key], share) for key in end}

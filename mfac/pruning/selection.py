@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 
 from mfac.checks import check_sparsity
-from mfac.model.names import NameTable
+from mfac.model.names import NameTable, shorten
 from mfac.model.targets import PrunableParameters
 from mfac.pruning.patterns import parse_pattern
 from mfac.pruning.schedule import interpolate_sparsity
 
 _MAX_SCORE_BYTES = 8e9  # of the scores of all subsets of all groups
 
-Targets = dict[str | None, float]  # sparsity by the key of the user's dict; by None if it was one number
+Segment = tuple[str | None, list[str]]  # key and names of parameters that are ranked together
+Sparsities = dict[str | None, float]  # sparsity by the key of the user's dict; by None if it was one number
 
 
 def parse_sparsity(
     sparsity: float | Mapping[str, float], names: Sequence[str], table: NameTable
-) -> tuple[Targets, dict[str | None, list[str]]]:
+) -> tuple[Sparsities, dict[str | None, list[str]]]:
     """Understand the sparsity that the user asks for.
 
     Args:
@@ -40,19 +41,19 @@ def parse_sparsity(
         return {None: check_sparsity("sparsity", sparsity)}, {None: list(names)}
     if not sparsity:
         raise ValueError("sparsity: expected at least one entry, got an empty dict")
-    targets: Targets = {}
+    sparsities: Sparsities = {}
     members: dict[str | None, list[str]] = {}
     taken: dict[str, str] = {}
     for key, value in sparsity.items():
         found = [name for name in table.find(key, "sparsity") if name in names]
         if not found:
-            raise ValueError(f"sparsity: {key!r} matches none of the parameters {', '.join(names[:8])}")
+            raise ValueError(f"sparsity: expected names among {shorten(names)}, got {key!r}")
         for name in found:
             if name in taken:
-                raise ValueError(f"sparsity: {name!r} is matched by both {taken[name]!r} and {key!r}")
+                raise ValueError(f"sparsity: expected one key for {name!r}, got both {taken[name]!r} and {key!r}")
             taken[name] = key
-        targets[key], members[key] = check_sparsity(f"sparsity[{key!r}]", value), found
-    return targets, members
+        sparsities[key], members[key] = check_sparsity(f"sparsity[{key!r}]", value), found
+    return sparsities, members
 
 
 class Selection:
@@ -71,13 +72,13 @@ class Selection:
 
     Attributes:
         positions: [units, P] int64, positions in the flat vector of the weights of each group; None if P = 1.
-        subsets: [k, pruned] int64, the ways to prune a group; only if P > 1.
+        subsets: [k, pruned] int64, the subsets of a group that may be pruned; only if P > 1.
         segments: (key, names) of each.
         sizes: Name -> weights.
 
     Raises:
-        ValueError: If no group fits into a layer that the user named, or into any, or the scores of all ways to prune
-            the groups would take too much memory.
+        ValueError: If no group fits into a layer that the user named, or into any, or the scores of all subsets
+            would take too much memory.
     """
 
     def __init__(
@@ -106,18 +107,20 @@ class Selection:
                 groups.append(pattern.groups(p.shape, chosen.targets[name].axes) + start)
                 self._units[name] = len(groups[-1])
                 if len(groups[-1]) == 0 and name in named:
-                    raise ValueError(f"pattern: {pattern.name} does not fit {name!r} of shape {list(p.shape)}")
+                    raise ValueError(
+                        f"pattern: expected one that fits {name!r} of shape {list(p.shape)}, got {pattern.name}"
+                    )
                 start += p.numel()
             count = sum(map(len, groups))
             if 4 * count * pattern.num_subsets > _MAX_SCORE_BYTES:
                 raise ValueError(
-                    f"pattern: {pattern.name} gives {count:,} groups {pattern.num_subsets:,} scores each, "
-                    f"{4e-9 * count * pattern.num_subsets:.0f} GB; expected below {_MAX_SCORE_BYTES / 1e9:.0f} GB: "
-                    "take a smaller M"
+                    f"pattern: expected below {_MAX_SCORE_BYTES / 1e9:.0f} GB of scores, got "
+                    f"{4e-9 * count * pattern.num_subsets:.0f} GB for {count:,} groups of {pattern.name} with "
+                    f"{pattern.num_subsets:,} subsets each; take a smaller M"
                 )
             if count == 0:
                 shapes = ", ".join(str(list(p.shape)) for p in list(chosen.values())[:4])
-                raise ValueError(f"pattern: {pattern.name} fits none of the parameters, of shapes {shapes}")
+                raise ValueError(f"pattern: expected one that fits a parameter, of shapes {shapes}, got {pattern.name}")
             device = next(iter(chosen.values())).device
             self.positions = torch.cat(groups).to(device)
             self.subsets = pattern.subsets().to(device)
@@ -127,11 +130,11 @@ class Selection:
         if self.positions is not None and self.positions.device != device:
             self.positions, self.subsets = self.positions.to(device), self.subsets.to(device)
 
-    def check_targets(self, targets: Targets) -> None:
+    def check_sparsities(self, sparsities: Sparsities) -> None:
         """Check that the pattern and the bound per layer allow these sparsities.
 
         Args:
-            targets: Key -> sparsity.
+            sparsities: Key -> sparsity.
 
         Raises:
             ValueError: If one is too high.
@@ -141,26 +144,27 @@ class Selection:
                 (self.pattern.max_sparsity, f"all that {self.pattern.name} allows"),
                 (self.max_layer_sparsity, "max_layer_sparsity"),
             ):
-                if bound is not None and targets[key] > bound + 1e-9:
+                if bound is not None and sparsities[key] > bound + 1e-9:
                     raise ValueError(
-                        f"sparsity: {targets[key]} of {', '.join(names[:3])} is more than {bound:g}, {what}"
+                        f"sparsity: expected at most {bound:g} for {shorten(names, 3)}, {what}, got {sparsities[key]}"
                     )
 
-    def check_reached(self, active: Tensor | None, targets: Targets) -> None:
+    def check_reached(self, active: Tensor | None, sparsities: Sparsities) -> None:
         """Check that no more is pruned already than is asked for.
 
         Args:
             active: [d] bool: the weights not pruned before.
-            targets: Key -> sparsity.
+            sparsities: Key -> sparsity.
 
         Raises:
             ValueError: If it is.
         """
-        self._counts(self.segments, self._done(active), targets, 1)
+        self._counts(self.segments, self._done(active), sparsities, 1)
 
-    def reached(self, active: Tensor | None) -> Targets:
+    def reached(self, active: Tensor | None) -> Sparsities:
         """Return key -> sparsity of the units that are pruned in ``active`` [d] bool."""
-        held, total = dict.fromkeys((key for key, _ in self.segments), 0), dict.fromkeys(dict(self.segments), 0)
+        held = {key: 0 for key, _ in self.segments}
+        total = dict(held)
         done = self._by_name(self._done(active))
         for key, names in self.segments:
             total[key] += sum(self._units[name] for name in names)
@@ -180,19 +184,23 @@ class Selection:
         return (~active[self.positions]).sum(1) >= self.pattern.pruned
 
     def _counts(
-        self, segments: Sequence[tuple[str | None, list[str]]], done: Tensor | None, targets: Targets, share: float
+        self,
+        segments: Sequence[Segment],
+        done: Tensor | None,
+        sparsities: Sparsities,
+        share: float,
     ) -> list[int]:
         """Units to be pruned in each segment after `share` of the way from what is done."""
         flags, counts, most = self._by_name(done), [], self.pattern.max_sparsity
         for key, names in segments:
             total = sum(self._units[name] for name in names)
-            target = min(round(targets[key] / most * total), total)
+            target = min(round(sparsities[key] / most * total), total)
             held = sum(int(flags[name].sum()) for name in names) if flags else 0
             if target < held:
                 what = "weights" if self.positions is None else f"groups of {self.pattern.name}"
                 raise ValueError(
-                    f"sparsity: {targets[key]} of {total} {what} ({', '.join(names[:3])}) is {target}, but masks "
-                    f"already hold {held} pruned; pruned weights stay pruned unless their mask is dropped"
+                    f"sparsity: expected at least {held} of {total} {what} of {shorten(names, 3)}, pruned already, "
+                    f"got {sparsities[key]}, which is {target}; pruned weights stay pruned unless their mask is dropped"
                 )
             now = interpolate_sparsity(most * held / max(total, 1), most * target / max(total, 1), share) / most * total
             counts.append(target if share == 1 else min(max(held, round(now)), target))
@@ -202,7 +210,7 @@ class Selection:
         self,
         scores: Tensor,
         active: Tensor | None,
-        targets: Targets,
+        sparsities: Sparsities,
         share: float,
         kernels: ModuleType,
         weights: Tensor | None = None,
@@ -211,9 +219,9 @@ class Selection:
         """Return the mask of all weights after pruning the lowest units.
 
         Args:
-            scores: [d], or [units, k] for the k ways to prune a group; the smallest of them counts. Written.
+            scores: [d], or [units, k] for the k subsets of a group; the smallest of them counts. Written.
             active: [d] bool: the weights not pruned before.
-            targets: Key -> sparsity.
+            sparsities: Key -> sparsity.
             share: How much of the way from ``active`` to the sparsity, in (0, 1], in the logarithm of the density.
             kernels: :mod:`mfac.ops.compiled` or :mod:`mfac.ops.reference`.
             weights: [d] float32; becomes zero where pruned, if given.
@@ -238,18 +246,17 @@ class Selection:
         segments = [(key, [name for name in names if name not in dense]) for key, names in self.segments]
         segments = [(key, names) for key, names in segments if names]
         if not segments:
-            raise ValueError(f"sparsity: no gradient reaches any of {', '.join(list(dense)[:4])}")
-        counts = self._counts(segments, done, targets, share)
+            raise ValueError(f"sparsity: expected weights reached by gradients, got {shorten(sorted(dense), 4)}")
+        counts = self._counts(segments, done, sparsities, share)
         order = [name for _, names in segments for name in names]
+        sizes = [sum(self._units[name] for name in names) for _, names in segments]
         if self.max_layer_sparsity is not None:
             self._bound_layers(scores, done, segments, counts, kernels)
         if best is None and order == list(self.sizes):
-            sizes = [sum(self._units[name] for name in names) for _, names in segments]
             return kernels.select_smallest(scores, counts, sizes, weights)
         selected = torch.ones_like(scores, dtype=torch.bool) if done is None else ~done
         parts, where = self._by_name(scores), self._by_name(selected)
         values = torch.cat([parts[name] for name in order])
-        sizes = [sum(self._units[name] for name in names) for _, names in segments]
         chosen = kernels.select_smallest(values, counts, sizes).split([self._units[name] for name in order])
         for name, part in zip(order, chosen, strict=True):
             where[name].copy_(part)
@@ -268,7 +275,7 @@ class Selection:
         self,
         scores: Tensor,
         done: Tensor | None,
-        segments: Sequence[tuple[str | None, list[str]]],
+        segments: Sequence[Segment],
         counts: Sequence[int],
         kernels: ModuleType,
     ) -> None:
@@ -288,8 +295,8 @@ class Selection:
                 limits.append(max(limit, int(flags[name].sum()) if flags else 0))
             if sum(limits) < count:
                 raise ValueError(
-                    f"max_layer_sparsity: {self.max_layer_sparsity:g} lets at most {sum(limits)} units of "
-                    f"{', '.join(names[:3])} go, expected {count} for the sparsity asked for"
+                    f"max_layer_sparsity: expected a bound by which {count} units of {shorten(names, 3)} can go, as "
+                    f"sparsity asks, got {self.max_layer_sparsity:g}, by which {sum(limits)} can"
                 )
             values = torch.cat([parts[name] for name in names])
             beyond = kernels.select_smallest(values, limits, [self._units[name] for name in names])

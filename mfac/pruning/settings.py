@@ -5,8 +5,8 @@ from typing import Annotated, Any, TypedDict
 
 from torch import Tensor
 
-from mfac.checks import check_choice, check_int, check_sparsity
-from mfac.fisher import PRECISIONS, check_fisher_settings
+from mfac.checks import check_choice, check_sparsity
+from mfac.fisher import DEFAULT_BLOCK_SIZE, DEFAULT_DAMPING, PRECISIONS, check_block_size, check_damping
 from mfac.gradients.buffer import GradientBuffer
 from mfac.gradients.settings import CommonSettings, SourceSettings
 from mfac.ops.backend import BACKENDS
@@ -22,7 +22,7 @@ UPDATES = ("joint", "independent", "none")
 def _damping(name: str, value: Any) -> float | str:
     if isinstance(value, str) and value == "auto":
         return value
-    factor = check_fisher_settings(value, None)
+    factor = check_damping(name, value)
     return value if isinstance(value, str) else factor
 
 
@@ -31,7 +31,7 @@ def _block_size(name: str, value: Any) -> int | str | None:
         if value != "auto":
             raise ValueError(f"{name}: expected an int, None or 'auto', got {value!r}")
         return value
-    return None if value is None else check_int(name, value, also=", None or 'auto'")
+    return check_block_size(name, value, also=", None or 'auto'")
 
 
 def _pattern(name: str, value: Any) -> Any:
@@ -53,21 +53,9 @@ def _buffer(name: str, value: Any) -> Any:
     return value
 
 
-class StepSettings(CommonSettings, total=False):
-    """What is pruned, and how a step is made."""
+class MethodSettings(CommonSettings, total=False):
+    """How a step is made."""
 
-    pattern: Annotated[
-        str | Sequence[int],
-        Setting(
-            "unstructured",
-            _pattern,
-            '``"unstructured"``; ``"N:M"`` (N kept of M neighbouring input channels); ``"block4"`` (4 of them '
-            "together); or ``[rows, cols]`` (blocks of output by input channels). Convolutions are grouped at each "
-            "position of the kernel. Groups are scored as such, ½ w_Pᵀ ([F⁻¹]_PP)⁻¹ w_P. Weights that do not fill a "
-            "group stay dense, and the sparsity counts the weights in whole groups: 0.5 for all groups of 2:4, less "
-            "for some of them.",
-        ),
-    ]
     scope: Annotated[
         str,
         Setting(
@@ -104,14 +92,15 @@ class StepSettings(CommonSettings, total=False):
         Setting(
             8,
             count_from(),
-            "S: a step is made in S sub-steps of selection and update under the same gradients, so that the choice of "
-            "weights knows of those that have gone before. Takes S times as long. (1 for magnitude.)",
+            "S: a step is made in S sub-steps of selection and update under the same gradients, so that each selection "
+            "accounts for the weights already removed. Takes S times as long. (1 where scores do not change between "
+            "them, as for magnitude.)",
         ),
     ]
     damping: Annotated[
         float | str,
         Setting(
-            "3e-2*mean",
+            DEFAULT_DAMPING,
             _damping,
             'λ in [1e-30, 1e30]; ``"<number>*mean"``, relative to the mean square of the gradients; or ``"auto"``: '
             "the best of a few by the loss that a quarter of the gradients predicts for a step made from the others. "
@@ -121,7 +110,7 @@ class StepSettings(CommonSettings, total=False):
     block_size: Annotated[
         int | str | None,
         Setting(
-            512,
+            DEFAULT_BLOCK_SIZE,
             _block_size,
             'B, columns per block of F; None for the full matrix; ``"auto"`` as for ``damping``. ``"auto"`` takes as '
             "long as some 10 steps, for both together.",
@@ -147,6 +136,23 @@ class StepSettings(CommonSettings, total=False):
             one_of(PRECISIONS),
             '``"highest"``, or, for speed on a GPU, ``"high"`` or ``"medium"``; see :mod:`mfac.ops`. No effect on the '
             "CPU.",
+        ),
+    ]
+
+
+class StepSettings(MethodSettings, total=False):
+    """What is pruned together, and how a step is made."""
+
+    pattern: Annotated[
+        str | Sequence[int],
+        Setting(
+            "unstructured",
+            _pattern,
+            '``"unstructured"``; ``"N:M"`` (N kept of M neighbouring input channels); ``"block4"`` (4 of them '
+            "together); or ``[rows, cols]`` (blocks of output by input channels). Convolutions are grouped at each "
+            "position of the kernel. Groups are scored as such, ½ w_Pᵀ ([F⁻¹]_PP)⁻¹ w_P. Weights that do not fill a "
+            "group stay dense, and the sparsity counts the weights in whole groups: 0.5 for all groups of 2:4, less "
+            "for some of them.",
         ),
     ]
 
@@ -190,13 +196,13 @@ class PruneSettings(StepSettings, GradientSettings, SourceSettings, total=False)
 class PrunerSettings(StepSettings, GradientSettings, SourceSettings, total=False):
     """The settings of :class:`mfac.Pruner`."""
 
-    initial_sparsity: Annotated[float, Setting(0.0, checked_later, "Sparsity at the first update.")]
+    initial_sparsity: Annotated[float, Setting(0.0, check_sparsity, "Sparsity at the first update.")]
     start: Annotated[float, Setting(0, checked_later, "Time of the first update.")]
     frequency: Annotated[
         float, Setting(1, checked_later, "Time between updates, due at start, start + frequency, ... and end.")
     ]
     schedule: Annotated[
-        str, Setting("cubic", checked_later, f"How sparsity rises: {', '.join(f'``{c!r}``' for c in CURVES)}.")
+        str, Setting("cubic", one_of(CURVES), f"How sparsity rises: {', '.join(f'``{c!r}``' for c in CURVES)}.")
     ]
     buffer: Annotated[
         GradientBuffer | None,

@@ -40,7 +40,7 @@ def prune_step(
         sparsity: Sparsity in [0, 1]; or a dict of sparsities by name or ``"re:<regex>"``, parameters that no key
             matches staying dense (the update may move them: leave them out of ``params`` if it must not). Weights that
             no gradient of a buffer reaches stay dense and do not count.
-        settings: How; each is described below.
+        settings: The fields of :class:`StepSettings`.
 
     Returns:
         Masks, sparsity reached, counts, settings, predicted loss increase and timings.
@@ -61,4 +61,4 @@ def prune_step(
     """
     names = grads.names if isinstance(grads, GradientBuffer) else None
     engine = Engine(model, sparsity, settings, names)
-    return engine.step(grads, engine.targets, settings["progress"])
+    return engine.step(grads, engine.sparsities, settings["progress"])

@@ -40,7 +40,7 @@ class Method:
     variables: dict[str, Any] = field(default_factory=dict)  # of the recipe, to set
 
 
-_PUBLISHED = {"update": "independent", "num_substeps": 1, "damp": 1e-5, "block_size": 2000}
+_PUBLISHED = {"update": "independent", "substeps": 1, "damping": 1e-5, "block_size": 2000}
 METHODS = (
     Method("magnitude", "magnitude.md", "#d95f02"),
     Method("M-FAC as published", "mfac.md", "#7570b3", _PUBLISHED),
@@ -213,7 +213,7 @@ def demo(
     seeds: int = 1,
     num_grads: int = 64,
     *,
-    num_recomputations: int = 8,
+    recomputations: int = 8,
     width: float = 0.35,
     dense_epochs: float = DENSE_EPOCHS,
     max_train_steps: int = -1,
@@ -224,7 +224,7 @@ def demo(
         output: Folder for `comparison.txt`, `comparison.png` and the CSV files.
         seeds: Runs of each method.
         num_grads: Gradients per Fisher.
-        num_recomputations: Fishers per pruning step.
+        recomputations: Fishers per pruning step.
         width: Multiplier of the network's channels.
         dense_epochs: Length of the dense training.
         max_train_steps: Optimizer steps per epoch at most; -1: all.
@@ -246,7 +246,7 @@ def demo(
     tqdm.write(f"dense: top-1 {dense_top1:.1f} %")
     tqdm.write("loading the kernels; at their first use they are compiled, which takes half a minute")
     select_backend()  # here, so that no method's time contains it
-    budget = {"num_grads": num_grads, "num_recomputations": num_recomputations}
+    budget = {"num_grads": num_grads, "recomputations": recomputations}
     runs = []
     for seed in range(seeds):
         for method in METHODS:

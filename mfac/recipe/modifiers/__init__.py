@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
-from collections.abc import Iterable
 from dataclasses import MISSING, fields
 
+from mfac.checks import suggestion
 from mfac.recipe.document import Item
 from mfac.recipe.modifiers.base import EpochRange, Modifier
 from mfac.recipe.modifiers.optimizer import OptimizerSetting, SetLearningRate, SetWeightDecay
@@ -25,11 +24,6 @@ MODIFIERS: dict[str, type[Modifier]] = {
     "MFACGlobalPruningModifier": MFACGlobalPruning,
 }
 _SKIPPED = ("Quantization", "Distillation")  # modifiers of these kinds are skipped with a warning
-
-
-def _suggestion(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def build(item: Item, strict: bool = False) -> Modifier | None:
@@ -59,18 +53,20 @@ def build(item: Item, strict: bool = False) -> Modifier | None:
     if item.name not in MODIFIERS:
         raise ValueError(
             f"{where}: expected one of {', '.join(MODIFIERS)}, got an unknown modifier"
-            f"{_suggestion(item.name, MODIFIERS)}"
+            f"{suggestion(item.name, MODIFIERS)}"
         )
     cls = MODIFIERS[item.name]
     try:
         arguments = cls.normalize(item.arguments)
-        known = [field.name for field in fields(cls)]
-        for key in arguments:
+        known = [field.name for field in fields(cls) if field.name != "settings"]
+        written = [key for key in arguments if key != "settings" or key in item.arguments]
+        for key in written:
             if key not in known:
+                names = [*known, *cls.setting_names(), *cls.spellings] if issubclass(cls, MagnitudePruning) else known
                 raise ValueError(
-                    f"argument: expected one of {', '.join(known)}, got {key!r:.80}{_suggestion(str(key), known)}"
+                    f"argument: expected one of {', '.join(names)}, got {key!r:.80}{suggestion(str(key), names)}"
                 )
-        for needed in [field.name for field in fields(cls) if field.default is MISSING]:
+        for needed in [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]:
             if needed not in arguments:
                 raise ValueError(f"{needed}: expected a value, got none")
         return cls(**arguments)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from mfac.checks import check_int, check_number
+from mfac.checks import check_number
 
 
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
@@ -50,25 +50,6 @@ def plain_number(value: Any) -> Any:
         except ValueError:
             return value
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def count(name: str, value: Any, most: int | None = None) -> int:
-    """Check a count of at least 1; whole floats and numeric strings count.
-
-    Args:
-        name: Of the argument, for the error.
-        value: As read from the recipe.
-        most: The largest value; None: no limit.
-
-    Returns:
-        The count.
-
-    Raises:
-        TypeError: If it is not a whole number.
-        ValueError: If it is out of range.
-    """
-    given = number(name, value)
-    return check_int(name, int(given) if given.is_integer() else given, 1, most)
 
 
 def positive(name: str, value: Any) -> float:

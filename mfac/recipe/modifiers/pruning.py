@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from mfac.checks import check_choice, warn
+from mfac.checks import check_choice, check_int, warn
+from mfac.gradients.settings import SourceSettings
+from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.gradual import Pruner
 from mfac.pruning.patterns import parse_pattern
 from mfac.pruning.schedule import CURVES
-from mfac.pruning.settings import PrunerSettings
-from mfac.recipe.modifiers.base import Modifier, count, names, number, plain_number, positive
+from mfac.pruning.settings import GradientSettings, PrunerSettings
+from mfac.recipe.modifiers.base import Modifier, names, number, plain_number, positive
 from mfac.settings import definitions
+
+# Settings that the format gives in its own way, or that whoever applies the recipe gives.
+_BY_THE_FORMAT = (
+    "params", "pattern", "scope", "criterion", "initial_sparsity", "start", "frequency", "schedule", "masks", "buffer",
+    "forward", "progress",
+)  # fmt: skip
 
 
 def _pattern(mask_type: Any) -> Any:
@@ -51,6 +59,12 @@ class MagnitudePruning(Modifier):
 
     criterion: ClassVar[str] = "magnitude"
     score_types: ClassVar[tuple[str, ...]] = ("magnitude",)
+    spellings: ClassVar[dict[str, str]] = {}  # of the format -> of mfac
+    defaults: ClassVar[dict[str, Any]] = {}  # of settings, where they differ from mfac's
+    not_taken: ClassVar[tuple[str, ...]] = (  # settings that make no sense without gradients
+        *_BY_THE_FORMAT, *definitions(GradientSettings), *definitions(SourceSettings), "update", "substeps", "damping",
+        "block_size", "precision",
+    )  # fmt: skip
 
     final_sparsity: Any  # a number, or {sparsity: [params]}
     params: Any = None  # names, `re:` patterns, __ALL__ or __ALL_PRUNABLE__
@@ -62,10 +76,16 @@ class MagnitudePruning(Modifier):
     global_sparsity: bool = False
     score_type: Any = None
     phased: Any = None  # ignored
+    settings: dict[str, Any] = field(default_factory=dict)  # of mfac.Pruner
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
+        known = definitions(PrunerSettings)
+        given = {**{name: known[name].default for name in self.setting_names()}, **self.defaults, **self.settings}
+        if "refresh" not in self.settings:
+            given.pop("refresh", None)  # its default here depends on num_grads
+        self.settings = {name: known[name].check(name, plain_number(value)) for name, value in given.items()}
         self.init_sparsity = number("init_sparsity", self.init_sparsity, 0, 1)
         self.update_frequency = positive("update_frequency", self.update_frequency)
         check_choice("inter_func", self.inter_func, CURVES)
@@ -90,9 +110,17 @@ class MagnitudePruning(Modifier):
                 raise ValueError("params: expected names of the weights to prune, such as __ALL_PRUNABLE__, got none")
             self.params = self.params or ["__ALL_PRUNABLE__"]
 
-    def options(self) -> dict[str, Any]:
-        """Return the Pruner's arguments that only this kind of pruning has."""
-        return {}
+    @classmethod
+    def setting_names(cls) -> list[str]:
+        """Return the settings of :class:`mfac.Pruner` that a recipe may give by their names."""
+        return [name for name in definitions(PrunerSettings) if name not in cls.not_taken]
+
+    @classmethod
+    def normalize(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return `arguments` with the settings of :class:`mfac.Pruner` under `settings`."""
+        known = set(cls.setting_names())
+        own = {key: value for key, value in arguments.items() if key not in known}
+        return {**own, "settings": {key: value for key, value in arguments.items() if key in known}}
 
     def pruner(
         self,
@@ -124,7 +152,7 @@ class MagnitudePruning(Modifier):
         per_layer = isinstance(self.final_sparsity, dict)
         return Pruner(
             model,
-            batches if self.criterion == "fisher" else None,
+            batches if CRITERIA[self.criterion].needs_gradients else None,
             loss_fn,
             sparsity=self.final_sparsity,
             params=list(self.final_sparsity) if per_layer else self.params,
@@ -137,7 +165,7 @@ class MagnitudePruning(Modifier):
             pattern=self.mask_type,
             criterion=self.criterion,
             progress=progress,
-            **self.options(),
+            **self.settings,
         )
 
 
@@ -152,37 +180,22 @@ class GlobalMagnitudePruning(MagnitudePruning):
 class MFACPruning(MagnitudePruning):
     """Prune by the empirical Fisher (M-FAC), updating the remaining weights.
 
-    Beyond the format's own arguments it takes settings of :class:`mfac.Pruner` by their names. Their defaults here are
-    the published ones where the format has them (`damp`, `fisher_block_size`). A single jump from 35 % to 95 % leaves
-    the range in which a quadratic model of the loss is accurate; new gradients on the way, by default 8 times, keep it
-    valid.
+    Beyond the format's own arguments it takes settings of :class:`mfac.Pruner` by their names. Four of them have other
+    defaults here: the published damping and block size, and new gradients 8 times on the way of an update, all of
+    them new, since a single jump from 35 % to 95 % leaves the range in which a quadratic model of the loss is
+    accurate.
     """
 
     criterion: ClassVar[str] = "fisher"
     score_types: ClassVar[tuple[str, ...]] = ("MFAC",)
-    spellings: ClassVar[dict[str, str]] = {  # of the format -> of mfac
+    spellings: ClassVar[dict[str, str]] = {
         "damp": "damping",
         "fisher_block_size": "block_size",
-        "num_recomputations": "recomputations",
         "available_gpus": "available_devices",
     }
-    settings: ClassVar[tuple[str, ...]] = (
-        "num_grads", "damping", "block_size", "recomputations", "refresh", "substeps", "update", "max_layer_sparsity",
-        "mode", "dtype", "precision", "grads_device",
-    )  # fmt: skip
+    defaults: ClassVar[dict[str, Any]] = {"damping": 1e-5, "block_size": 2000, "recomputations": 8, "substeps": 4}
+    not_taken: ClassVar[tuple[str, ...]] = _BY_THE_FORMAT
 
-    num_grads: Any = 256
-    damping: Any = 1e-5
-    block_size: Any = 2000  # None: the full matrix
-    recomputations: Any = 8
-    refresh: Any = None  # None: all num_grads
-    substeps: Any = 4
-    update: Any = "joint"
-    max_layer_sparsity: Any = None
-    mode: Any = "eval"
-    dtype: Any = "float32"
-    precision: Any = "highest"
-    grads_device: Any = None
     num_pages: Any = None  # above 1: the same as `grads_device: cpu`; the actual number follows from the memory
     available_devices: Any = None
     use_gradient_buffering: Any = None
@@ -196,55 +209,50 @@ class MFACPruning(MagnitudePruning):
             arguments: As written in the recipe.
 
         Returns:
-            The arguments by the names of this class's fields.
+            The arguments by the names of this class's fields and settings.
 
         Raises:
-            ValueError: If `mfac_options` is not a mapping, or an argument is given under two names.
+            ValueError: If `mfac_options` is not a mapping, or an argument is given twice.
         """
         options = arguments.get("mfac_options") or {}
         if not isinstance(options, dict):
             raise ValueError(f"mfac_options: expected a mapping, got {options!r:.80}")
         renamed: dict[str, Any] = {}
-        for key, value in {**arguments, **options}.items():
+        for key, value in [*arguments.items(), *options.items()]:
             if key == "mfac_options":
                 continue
             name = cls.spellings.get(key, key)
             if name in renamed:
-                raise ValueError(f"{key}: expected either {key} or {name}, got both")
+                raise ValueError(f"{key}: expected one value for {name}, got two")
             renamed[name] = value
-        return renamed
+        return super().normalize(renamed)
 
     def __post_init__(self) -> None:
         """Check the arguments."""
+        if isinstance(self.settings.get("num_grads"), dict):
+            given = self.settings["num_grads"]
+            raise ValueError(f"num_grads: expected an int (a schedule is not supported), got {given!r:.80}")
         super().__post_init__()
-        if isinstance(self.num_grads, dict):
-            raise ValueError(f"num_grads: expected an int (a schedule is not supported), got {self.num_grads!r:.80}")
-        known = definitions(PrunerSettings)
-        for name in self.settings:
-            setattr(self, name, known[name].check(name, plain_number(getattr(self, name))))
-        self.refresh = self.num_grads if self.refresh is None else self.refresh
-        if self.refresh > self.num_grads:
-            raise ValueError(f"refresh: expected 1 to num_grads = {self.num_grads}, got {self.refresh}")
-        if self.num_pages is not None and count("num_pages", self.num_pages) > 1:
-            self.grads_device = "cpu"
-        devices = [*names("available_devices", self.available_devices or []), str(self.grads_device)]
-        if any(device.startswith("cuda") for device in devices) and not torch.cuda.is_available():
-            asked = ", ".join(device for device in devices if device.startswith("cuda"))
-            warn(f"the recipe asks for {asked}, but CUDA is not available: the CPU is used")
-        if self.grads_device is not None and not re.fullmatch(r"cpu|disk(:.+)?|cuda(:\d+)?", str(self.grads_device)):
+        self.settings.setdefault("refresh", self.settings["num_grads"])
+        check_int("refresh", self.settings["refresh"] or 1, 1, self.settings["num_grads"])
+        device = self.settings["grads_device"]
+        if device is not None and not re.fullmatch(r"cpu|disk(:.+)?|cuda(:\d+)?", str(device)):
             raise ValueError(
-                f"grads_device: expected cpu, disk, disk:<folder>, cuda or cuda:<index>, got {self.grads_device!r:.80}"
+                f"grads_device: expected cpu, disk, disk:<folder>, cuda or cuda:<index>, got {device!r:.80}"
             )
+        asked = [*names("available_devices", self.available_devices or []), str(device)]
+        asked = [name for name in asked if name.startswith("cuda")]
+        if asked and not torch.cuda.is_available():
+            warn(f"the recipe asks for {', '.join(asked)}, but CUDA is not available: the CPU is used")
+        if str(device).startswith("cuda"):  # on a GPU: where the model is
+            self.settings["grads_device"] = None
+        if self.num_pages is not None and check_int("num_pages", plain_number(self.num_pages)) > 1:
+            self.settings["grads_device"] = "cpu"
         if self.use_gradient_buffering or self.grad_sampler_kwargs:
             warn(
                 "use_gradient_buffering and grad_sampler_kwargs have no effect: gradients come from the batches given "
                 "to Manager.apply"
             )
-
-    def options(self) -> dict[str, Any]:
-        """Return the Pruner's arguments that only M-FAC has."""
-        on_gpu = str(self.grads_device).startswith("cuda")  # where the model is
-        return {name: getattr(self, name) for name in self.settings} | ({"grads_device": None} if on_gpu else {})
 
 
 @dataclass(kw_only=True)
