@@ -12,14 +12,6 @@ from mfac.model.targets import names_of
 from mfac.settings import Setting, checked_later, is_flag, is_function, one_of
 
 
-def _names(name: str, value: Any) -> list[str] | None:
-    return names_of(value, name)
-
-
-def _dtype(name: str, value: Any) -> torch.dtype:
-    return check_dtype(name, getattr(torch, value, value) if isinstance(value, str) else value)
-
-
 class CommonSettings(TypedDict, total=False):
     """The settings of every entry point."""
 
@@ -27,13 +19,13 @@ class CommonSettings(TypedDict, total=False):
         str | Iterable[str] | None,
         Setting(
             None,
-            _names,
+            names_of,
             "What to prune: names or ``re:<regex>``; see :func:`mfac.prunable_parameters`. None: the weights of all "
             "layers that can be pruned, or the parameters of the GradientBuffer.",
         ),
     ]
     exclude: Annotated[
-        str | Iterable[str] | None, Setting(None, _names, "What of it not to prune, in the same notation.")
+        str | Iterable[str] | None, Setting(None, names_of, "What of it not to prune, in the same notation.")
     ]
     progress: Annotated[bool, Setting(True, is_flag, "Show progress bars of what takes long.")]
 
@@ -60,7 +52,8 @@ class SourceSettings(TypedDict, total=False):
         ),
     ]
     dtype: Annotated[
-        torch.dtype | str, Setting(torch.float32, _dtype, "Type of the gradients, torch.float32 or torch.bfloat16.")
+        torch.dtype | str,
+        Setting(torch.float32, check_dtype, "Type of the gradients, torch.float32 or torch.bfloat16."),
     ]
     grads_device: Annotated[
         torch.device | str | None,

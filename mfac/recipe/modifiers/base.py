@@ -52,13 +52,13 @@ def plain_number(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def count(name: str, value: Any, most: int | None = None) -> int:
+def count(name: str, value: Any, high: int | None = None) -> int:
     """Check a count of at least 1; whole floats and numeric strings count.
 
     Args:
         name: Of the argument, for the error.
         value: As read from the recipe.
-        most: The largest value; None: no limit.
+        high: The largest value; None: no limit.
 
     Returns:
         The count.
@@ -68,7 +68,7 @@ def count(name: str, value: Any, most: int | None = None) -> int:
         ValueError: If it is out of range.
     """
     given = number(name, value)
-    return check_int(name, int(given) if given.is_integer() else given, 1, most)
+    return check_int(name, int(given) if given.is_integer() else given, 1, high)
 
 
 def positive(name: str, value: Any) -> float:
