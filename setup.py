@@ -17,7 +17,7 @@ def ahead_of_time() -> dict:
     package = sys.modules["_mfac_build"] = types.ModuleType("_mfac_build")
     package.__path__ = [os.path.abspath(os.path.join("mfac", "_build"))]
     toolchain = importlib.import_module("_mfac_build.toolchain")
-    gpus = toolchain.cuda_plan()[0]
+    gpus = toolchain.cuda_plan().gpus
     if gpus:
         cpp_extension.CUDA_HOME = str(toolchain.cuda_home())  # torch's own may have no headers
     spec = importlib.import_module("_mfac_build.spec").extension_spec(ahead_of_time=True)

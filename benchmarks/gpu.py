@@ -162,7 +162,8 @@ def main():
         what = "no torch" if torch is None else "no NVIDIA GPU that torch can use"
         print(f"make gpu: {what} for {sys.executable}; nothing to do (make gpu PYTHON=... names another python)")
         return 0
-    from mfac.cli import doctor, ops
+    from mfac.cli import doctor
+    from mfac.ops import compiled as ops
 
     status = doctor.main()
     if status or not ops.load()["cuda"]:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
 T = TypeVar("T")
 
@@ -34,14 +35,14 @@ def as_number(value: Any) -> int | float | None:
     return None if isinstance(value, bool) or not isinstance(value, (int, float)) else value
 
 
-def check_int(name: str, value: Any, least: int = 1, most: int | None = None, also: str = "") -> int:
+def check_int(name: str, value: Any, low: int = 1, high: int | None = None, also: str = "") -> int:
     """Check a count.
 
     Args:
         name: Of the argument, for the error.
         value: What the user gave.
-        least: The smallest value.
-        most: The largest value; None: no limit.
+        low: The smallest value.
+        high: The largest value; None: no limit.
         also: What else the argument may be, for the error: ``" or None"``.
 
     Returns:
@@ -54,8 +55,8 @@ def check_int(name: str, value: Any, least: int = 1, most: int | None = None, al
     number = as_number(value)
     if not isinstance(number, int):
         raise TypeError(f"{name}: expected an int{also}, got {value!r}")
-    if number < least or (most is not None and number > most):
-        wanted = f">= {least}" if most is None else f"{least} to {most}"
+    if number < low or (high is not None and number > high):
+        wanted = f">= {low}" if high is None else f"{low} to {high}"
         raise ValueError(f"{name}: expected an int {wanted}{also}, got {number}")
     return number
 
@@ -150,6 +151,60 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     """Return the end of an error about an unknown name: the nearest one that there is, or nothing."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def check_instance(name: str, value: Any, kind: type[T], wanted: str) -> T:
+    """Check the type of an argument.
+
+    Args:
+        name: Of the argument, for the error.
+        value: What the user gave.
+        kind: The type expected.
+        wanted: The type in words, for the error: ``"a tensor"``.
+
+    Returns:
+        The value.
+
+    Raises:
+        TypeError: If it is of another type.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}")
+    return value
+
+
+def check_module(name: str, value: Any) -> nn.Module:
+    """Check a model.
+
+    Args:
+        name: Of the argument, for the error.
+        value: What the user gave.
+
+    Returns:
+        The value.
+
+    Raises:
+        TypeError: If it is not a module.
+    """
+    return check_instance(name, value, nn.Module, "a torch.nn.Module")
+
+
+def check_function(name: str, value: Any) -> Any:
+    """Check a function that may be absent.
+
+    Args:
+        name: Of the argument, for the error.
+        value: What the user gave.
+
+    Returns:
+        The value.
+
+    Raises:
+        TypeError: If it is neither None nor callable.
+    """
+    if value is not None and not callable(value):
+        raise TypeError(f"{name}: expected a function or None, got {value!r}")
+    return value
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:

@@ -57,17 +57,10 @@ def optional(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
 
-def is_flag(name: str, value: Any) -> bool:
+def check_flag(name: str, value: Any) -> bool:
     """Check a boolean."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
-    return value
-
-
-def is_function(name: str, value: Any) -> Any:
-    """Check a function, or None."""
-    if value is not None and not callable(value):
-        raise TypeError(f"{name}: expected a function or None, got {value!r}")
     return value
 
 

@@ -33,7 +33,7 @@ class Bench:
     def __init__(self, folder, monkeypatch):
         self.sources, self.cache, self.calls = folder / "csrc", folder / "cache", folder / "calls"
         self.compiler, self.monkeypatch = folder / "c++", monkeypatch
-        self.real = _build.find_compiler()[0]
+        self.real = _build.find_compiler().command
         self.sources.mkdir()
         (self.sources / "stub.cpp").write_text(STUB)
         self.set_compiler("")

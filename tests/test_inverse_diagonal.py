@@ -107,7 +107,7 @@ def test_two_gradients_that_nearly_agree(separation):
 def test_not_finite():
     """The op itself trusts its caller to have checked; it does not hang or make numbers up."""
     for kernels in BACKENDS.values():
-        with pytest.raises(RuntimeError, match="no Cholesky factor; expected finite numbers"):
+        with pytest.raises(RuntimeError, match="no Cholesky factor"):
             kernels.inverse_diagonal(torch.full((3, 9), torch.nan), 1e-3, 9)
 
 

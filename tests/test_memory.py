@@ -34,7 +34,7 @@ def test_refusals_name_what_really_fits(monkeypatch, place, free, options):
         memory.check_memory(10, 10, torch.float32, place)
     text = str(error.value)
     assert text.startswith("grads: expected 3.73e-07 GiB for 10 gradients of 10 weights in torch.float32, got ")
-    assert f"free {'in /data' if place == DISK else f'on {place}'}, a tenth of it kept in reserve" in text
+    assert f"free {'in /data' if place == DISK else f'on {place}'}, 10 % of it kept in reserve" in text
     assert text.endswith(f"what fits: {options}")
 
 

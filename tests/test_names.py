@@ -8,7 +8,7 @@ from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel
 
 import mfac
-from mfac.model.names import NameTable, matching_names, named_parameters
+from mfac.model.names import NameTable, named_parameters
 
 
 def two_layers():
@@ -177,12 +177,13 @@ def test_bad_keys(values, error, message):
 
 def test_without_a_model():
     names = ["a.weight", "a.bias", "b.module.weight"]
-    assert matching_names("a.weight", names) == matching_names("module._orig_mod.a.weight", names) == ["a.weight"]
-    assert matching_names("b.weight", names) == ["b.module.weight"]
-    assert matching_names("re:a", names) == matching_names("re:module[.]a", names) == names[:2]
-    assert matching_names("re:.*weight$", names) == [names[0], names[2]]
-    assert matching_names("a", names) == matching_names("re:weight", names) == []
+    table = NameTable(names)
+    assert table.find("a.weight") == table.find("module._orig_mod.a.weight") == ["a.weight"]
+    assert table.find("b.weight") == ["b.module.weight"]
+    assert table.find("re:a") == table.find("re:module[.]a") == names[:2]
+    assert table.find("re:.*weight$") == [names[0], names[2]]
+    assert table.find("a") == table.find("re:weight") == []
     with pytest.raises(TypeError, match="sparsity: expected names of parameters, got 3"):
-        matching_names(3, names, "sparsity")
+        table.find(3, "sparsity")
     with pytest.raises(ValueError, match=r"params: expected a regular expression after re:, got 're:\('"):
-        matching_names("re:(", names)
+        table.find("re:(")

@@ -92,7 +92,7 @@ def test_options_reach_the_ring():
     model = make_model()
     source = make(batches, forward=forward, mode="train", dtype=torch.bfloat16, device="disk")
     first, second = collect(source, model, 2)
-    assert first.dtype == torch.bfloat16 and source._buffer._place != torch.device("cpu")
+    assert first.dtype == torch.bfloat16 and source._buffer.storage != torch.device("cpu")
     again = make(batches, forward=forward, mode="train", dtype=torch.bfloat16)
     assert torch.equal(collect(again, model, 2)[1], second)  # dropout has a seed too
     assert math.isfinite(again.loss(model, 2)) and again.loss(model, 2) != make(batches, forward=forward).loss(model, 2)
@@ -108,7 +108,7 @@ def test_batches_are_an_endless_iterator():
 def test_other_parameters():
     source, model = make(make_batches()), make_model()
     source.collect(model, NAMES)
-    with pytest.raises(ValueError, match=r"params: expected those of the ring, \['0.weight', '2.weight'\], got"):
+    with pytest.raises(ValueError, match=r"params: expected those of the buffer, \['0.weight', '2.weight'\], got"):
         source.collect(model, ["0.weight"])
 
 
@@ -145,10 +145,9 @@ def test_bad_input(change, error, message):
 # ---- position
 
 
-@pytest.mark.parametrize("ring", [False, True])
 @pytest.mark.parametrize("kind", ["list", "shuffled", "workers"])
-def test_resumed_equals_uninterrupted(kind, ring, unchanged):
-    """From a file, in the middle of a pass, under another random state; with the ring, or all rows new."""
+def test_resumed_equals_uninterrupted(kind, unchanged):
+    """From a file, in the middle of a pass, under another random state; all rows are new."""
 
     def batches():
         return make_batches() if kind == "list" else make_loader(2 if kind == "workers" else 0)
@@ -158,9 +157,8 @@ def test_resumed_equals_uninterrupted(kind, ring, unchanged):
     with unchanged(model):
         collect(source, model, 2)
         file = io.BytesIO()
-        torch.save(source.state_dict(ring), file)
-        if not ring:
-            source.release()
+        torch.save(source.state_dict(), file)
+        source.release()
         expected = [*collect(source, model, 3), source.loss(model, 3)]
     file.seek(0)
     state = torch.load(file, weights_only=True)
@@ -169,8 +167,6 @@ def test_resumed_equals_uninterrupted(kind, ring, unchanged):
     torch.manual_seed(77)
     resumed = make(batches())
     resumed.load_state_dict(state)
-    if ring:
-        assert torch.equal(resumed.state_dict(ring=True)["ring"]["rows"], state["ring"]["rows"])
     for tensor in expected[:3]:
         assert torch.equal(collect(resumed, model)[0], tensor)
     assert resumed.loss(model, 3) == expected[3]
@@ -210,22 +206,18 @@ def test_iterators_go_on_where_they_are():
 @pytest.mark.parametrize(
     ("state", "error", "message"),
     [
-        ({}, ValueError, "state: expected seed, passes and taken, got none for passes, seed, taken"),
-        (
-            {"ring": {"num_grads": 5, "rows": torch.ones(5, 18)}},
-            ValueError,
-            r"state\['ring'\]: expected 6 gradients of",
-        ),
-        ({"ring": {"num_grads": 6, "rows": torch.ones(6, 18).half()}}, ValueError, "got 6 of torch.float16"),
+        ({}, ValueError, "state: expected seed, passes and taken, got none of passes, seed, taken"),
+        ({"seed": 0, "passes": 1, "taken": 2.5}, TypeError, r"state\['taken'\]: expected an int, got 2.5"),
+        ({"seed": 0, "passes": 1, "taken": -1}, ValueError, r"state\['taken'\]: expected an int >= 0, got -1"),
     ],
 )
 def test_bad_state(state, error, message):
     source, model = make(make_batches()), make_model()
     collect(source, model)
-    before, ring = source.state_dict(), source._buffer
+    before, buffer = source.state_dict(), source._buffer
     with pytest.raises(error, match=message):
         source.load_state_dict(state)
-    assert source.state_dict() == before and source._buffer is ring
+    assert source.state_dict() == before and source._buffer is buffer
 
 
 def test_training_loader_is_left_alone():

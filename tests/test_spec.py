@@ -20,8 +20,8 @@ def test_spec_names_existing_sources_and_safe_flags():
     names = {Path(p).name for p in spec["sources"]}
     assert names >= {"module.cpp", "mfac.cpp"} and all(map(os.path.exists, spec["sources"]))
     assert not {"-ffast-math", "-Ofast"} & set(spec["cflags"])
-    assert isinstance(_build.cuda_plan()[0], list) and _build.cuda_plan()[1]
-    if not _build.cuda_plan()[0]:
+    assert isinstance(_build.cuda_plan().gpus, list) and _build.cuda_plan().reason
+    if not _build.cuda_plan().gpus:
         assert not [p for p in spec["sources"] if "/cuda/" in p]
 
 

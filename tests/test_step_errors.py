@@ -49,7 +49,7 @@ OTHER = GradientBuffer(2, {"0.weight": torch.zeros(8, 5)})
         ({"update": None}, ValueError, "update: expected one of joint, independent, none, got None"),
         ({"criterion": "taylor"}, ValueError, "criterion: expected one of fisher, magnitude, got 'taylor'"),
         ({"backend": "cuda"}, ValueError, "backend: expected one of auto, compiled, reference, got 'cuda'"),
-        ({"params": "0.wei"}, ValueError, "params: '0.wei' matches no parameter"),
+        ({"params": "0.wei"}, ValueError, "params: expected names among .*, got '0.wei'"),
         ({"params": "0.weight"}, ValueError, r"grads: expected \[m, 40\] for these parameters, got shape \[4, 72\]"),
         # gradients
         ({"grads": None}, ValueError, "grads: expected gradients for criterion='fisher', got None"),

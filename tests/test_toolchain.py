@@ -31,20 +31,20 @@ def toolkit(tmp_path, monkeypatch):
 
 def test_cuda_plan(toolkit, monkeypatch):
     """For the GPUs that are here and that nvcc knows, or those asked for."""
-    assert not _build.cuda_plan()[0] and "nvcc and its headers were not found" in _build.cuda_plan()[1]
+    assert not _build.cuda_plan().gpus and "nvcc and its headers were not found" in _build.cuda_plan().reason
     toolkit("13.0")
     assert _build.cuda_plan() == (["80", "90a"], "for 80;90a, the GPUs of this machine")
     monkeypatch.setenv("MFAC_CUDA_ARCH", "100;90a")
-    assert _build.cuda_plan()[0] == ["100", "90a"]
+    assert _build.cuda_plan().gpus == ["100", "90a"]
     spec = _build.extension_spec()
     assert {"bindings.cpp", "select_smallest.cu"} <= {Path(p).name for p in spec["sources"] if "/cuda/" in p}
     assert "-gencode=arch=compute_90a,code=sm_90a" in spec["cuda_cflags"] and '-DMFAC_CUDA="100;90a"' in spec["cflags"]
     monkeypatch.setenv("MFAC_CUDA_ARCH", "none")
-    assert not _build.cuda_plan()[0]
+    assert not _build.cuda_plan().gpus
     monkeypatch.delenv("MFAC_CUDA_ARCH")
     for gpus, reason in (((), "there is no GPU here"), (("70",), "does not know the GPUs of this machine, 70")):
         monkeypatch.setattr(toolchain, "gpus_here", lambda gpus=gpus: gpus)
-        assert not _build.cuda_plan()[0] and reason in _build.cuda_plan()[1]
+        assert not _build.cuda_plan().gpus and reason in _build.cuda_plan().reason
 
 
 def test_the_key_of_a_cuda_build_does_not_depend_on_nvcc(toolkit, monkeypatch):
@@ -82,7 +82,7 @@ def test_cuda_that_does_not_compile(toolkit, monkeypatch):
     toolkit("13.0")
 
     def build(tried):
-        if _build.cuda_plan()[0]:
+        if _build.cuda_plan().gpus:
             raise CompileError("nvcc said no")
         return Path("_C.so"), "built"
 
@@ -92,7 +92,7 @@ def test_cuda_that_does_not_compile(toolkit, monkeypatch):
     monkeypatch.setattr(loader, "_import", lambda path, origin: path)
     with pytest.warns(RuntimeWarning, match=r"(?s)no CUDA kernels, only those for the CPU.*nvcc said no"):
         assert loader._load() == Path("_C.so")
-    assert "they failed to compile, see" in _build.cuda_plan()[1]
+    assert "they failed to compile, see" in _build.cuda_plan().reason
 
 
 @pytest.mark.parametrize("env", [{"CXX": "/nonexistent/g++"}, {"CXX": "", "PATH": "/nonexistent"}])

@@ -8,13 +8,12 @@ imports `spec` without importing mfac.
 from .cache import cache_dir, cache_key, make_private
 from .errors import BuildError
 from .loader import load, status
-from .spec import PACKAGE, architecture, extension_spec, fingerprint, sources_root
-from .toolchain import cpu, cuda_home, cuda_plan, find_compiler, find_ninja, gpus_here
+from .spec import PACKAGE, extension_spec, fingerprint, sources_root
+from .toolchain import cpu, cuda_home, cuda_plan, find_compiler, find_ninja
 
 __all__ = [
     "PACKAGE",
     "BuildError",
-    "architecture",
     "cache_dir",
     "cache_key",
     "cpu",
@@ -24,7 +23,6 @@ __all__ = [
     "find_compiler",
     "find_ninja",
     "fingerprint",
-    "gpus_here",
     "load",
     "make_private",
     "sources_root",

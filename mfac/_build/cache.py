@@ -58,7 +58,7 @@ def cache_key() -> str:
 
     parts = {
         "fingerprint": spec.fingerprint(),
-        "flags": spec.compile_flags(toolchain.gpus_wanted()[0]),
+        "flags": spec.compile_flags(toolchain.gpus_wanted().gpus),
         "torch": [torch.version.git_version, torch.compiled_with_cxx11_abi(), torch.version.cuda],
         "python": sysconfig.get_config_var("SOABI"),
         "platform": [sysconfig.get_platform(), platform.libc_ver()],
@@ -100,7 +100,7 @@ def check_trusted(*paths: Path) -> None:
             raise BuildError(explain([f"cache {path}: not loaded, {fault}"], "the cache is not safe to load from", fix))
 
 
-def fits(home: Path) -> bool:
+def fits(build_dir: Path) -> bool:
     """Return whether a build's folder holds a library that can be loaded as it is.
 
     The tools that made it must be those found here, as far as a build is possible: without a compiler, ninja or
@@ -109,31 +109,31 @@ def fits(home: Path) -> bool:
     Raises:
         BuildError: There is one that is not safe to load.
     """
-    library = home / "_C.so"
+    library = build_dir / "_C.so"
     if not library.exists():
         return False
-    check_trusted(home.parent, home, library)
-    tools = toolchain.build_tools() if os.access(home, os.W_OK) else None
+    check_trusted(build_dir.parent, build_dir, library)
+    tools = toolchain.build_tools() if os.access(build_dir, os.W_OK) else None
     try:
-        manifest = json.loads((home / "manifest.json").read_text())
+        manifest = json.loads((build_dir / "manifest.json").read_text())
     except (OSError, ValueError):  # a build was interrupted at its last step
         manifest = {}
     return tools is None or all(manifest.get(name) == value for name, value in tools.items() if value is not None)
 
 
-def store(home: Path, built: Path) -> None:
+def store(build_dir: Path, built: Path) -> None:
     """Move a finished library into its folder, and note the tools that made it."""
     manifest = built.with_name("manifest.json")
     manifest.write_text(json.dumps(toolchain.build_tools(), indent=1))
     built.chmod(0o755)  # whatever the umask: see `check_trusted`
-    built.replace(home / "_C.so")
-    manifest.replace(home / "manifest.json")  # last: a library without its manifest is only built again
+    built.replace(build_dir / "_C.so")
+    manifest.replace(build_dir / "manifest.json")  # last: a library without its manifest is only built again
 
 
 @contextlib.contextmanager
-def locked(home: Path) -> Iterator[None]:
+def locked(build_dir: Path) -> Iterator[None]:
     """Hold the lock of a build's folder; while waiting for it, say who holds it and for how long."""
-    lock, holder = filelock.FileLock(home / "lock"), home / "holder"
+    lock, holder = filelock.FileLock(build_dir / "lock"), build_dir / "holder"
     patience = _FIRST_NOTICE
     while True:
         try:
@@ -144,7 +144,7 @@ def locked(home: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):  # the holder has just finished, or has not written it yet
                 pid, age = holder.read_text().strip(), time.time() - holder.stat().st_mtime
             _LOGGER.warning("mfac: waiting for process %s to compile the kernels, %.0f s so far (lock: %s)",
-                            pid, age, home / "lock")  # fmt: skip
+                            pid, age, build_dir / "lock")  # fmt: skip
             patience = _NEXT_NOTICE
     try:
         holder.write_text(f"{os.getpid()}\n")

@@ -38,10 +38,10 @@ def compile_kernels(folder: Path, log: Path, tried: str) -> None:
         CompileError: The compiler failed; the text has the part of its output that matters.
     """
     job = json.dumps({"sys_path": sys.path, "folder": str(folder), **spec.extension_spec()})
-    ninja, compiler = toolchain.find_ninja(), toolchain.find_compiler()[0]
+    ninja, compiler = toolchain.find_ninja(), toolchain.find_compiler().command
     env = {**os.environ, "CXX": compiler}
     env["PATH"] = os.pathsep.join([str(Path(ninja).parent), os.environ.get("PATH", os.defpath)])
-    if toolchain.cuda_plan()[0]:
+    if toolchain.cuda_plan().gpus:
         env["CUDA_HOME"] = str(toolchain.cuda_home())
     env.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0))))  # ninja would start two more
     notice = "mfac: compiling kernels (once; half a minute on two free cores, more with those for CUDA) ..."

@@ -78,7 +78,7 @@ def _load() -> ModuleType:
         try:
             path, origin = _build(tried)
         except CompileError as error:
-            if not toolchain.cuda_plan()[0]:
+            if not toolchain.cuda_plan().gpus:
                 raise
             toolchain.failed_cuda_log = cache.cache_dir() / cache.cache_key() / "build.log"
             warnings.warn(
@@ -123,18 +123,18 @@ def _import(path: Path, origin: str) -> ModuleType:
 
 def _build(tried: str) -> tuple[Path, str]:
     """Return the path of the module in the cache and its origin, after compiling it under the lock if it is absent."""
-    home = cache.cache_dir() / cache.cache_key()
-    target = home / "_C.so"
-    if cache.fits(home):
+    build_dir = cache.cache_dir() / cache.cache_key()
+    target = build_dir / "_C.so"
+    if cache.fits(build_dir):
         return target, "cache"
-    cache.make_private(home)
-    cache.check_trusted(home.parent, home)
-    with cache.locked(home):
-        if cache.fits(home):  # another process has built it while this one waited
+    cache.make_private(build_dir)
+    cache.check_trusted(build_dir.parent, build_dir)
+    with cache.locked(build_dir):
+        if cache.fits(build_dir):  # another process has built it while this one waited
             return target, "cache"
-        for leftover in home.glob("build-*"):  # of processes that were killed
+        for leftover in build_dir.glob("build-*"):  # of processes that were killed
             shutil.rmtree(leftover, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix="build-", dir=home, ignore_cleanup_errors=True) as folder:
-            compile_kernels(Path(folder), home / "build.log", tried)
-            cache.store(home, Path(folder) / "_C.so")
+        with tempfile.TemporaryDirectory(prefix="build-", dir=build_dir, ignore_cleanup_errors=True) as folder:
+            compile_kernels(Path(folder), build_dir / "build.log", tried)
+            cache.store(build_dir, Path(folder) / "_C.so")
     return target, "built"

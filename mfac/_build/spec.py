@@ -62,7 +62,7 @@ def extension_spec(ahead_of_time: bool = False) -> dict[str, list[str]]:
     """
     import torch
 
-    root, gpus = sources_root(), toolchain.cuda_plan()[0]
+    root, gpus = sources_root(), toolchain.cuda_plan().gpus
     flags, cuda_flags = compile_flags(gpus, ahead_of_time)
     macros = {
         "MFAC_FLAGS": json.dumps(" ".join(flags)),
@@ -76,8 +76,8 @@ def extension_spec(ahead_of_time: bool = False) -> dict[str, list[str]]:
         sources += [*(root / "cuda").glob("*.cpp"), *(root / "cuda").glob("*.cu")]
     return {
         "sources": [str(p) for p in sorted(sources)],
-        "include_dirs": [str(root), *[str(root / "cuda")] * bool(gpus), toolchain.find_pybind11()[1]],
+        "include_dirs": [str(root), *[str(root / "cuda")] * bool(gpus), toolchain.find_pybind11().include],
         "cflags": flags + [f"-D{name}={value}" for name, value in macros.items()],
         "cuda_cflags": cuda_flags,
-        "ldflags": ["-fopenmp"] if "clang" in toolchain.find_compiler()[1] else [],
+        "ldflags": ["-fopenmp"] if "clang" in toolchain.find_compiler().version else [],
     }

@@ -9,12 +9,33 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import BuildError, explain
 
 # The log of a build with CUDA kernels that failed; this process then does without them.
 failed_cuda_log: "Path | None" = None
+
+
+class Compiler(NamedTuple):
+    """The C++ compiler: the command that runs it, and the first line of its ``--version``."""
+
+    command: str
+    version: str
+
+
+class Pybind11(NamedTuple):
+    """The version of pybind11 and the folder of its headers."""
+
+    version: str
+    include: str
+
+
+class CudaPlan(NamedTuple):
+    """The GPU architectures of the CUDA kernels, as nvcc names them, and why these or why none."""
+
+    gpus: list[str]
+    reason: str
 
 
 @functools.cache
@@ -24,8 +45,8 @@ def _ask(*command: str) -> str:
     return done.stdout + done.stderr
 
 
-def find_compiler() -> tuple[str, str]:
-    """Return the C++ compiler's command ($CXX, else c++ or g++ on the PATH) and the first line of its ``--version``.
+def find_compiler() -> Compiler:
+    """Return the C++ compiler: $CXX, else c++ or g++ on the PATH.
 
     Raises:
         BuildError: There is none, or it does not run.
@@ -38,7 +59,7 @@ def find_compiler() -> tuple[str, str]:
         fix = "install g++ (Debian, Ubuntu: apt install g++; conda: conda install gxx), or set CXX to a C++ compiler"
         tried = f"C++ compiler {shlex.join(command)} (CXX={os.environ.get('CXX', '')}): {error}"
         raise BuildError(explain([tried], "no C++ compiler (g++) was found", fix)) from error
-    return shlex.join(command), done.stdout.partition("\n")[0]
+    return Compiler(shlex.join(command), done.stdout.partition("\n")[0])
 
 
 def find_ninja() -> str:
@@ -60,8 +81,8 @@ def find_ninja() -> str:
     return found
 
 
-def find_pybind11() -> tuple[str, str]:
-    """Return the version of pybind11 and the folder of its headers.
+def find_pybind11() -> Pybind11:
+    """Return the pybind11 that is installed.
 
     Raises:
         BuildError: It is not installed.
@@ -72,7 +93,7 @@ def find_pybind11() -> tuple[str, str]:
         raise BuildError(
             explain([f"pybind11: {error}"], "pybind11 is not installed", "pip install pybind11")
         ) from error
-    return pybind11.__version__, pybind11.get_include()
+    return Pybind11(pybind11.__version__, pybind11.get_include())
 
 
 def build_tools() -> dict[str, Any] | None:
@@ -83,11 +104,11 @@ def build_tools() -> dict[str, Any] | None:
         CUDA kernels cannot be built), as JSON values.
     """
     try:
-        compiler, pybind11 = find_compiler(), find_pybind11()[0]
+        compiler, pybind11 = find_compiler(), find_pybind11().version
         find_ninja()
     except BuildError:
         return None
-    gpus = cuda_plan()[0]
+    gpus = cuda_plan().gpus
     cuda = [gpus, _ask(str(cuda_home() / "bin" / "nvcc"), "--version")] if gpus else None
     return {"compiler": list(compiler), "pybind11": pybind11, "cuda": cuda}
 
@@ -130,7 +151,7 @@ def gpus_here() -> tuple[str, ...]:
     return tuple(f"{major}{minor}" + "a" * (major >= 9) for major, minor in sorted(found))
 
 
-def gpus_wanted() -> tuple[list[str], str]:
+def gpus_wanted() -> CudaPlan:
     """Return the GPU architectures that CUDA kernels are wanted for, whether or not nvcc is here, and why these or none.
 
     They are $MFAC_CUDA_ARCH, as in ``"80;90a"``, or ``"none"``; by default those of the GPUs in this machine.
@@ -138,44 +159,48 @@ def gpus_wanted() -> tuple[list[str], str]:
     import torch
 
     if torch.version.cuda is None:
-        return [], "none: this torch is built without CUDA"
+        return CudaPlan([], "none: this torch is built without CUDA")
     own = os.environ.get("MFAC_CUDA_ARCH")
     if own == "none":
-        return [], "none: MFAC_CUDA_ARCH=none"
+        return CudaPlan([], "none: MFAC_CUDA_ARCH=none")
     if failed_cuda_log:
-        return [], f"none: they failed to compile, see {failed_cuda_log}"
+        return CudaPlan([], f"none: they failed to compile, see {failed_cuda_log}")
     if own:
-        return own.split(";"), f"for {own} (MFAC_CUDA_ARCH)"
+        return CudaPlan(own.split(";"), f"for {own} (MFAC_CUDA_ARCH)")
     if not gpus_here():
-        return [], "none: there is no GPU here; MFAC_CUDA_ARCH=90a, say, builds for one elsewhere"
-    return list(gpus_here()), f"for {';'.join(gpus_here())}, the GPUs of this machine"
+        return CudaPlan([], "none: there is no GPU here; MFAC_CUDA_ARCH=90a, say, builds for one elsewhere")
+    return CudaPlan(list(gpus_here()), f"for {';'.join(gpus_here())}, the GPUs of this machine")
 
 
-def cuda_plan() -> tuple[list[str], str]:
+def cuda_plan() -> CudaPlan:
     """Return the GPU architectures that CUDA kernels are built for here, and why these or why none.
 
     They are those of `gpus_wanted` that the installed nvcc knows ($MFAC_CUDA_ARCH is passed on as it is).
     """
     import torch
 
-    wanted, reason = gpus_wanted()
-    if not wanted:
-        return [], reason
+    wanted = gpus_wanted()
+    if not wanted.gpus:
+        return wanted
     home = cuda_home()
     if home is None:
-        return [], f"none: torch has CUDA {torch.version.cuda}, but nvcc and its headers were not found; set CUDA_HOME"
+        return CudaPlan(
+            [], f"none: torch has CUDA {torch.version.cuda}, but nvcc and its headers were not found; set CUDA_HOME"
+        )
     nvcc = home / "bin" / "nvcc"
     version = re.search(r"release (\d+)", _ask(str(nvcc), "--version"))
     if version is None or version[1] != torch.version.cuda.partition(".")[0]:
         found = version[1] if version else "another program"
-        return [], f"none: torch has CUDA {torch.version.cuda}, but {nvcc} is {found}; set CUDA_HOME to a matching one"
+        return CudaPlan(
+            [], f"none: torch has CUDA {torch.version.cuda}, but {nvcc} is {found}; set CUDA_HOME to a matching one"
+        )
     if os.environ.get("MFAC_CUDA_ARCH"):
-        return wanted, reason
+        return wanted
     known = _ask(str(nvcc), "--list-gpu-code").split()
-    served = [gpu for gpu in wanted if f"sm_{gpu.rstrip('a')}" in known]
+    served = [gpu for gpu in wanted.gpus if f"sm_{gpu.rstrip('a')}" in known]
     if not served:
-        return [], f"none: {nvcc} does not know the GPUs of this machine, {';'.join(wanted)}"
-    return served, f"for {';'.join(served)}, the GPUs of this machine"
+        return CudaPlan([], f"none: {nvcc} does not know the GPUs of this machine, {';'.join(wanted.gpus)}")
+    return CudaPlan(served, f"for {';'.join(served)}, the GPUs of this machine")
 
 
 def cpu() -> tuple[str, str]:

@@ -26,7 +26,7 @@ def main() -> int:
     _row("cpu", _build.cpu()[0])
     _row("cpu capability", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     _row("cuda", _cuda())
-    _row("cuda kernels", _build.cuda_plan()[1])
+    _row("cuda kernels", _build.cuda_plan().reason)
     _row("sources", _build.sources_root())
     _row("cache", _build.cache_dir())
     sys.stdout.write("loading the kernels; at their first use they are compiled, which takes half a minute or more\n")

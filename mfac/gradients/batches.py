@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from mfac.checks import check_function, check_instance
+
 MODES = ("eval", "train")
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -25,9 +27,8 @@ def check_functions(loss_fn: Callable[[Any, Any], Tensor] | None, forward: Forwa
     Raises:
         TypeError: If one is neither None nor a function.
     """
-    for name, function in (("loss_fn", loss_fn), ("forward", forward)):
-        if function is not None and not callable(function):
-            raise TypeError(f"{name}: expected a function or None, got {function!r}")
+    check_function("loss_fn", loss_fn)
+    check_function("forward", forward)
 
 
 def model_device(model: nn.Module) -> torch.device:
@@ -130,8 +131,7 @@ def batch_loss(
                 f"loss_fn: expected a function, got None and outputs without .loss ({type(outputs).__name__})"
             )
         source = "outputs.loss"
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"{source}: expected a tensor, got {type(loss).__name__}")
+    check_instance(source, loss, Tensor, "a tensor")
     if loss.numel() != 1:
         raise ValueError(f"{source}: expected a scalar, got shape {list(loss.shape)}")
     return loss

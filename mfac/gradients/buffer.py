@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mfac.checks import check_int, check_number
+from mfac.checks import check_instance, check_int, check_number
 from mfac.gradients.memory import allocate_rows
-from mfac.model.names import named_parameters
+from mfac.model.names import named_parameters, shorten
 
 STATE_KEYS = ("names", "shapes", "num_grads", "rows", "next", "skipped", "reached", "loss", "samples")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class GradientBuffer:
@@ -31,7 +32,7 @@ class GradientBuffer:
         num_grads: m, the number of rows, >= 1.
         params: Name to parameter (what :func:`mfac.prunable_parameters` returns) or to any tensor of its shape and
             device.
-        dtype: torch.float32, or torch.bfloat16 for half the memory.
+        dtype: torch.float32, or torch.bfloat16 for half the memory; also by its name, ``"bfloat16"``.
         device: Where the rows are; default where the parameters are. ``"cpu"`` for parameters on a GPU that has no room
             for the rows: pinned memory, from which :class:`Fisher` takes them page by page. ``"disk"`` or
             ``"disk:<folder>"`` for a memory-mapped file in the folder for temporary files or another one; it is
@@ -39,6 +40,7 @@ class GradientBuffer:
 
     Attributes:
         names: Names of the parameters, in the order of the columns.
+        storage: Where the rows are kept: a device, or the folder of the memory-mapped file.
         skipped: How many gradients were refused because they held NaN or infinity.
         reached: Names of the parameters that have had a gradient (not None) since the buffer was made or cleared.
         version: Increases with every change of the rows.
@@ -65,29 +67,27 @@ class GradientBuffer:
         self,
         num_grads: int,
         params: Mapping[str, Tensor],
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
         """Allocate the rows."""
         num_grads = check_int("num_grads", num_grads)
-        if not isinstance(params, Mapping):
-            raise TypeError(f"params: expected name -> parameter, got {type(params).__name__}")
+        check_instance("params", params, Mapping, "a mapping of names to parameters")
         if not params:
             raise ValueError("params: expected at least one parameter, got none")
         for name, p in params.items():
-            if not isinstance(p, Tensor):
-                raise TypeError(f"params[{name!r}]: expected a tensor, got {type(p).__name__}")
-        check_dtype("dtype", dtype)
+            check_instance(f"params[{name!r}]", p, Tensor, "a tensor")
+        dtype = check_dtype("dtype", dtype)
         devices = {p.device for p in params.values()}
         if len(devices) > 1:
             raise ValueError(f"params: expected on one device, got {', '.join(sorted(map(str, devices)))}")
         home = devices.pop()
-        self._place = check_grads_device("device", device, home)
+        self.storage = check_grads_device("device", device, home)
         self.names = list(params)
         self._shapes = [p.shape for p in params.values()]
         self._sizes = [p.numel() for p in params.values()]
-        self._pinned = home.type == "cuda" and self._place == torch.device("cpu")
-        self._rows = allocate_rows(num_grads, sum(self._sizes), dtype, self._place, self._pinned)
+        self._pinned = home.type == "cuda" and self.storage == torch.device("cpu")
+        self._rows = allocate_rows(num_grads, sum(self._sizes), dtype, self.storage, self._pinned)
         with torch.inference_mode(False):
             self._norms = torch.zeros(num_grads, dtype=torch.float64, device=self._rows.device)
         self.version = 0
@@ -198,7 +198,7 @@ class GradientBuffer:
         grads = [params[name].grad for name in self.names]
         if all(grad is None for grad in grads):
             raise ValueError(
-                f"model: expected a gradient for {listed(self.names)}, got None; call backward() before append()"
+                f"model: expected a gradient for {shorten(self.names)}, got None; call backward() before append()"
             )
         return self.append_gradients(grads, scale)
 
@@ -223,9 +223,10 @@ class GradientBuffer:
         if len(grads) != len(self.names):
             raise ValueError(f"grads: expected {len(self.names)} tensors, got {len(grads)}")
         for name, shape, grad in zip(self.names, self._shapes, grads, strict=True):
-            if grad is not None and not isinstance(grad, Tensor):
-                raise TypeError(f"grads: expected a tensor for {name!r}, got {type(grad).__name__}")
-            if grad is not None and grad.shape != shape:
+            if grad is None:
+                continue
+            check_instance("grads", grad, Tensor, f"a tensor for {name!r}")
+            if grad.shape != shape:
                 raise ValueError(f"grads: expected shape {list(shape)} for {name!r}, got {list(grad.shape)}")
         self.reached.update(name for name, grad in zip(self.names, grads, strict=True) if grad is not None)
         parts = [None if grad is None else _converted(grad, scale, self.dtype) for grad in grads]
@@ -277,7 +278,9 @@ class GradientBuffer:
         """
         missing = [key for key in STATE_KEYS if key not in state]
         if missing:
-            raise ValueError(f"state: expected the keys of GradientBuffer.state_dict(), got none of {missing}")
+            raise ValueError(
+                f"state: expected the keys of GradientBuffer.state_dict(), got none of {', '.join(missing)}"
+            )
         rows, shapes = state["rows"], [list(shape) for shape in self._shapes]
         for key, own in (("names", self.names), ("shapes", shapes), ("num_grads", self.num_grads)):
             if state[key] != own:
@@ -305,7 +308,7 @@ class GradientBuffer:
         self.names, self.reached = list(self.names), set(self.reached)
         with torch.inference_mode(False):
             self._norms = self._norms.clone()
-        self._rows = allocate_rows(num_grads, rows.shape[1], rows.dtype, self._place, self._pinned)
+        self._rows = allocate_rows(num_grads, rows.shape[1], rows.dtype, self.storage, self._pinned)
         self.tensor.copy_(rows)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradientBuffer:
@@ -315,22 +318,23 @@ class GradientBuffer:
         return new
 
 
-def check_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+def check_dtype(name: str, dtype: torch.dtype | str) -> torch.dtype:
     """Check the type of gradients.
 
     Args:
         name: Of the argument, for the error.
-        dtype: What the user gave.
+        dtype: What the user gave: the type, or ``"float32"`` or ``"bfloat16"``.
 
     Returns:
-        The same.
+        The type.
 
     Raises:
         TypeError: If it is neither torch.float32 nor torch.bfloat16.
     """
-    if dtype not in (torch.float32, torch.bfloat16):
+    found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in _DTYPES.values():
         raise TypeError(f"{name}: expected torch.float32 or torch.bfloat16, got {dtype!r}")
-    return dtype
+    return found
 
 
 def check_grads_device(name: str, device: torch.device | str | None, home: torch.device) -> torch.device | Path:
@@ -368,12 +372,6 @@ def row_norm(row: Tensor) -> Tensor:
     """Return the Euclidean norm of a row, a float64 scalar that is finite if the row is."""
     norm = torch.linalg.vector_norm(row, dtype=torch.float32).double()  # at memory speed
     return norm if torch.isfinite(norm) else row.double().norm()  # squares past float32
-
-
-def listed(names: Iterable[str], most: int = 4) -> str:
-    """Return names for a message, the first ``most`` of them and how many there are."""
-    names = list(names)
-    return ", ".join(map(repr, names[:most])) + (f", ... ({len(names)} in all)" if len(names) > most else "")
 
 
 def _check_scale(scale: float | Tensor | torch.amp.GradScaler) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mfac.checks import check_int
+from mfac.checks import check_instance, check_int, warn
 from mfac.gradients.batches import (
     Forward,
     batch_loss,
@@ -20,13 +19,14 @@ from mfac.gradients.batches import (
     move_batch,
     num_samples,
 )
-from mfac.gradients.buffer import GradientBuffer, listed
+from mfac.gradients.buffer import GradientBuffer, check_grads_device
 from mfac.gradients.seeds import current_seed
 from mfac.gradients.settings import CollectSettings
 from mfac.gradients.stream import BatchStream
 from mfac.model.distributed import refuse_distributed
+from mfac.model.names import shorten
 from mfac.model.targets import prunable_parameters
-from mfac.settings import accepts
+from mfac.settings import accepts, definitions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -72,7 +72,8 @@ def collect_gradients(
         TypeError: If ``model`` is not a module, ``batches`` cannot be iterated, ``loss_fn`` or ``forward`` called, a
             batch is neither a pair nor a mapping and there is no ``forward``, or there is no loss or it is not a
             tensor.
-        ValueError: If the model is one of several processes, ``num_grads`` < 1 or more than ``buffer`` has rows,
+        ValueError: If the model is one of several processes, ``num_grads`` < 1 or more than ``buffer`` has rows, a
+            setting contradicts ``buffer``,
             ``batches`` is empty or an iterator that ends early, the loss is not a scalar, as many gradients are not
             finite as were asked for, or the loss of the first batch depends on none of the parameters.
         MemoryError: If the gradients do not fit; the message says what would.
@@ -87,20 +88,17 @@ def collect_gradients(
     mode, forward = settings["mode"], settings["forward"]
     check_functions(loss_fn, forward)
     num_grads = check_int("num_grads", num_grads)
-    if buffer is not None:
-        if not isinstance(buffer, GradientBuffer):
-            raise TypeError(f"buffer: expected a GradientBuffer, got {type(buffer).__name__}")
-        for name in ("params", "exclude"):
-            if settings[name] is not None:
-                raise ValueError(f"{name}: expected None with a buffer, which has its own, got {settings[name]!r}")
-        if num_grads > buffer.num_grads:
-            raise ValueError(f"num_grads: expected at most the {buffer.num_grads} rows of the buffer, got {num_grads}")
     stream = BatchStream(batches, current_seed(), announce=num_grads)
     if buffer is None:
         chosen = prunable_parameters(model, settings["params"], settings["exclude"])
+        check_grads_device("grads_device", settings["grads_device"], next(iter(chosen.values())).device)
         buffer = GradientBuffer(num_grads, chosen, settings["dtype"], settings["grads_device"])
     else:
+        check_instance("buffer", buffer, GradientBuffer, "a GradientBuffer")
+        if num_grads > buffer.num_grads:
+            raise ValueError(f"num_grads: expected at most the {buffer.num_grads} rows of the buffer, got {num_grads}")
         chosen = prunable_parameters(model, buffer.names)
+        _check_no_conflict(buffer, settings, next(iter(chosen.values())).device)
     try:
         append_batches(
             buffer, model, stream, loss_fn, num_grads, chosen, mode=mode, forward=forward,
@@ -109,6 +107,18 @@ def collect_gradients(
     finally:
         stream.close()
     return buffer
+
+
+def _check_no_conflict(buffer: GradientBuffer, settings: Mapping[str, Any], home: torch.device) -> None:
+    """Check that no setting contradicts the buffer; one that has its default value was not given."""
+    for name in ("params", "exclude"):
+        if settings[name] is not None:
+            raise ValueError(f"{name}: expected None with a buffer, which has its own, got {settings[name]!r}")
+    if settings["dtype"] not in (definitions(CollectSettings)["dtype"].default, buffer.dtype):
+        raise ValueError(f"dtype: expected {buffer.dtype}, that of the buffer, got {settings['dtype']}")
+    device = settings["grads_device"]
+    if device is not None and check_grads_device("grads_device", device, home) != buffer.storage:
+        raise ValueError(f"grads_device: expected None or {buffer.storage}, that of the buffer, got {device!r}")
 
 
 def append_batches(
@@ -130,7 +140,7 @@ def append_batches(
         buffer: For the parameters chosen.
         model: Any module.
         batches: An iterator that does not end.
-        loss_fn: See :func:`collect_gradients`, as for the rest.
+        loss_fn: Loss of (outputs, targets), or None if the outputs have it.
         num_grads: Rows to append.
         chosen: Name to parameter.
         mode: ``"eval"`` or ``"train"``.
@@ -165,20 +175,19 @@ def append_batches(
                 bar.update()
             elif buffer.skipped - skipped >= max(num_grads, 16):
                 raise ValueError(
-                    f"batches: {buffer.skipped - skipped} gradients are not finite, only {len(losses)} are; is the "
-                    "model or its input NaN?"
+                    f"batches: expected finite gradients, got {buffer.skipped - skipped} with NaN or infinity and "
+                    f"{len(losses)} finite ones; is the model or its input NaN?"
                 )
     buffer.loss, buffer.samples = sum(losses) / num_grads, sum(samples) / num_grads
 
 
 def _check_reached(missing: list[str], buffer: GradientBuffer) -> None:
     if len(missing) == len(buffer.names):
-        raise ValueError(f"params: expected parameters that the loss depends on, got {listed(missing)}")
+        raise ValueError(f"params: expected parameters that the loss depends on, got {shorten(missing)}")
     if missing:
-        warnings.warn(
-            f"params: the loss of the first batch does not reach {listed(missing)}; weights that no batch reaches stay "
-            "dense",
-            stacklevel=4,
+        warn(
+            f"params: the loss of the first batch does not reach {shorten(missing)}; weights that no batch reaches "
+            "stay dense"
         )
 
 
@@ -197,11 +206,11 @@ def mean_loss(
     Args:
         model: Any module.
         batches: An iterator that does not end.
-        loss_fn: See :func:`collect_gradients`.
+        loss_fn: Loss of (outputs, targets), or None if the outputs have it.
         num_batches: How many to draw.
         mode: ``"eval"`` or ``"train"``.
         forward: Function of (model, batch), or None.
-        seed: As for :func:`append_batches`.
+        seed: Of what the model draws at random; None: it goes on from torch's random state.
 
     Returns:
         The mean over the batches.

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from mfac.gradients.seeds import derive_seed, seeded
+from mfac.gradients.seeds import SeedKind, derive_seed, seeded
 
-_ITERATE, _WORKERS, _SAMPLER, _INDEX = 10, 11, 12, 13  # kinds of seeds
 _CONTAINERS = (list, set, dict, deque, bytearray, np.ndarray)
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
@@ -74,10 +73,10 @@ class LoaderClone:
             An iterator; its worker processes stop when it is deleted.
         """
         # Workers of an iterable dataset restart at its beginning, so they must draw the same random numbers again.
-        workers = derive_seed(seed, _WORKERS, passes, skip if self.by_index else 0)
+        workers = derive_seed(seed, SeedKind.WORKERS, passes, skip if self.by_index else 0)
         settings = self._settings | {"generator": torch.Generator().manual_seed(workers)}
         if self.by_index:
-            sampler = _copied(self._sampler, self._dataset, derive_seed(seed, _SAMPLER, passes), passes)
+            sampler = _copied(self._sampler, self._dataset, derive_seed(seed, SeedKind.SAMPLER, passes), passes)
             indices = _Indices(sampler, seed, passes, skip)
             settings |= {"batch_sampler": indices} if self._batched else {"sampler": indices, "batch_size": None}
         return iter(DataLoader(self._dataset, **settings))
@@ -90,11 +89,11 @@ class _Indices:
         self._sampler, self._seed, self._passes, self._skip = sampler, seed, passes, skip
 
     def __iter__(self) -> Iterator[Any]:
-        with seeded(derive_seed(self._seed, _ITERATE, self._passes)):
+        with seeded(derive_seed(self._seed, SeedKind.ITERATE, self._passes)):
             iterator = iter(self._sampler)
         index = 0
         while True:
-            with seeded(derive_seed(self._seed, _INDEX, self._passes, index)):
+            with seeded(derive_seed(self._seed, SeedKind.INDEX, self._passes, index)):
                 try:
                     indices = next(iterator)
                 except StopIteration:

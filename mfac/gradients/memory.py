@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from mfac.checks import warn
 
 HEADROOM = 0.9  # share of the free bytes that gradients may take
 GIB = 2**30
@@ -42,7 +43,7 @@ def free_bytes(place: torch.device | Path) -> int | None:
 
 
 def fits(nbytes: int, place: torch.device | Path) -> bool:
-    """Return whether ``nbytes`` fit while a tenth of the free bytes stays free; True if unknown."""
+    """Return whether ``nbytes`` fit in the share :data:`HEADROOM` of the free bytes; True if unknown."""
     free = free_bytes(place)
     return free is None or nbytes <= HEADROOM * free
 
@@ -57,7 +58,7 @@ def check_memory(num_grads: int, d: int, dtype: torch.dtype, place: torch.device
         place: A device, or a folder for a memory-mapped file.
 
     Raises:
-        MemoryError: If it does not fit with a tenth of the free bytes to spare; the message names what would.
+        MemoryError: If it takes more than the share :data:`HEADROOM` of the free bytes; the message names what fits.
     """
     need = num_grads * d * dtype.itemsize
     if fits(need, place):
@@ -76,7 +77,8 @@ def check_memory(num_grads: int, d: int, dtype: torch.dtype, place: torch.device
     where = f"in {place}" if isinstance(place, Path) else f"on {place}"
     raise MemoryError(
         f"grads: expected {_gib(need)} for {num_grads} gradients of {d:,} weights in {dtype}, got {_gib(free)} free "
-        f"{where}, a tenth of it kept in reserve; what fits: {', '.join(options) or 'not even one gradient'}"
+        f"{where}, {100 * (1 - HEADROOM):.0f} % of it kept in reserve; what fits: "
+        f"{', '.join(options) or 'not even one gradient'}"
     )
 
 
@@ -115,7 +117,7 @@ def allocate_rows(num_grads: int, d: int, dtype: torch.dtype, place: torch.devic
         except RuntimeError as error:
             if not pinned:
                 raise
-            warnings.warn(f"device: the rows are not pinned, copies to the GPU will be slower ({error})", stacklevel=4)
+            warn(f"device: the rows are not pinned, copies to the GPU will be slower ({error})")
             return torch.empty(num_grads, d, dtype=dtype, device=place)
 
 

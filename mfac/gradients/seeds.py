@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,20 @@ import numpy as np
 import torch
 
 
-def derive_seed(seed: int, kind: int, passes: int = 0, index: int = 0) -> int:
+class SeedKind(enum.IntEnum):
+    """What a seed is used for; the numbers are part of every saved position."""
+
+    START = 1  # a pass over the batches is started
+    BATCH = 2  # a batch is fetched
+    ITERATE = 10  # the iteration over a sampler is started
+    WORKERS = 11  # of worker processes
+    SAMPLER = 12  # of a sampler's generator
+    INDEX = 13  # an index is drawn from a sampler
+    COLLECT = 20  # the model draws while gradients are collected
+    MEASURE = 21  # the model draws while the loss is measured
+
+
+def derive_seed(seed: int, kind: SeedKind, passes: int = 0, index: int = 0) -> int:
     """Derive an independent seed for one event.
 
     Args:

@@ -6,18 +6,11 @@ from typing import Annotated, Any, TypedDict
 import torch
 from torch import nn
 
+from mfac.checks import check_function
 from mfac.gradients.batches import MODES
 from mfac.gradients.buffer import check_dtype
 from mfac.model.targets import names_of
-from mfac.settings import Setting, checked_later, is_flag, is_function, one_of
-
-
-def _names(name: str, value: Any) -> list[str] | None:
-    return names_of(value, name)
-
-
-def _dtype(name: str, value: Any) -> torch.dtype:
-    return check_dtype(name, getattr(torch, value, value) if isinstance(value, str) else value)
+from mfac.settings import Setting, check_flag, checked_later, one_of
 
 
 class CommonSettings(TypedDict, total=False):
@@ -27,15 +20,15 @@ class CommonSettings(TypedDict, total=False):
         str | Iterable[str] | None,
         Setting(
             None,
-            _names,
+            names_of,
             "What to prune: names or ``re:<regex>``; see :func:`mfac.prunable_parameters`. None: the weights of all "
             "layers that can be pruned, or the parameters of the GradientBuffer.",
         ),
     ]
     exclude: Annotated[
-        str | Iterable[str] | None, Setting(None, _names, "Parameters to leave out, written as in ``params``.")
+        str | Iterable[str] | None, Setting(None, names_of, "Parameters to leave out, written as in ``params``.")
     ]
-    progress: Annotated[bool, Setting(True, is_flag, "Show progress bars.")]
+    progress: Annotated[bool, Setting(True, check_flag, "Show progress bars.")]
 
 
 class SourceSettings(TypedDict, total=False):
@@ -54,13 +47,14 @@ class SourceSettings(TypedDict, total=False):
         Callable[[nn.Module, Any], Any] | None,
         Setting(
             None,
-            is_function,
+            check_function,
             "For batches that are neither (inputs, targets) nor dicts: ``forward(model, batch)`` returns (outputs, "
             "targets) for ``loss_fn`` or, without one, the loss or an output that has a ``.loss``.",
         ),
     ]
     dtype: Annotated[
-        torch.dtype | str, Setting(torch.float32, _dtype, "Type of the gradients, torch.float32 or torch.bfloat16.")
+        torch.dtype | str,
+        Setting(torch.float32, check_dtype, "Type of the gradients, torch.float32 or torch.bfloat16."),
     ]
     grads_device: Annotated[
         torch.device | str | None,

@@ -13,22 +13,20 @@ from mfac.checks import check_choice, check_int
 from mfac.gradients.batches import MODES, Forward, check_functions
 from mfac.gradients.buffer import GradientBuffer, check_dtype
 from mfac.gradients.collect import append_batches, mean_loss
-from mfac.gradients.seeds import derive_seed
+from mfac.gradients.seeds import SeedKind, derive_seed
 from mfac.gradients.stream import BatchStream
 from mfac.model.targets import prunable_parameters
 
-_COLLECT, _MEASURE = 20, 21  # kinds of seeds
-
 
 class GradientSource:
-    """A ring of gradients of a model that changes, renewed from an endless stream of batches.
+    """A buffer of gradients of a model that changes, renewed from an endless stream of batches.
 
     All randomness is derived from torch's seed when the source is made (``torch.initial_seed()``): torch's random
     state does not change, and every collection sees new batches of a loader that shuffles. A saved position is exact,
     also in the middle of a pass; :class:`BatchStream` describes lists, DataLoaders and iterators. No worker processes
     of a DataLoader are alive between two calls.
 
-    Copies and pickles hold position and ring; ``copy.deepcopy`` shares ``batches``, ``loss_fn`` and ``forward``.
+    Copies and pickles hold position and buffer; ``copy.deepcopy`` shares ``batches``, ``loss_fn`` and ``forward``.
 
     Args:
         batches: Iterable of batches, as for :func:`mfac.collect_gradients`.
@@ -37,8 +35,8 @@ class GradientSource:
         refresh: How many of them are renewed from the second collection on, in [1, m]; None for a quarter.
         dtype: Of the rows.
         device: Where they are; see :class:`GradientBuffer`.
-        mode: ``"eval"`` or ``"train"``; see :func:`mfac.collect_gradients`.
-        forward: Function of (model, batch), or None; see there.
+        mode: ``"eval"``, or ``"train"``: modules are in training mode while gradients are collected.
+        forward: Function of (model, batch) that returns (outputs, targets), or the loss if ``loss_fn`` is None.
         announce: Warn, once, if there are fewer batches than ``num_grads``.
 
     Attributes:
@@ -80,10 +78,9 @@ class GradientSource:
         self._loss_fn, self._forward, self._mode = loss_fn, forward, check_choice("mode", mode, MODES)
         self.batches = BatchStream(batches, torch.initial_seed(), self.num_grads if announce else None)
         self._buffer: GradientBuffer | None = None
-        self._ring: Mapping[str, Any] | None = None  # a state that was loaded, for the buffer of the next collection
 
     def collect(self, model: nn.Module, params: Iterable[str], progress: bool = False) -> GradientBuffer:
-        """Return the ring after renewing its rows: all at first, then ``refresh``.
+        """Return the buffer after renewing its rows: all at first, then ``refresh``.
 
         Args:
             model: The model as it is now.
@@ -94,23 +91,20 @@ class GradientSource:
             A full buffer, the same one each time.
 
         Raises:
-            ValueError: If the ring is for other parameters.
+            ValueError: If the buffer is for other parameters.
         """
         chosen = prunable_parameters(model, params)
         count = self.refresh
         if self._buffer is None:
             self._buffer = GradientBuffer(self.num_grads, chosen, self.dtype, self.device)
-            if self._ring is not None:
-                self._buffer.load_state_dict(self._ring)
-                self._ring = None
         if self._buffer.names != list(chosen):
-            raise ValueError(f"params: expected those of the ring, {self._buffer.names}, got {list(chosen)}")
+            raise ValueError(f"params: expected those of the buffer, {self._buffer.names}, got {list(chosen)}")
         if len(self._buffer) < self.num_grads:  # new, or a collection was interrupted
             count = self.num_grads
         try:
             append_batches(
                 self._buffer, model, self.batches, self._loss_fn, count, chosen,
-                progress=progress, seed=self._seed(_COLLECT), mode=self._mode, forward=self._forward,
+                progress=progress, seed=self._seed(SeedKind.COLLECT), mode=self._mode, forward=self._forward,
             )  # fmt: skip
         finally:
             self.batches.close()
@@ -129,52 +123,38 @@ class GradientSource:
         try:
             return mean_loss(
                 model, self.batches, self._loss_fn, num_batches,
-                seed=self._seed(_MEASURE), mode=self._mode, forward=self._forward,
+                seed=self._seed(SeedKind.MEASURE), mode=self._mode, forward=self._forward,
             )  # fmt: skip
         finally:
             self.batches.close()
 
-    def _seed(self, kind: int) -> int:
+    def _seed(self, kind: SeedKind) -> int:
         state = self.batches.state_dict()
         return derive_seed(state["seed"], kind, state["passes"], state["taken"])
 
     def release(self) -> None:
-        """Free the ring: all rows are new at the next collection."""
-        self._buffer = self._ring = None
+        """Free the buffer: all rows are new at the next collection."""
+        self._buffer = None
 
-    def state_dict(self, ring: bool = False) -> dict[str, Any]:
-        """Return seed and position.
+    def state_dict(self) -> dict[str, int]:
+        """Return seed and position."""
+        return self.batches.state_dict()
 
-        Args:
-            ring: The gradients too, if there are any; see :meth:`GradientBuffer.state_dict`.
-
-        Returns:
-            Ints, and under ``"ring"`` the state of the buffer or None.
-        """
-        state: dict[str, Any] = dict(self.batches.state_dict())
-        if ring:
-            state["ring"] = self._ring if self._buffer is None else self._buffer.state_dict()
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a position. Without a ring in the state, all rows are new at the next collection.
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Restore a position; all rows are new at the next collection.
 
         Args:
             state: From :meth:`state_dict` of a source over the same kind of batches.
 
         Raises:
-            ValueError: If the ring has other rows.
+            TypeError: If a value is not an int.
+            ValueError: If one is missing or negative.
         """
-        ring = state.get("ring")
-        if ring is not None and (ring["num_grads"], ring["rows"].dtype) != (self.num_grads, self.dtype):
-            got = f"{ring['num_grads']} of {ring['rows'].dtype}"
-            raise ValueError(f"state['ring']: expected {self.num_grads} gradients of {self.dtype}, got {got}")
         self.batches.load_state_dict(state)
         self.release()
-        self._ring = ring
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradientSource:
-        """Copy position and ring; batches and functions are shared."""
+        """Copy position and buffer; batches and functions are shared."""
         new = copy.copy(self)
         new.batches, new._buffer = copy.deepcopy(self.batches, memo), copy.deepcopy(self._buffer, memo)
         return new

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from mfac.checks import check_int
+from mfac.checks import check_instance, check_int, warn
 from mfac.gradients.loader import LoaderClone, can_clone
-from mfac.gradients.seeds import derive_seed, seeded
+from mfac.gradients.seeds import SeedKind, derive_seed, seeded
 
-_START, _BATCH = 1, 2  # kinds of seeds
 _END = object()
 
 
@@ -54,8 +52,7 @@ class BatchStream:
 
     def __init__(self, batches: Iterable[Any], seed: int, announce: int | None = None) -> None:
         """Start nothing yet."""
-        if not isinstance(batches, Iterable):
-            raise TypeError(f"batches: expected an iterable of batches, got {type(batches).__name__}")
+        check_instance("batches", batches, Iterable, "an iterable of batches")
         self._batches = LoaderClone(batches) if can_clone(batches) else batches
         self._once = isinstance(batches, Iterator)
         self._seed, self._announce = seed % 2**64, announce
@@ -82,7 +79,7 @@ class BatchStream:
             self._end_pass()
 
     def _fetch(self, iterator: Iterator[Any], index: int) -> Any:
-        with seeded(derive_seed(self._seed, _BATCH, self.passes, index)):
+        with seeded(derive_seed(self._seed, SeedKind.BATCH, self.passes, index)):
             return next(iterator, _END)
 
     def _open(self) -> Iterator[Any]:
@@ -91,7 +88,7 @@ class BatchStream:
         if self._once:
             return self._batches
         skip = self.taken
-        with seeded(derive_seed(self._seed, _START, self.passes)):
+        with seeded(derive_seed(self._seed, SeedKind.START, self.passes)):
             if isinstance(self._batches, LoaderClone):
                 iterator = self._batches.iterate(self._seed, self.passes, skip)
                 skip = 0 if self._batches.by_index else skip
@@ -109,9 +106,7 @@ class BatchStream:
                 f"batches: expected batches for {wanted}, got {count or 'none'} left; pass a list or DataLoader"
             )
         if self._announce is not None and self.taken < self._announce:
-            warnings.warn(
-                f"batches: {self.taken} batches for {self._announce} gradients; they are used again", stacklevel=3
-            )
+            warn(f"batches: {self.taken} batches for {self._announce} gradients; they are used again")
             self._announce = None
         self._iterator = None
         self.passes, self.taken = self.passes + 1, 0
@@ -137,13 +132,12 @@ class BatchStream:
         """
         missing = {"seed", "passes", "taken"} - set(state)
         if missing:
-            raise ValueError(f"state: expected seed, passes and taken, got none for {', '.join(sorted(missing))}")
+            raise ValueError(f"state: expected seed, passes and taken, got none of {', '.join(sorted(missing))}")
         seed, passes, taken = (check_int(f"state[{key!r}]", state[key], 0) for key in ("seed", "passes", "taken"))
         if self._once and taken:
-            warnings.warn(
+            warn(
                 f"batches: an iterator cannot return to the state's position, after {taken} batches; it goes on where "
-                "it is (pass a list or DataLoader)",
-                stacklevel=2,
+                "it is (pass a list or DataLoader)"
             )
         self._seed, self.passes, self.taken = seed, passes, taken
         self._served = 0

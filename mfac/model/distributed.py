@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from mfac.checks import check_module
+
 
 def refuse_distributed(model: nn.Module) -> None:
     """Check that the model's gradients are those of one process.
@@ -36,8 +38,7 @@ def refuse_sharded(model: nn.Module) -> None:
         ValueError: If it is or holds a FullyShardedDataParallel module, one that ``fully_shard`` was applied to, or a
             parameter that is a DTensor.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     for module in model.modules():
         for sharded in {"FullyShardedDataParallel", "FSDPModule"} & _classes(module):
             raise ValueError(_sharded(sharded))

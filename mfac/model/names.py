@@ -175,20 +175,6 @@ class NameTable:
         return table
 
 
-def matching_names(entry: str, names: Iterable[str], what: str = "params") -> list[str]:
-    """Return the names that a name or ``"re:<regex>"`` stands for, without a model.
-
-    Args:
-        entry: See :meth:`NameTable.find`.
-        names: Canonical names to choose from.
-        what: Argument that the entry comes from, for the errors.
-
-    Returns:
-        The matches, in order.
-    """
-    return NameTable(names).find(entry, what)
-
-
 def shorten(names: Iterable[str], limit: int = 8) -> str:
     """Return names as text, with a count in place of those beyond the limit.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from mfac.checks import check_module
 from mfac.model.layers import Axes, layer_weights
 from mfac.model.names import NameTable, named_parameters, shorten
 from mfac.model.reparametrized import reparametrized
@@ -127,8 +128,7 @@ def prunable_parameters(
         left out:
           2.weight: excluded
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     parameters = named_parameters(model)
     if not parameters:
         raise ValueError("model: expected a module with parameters, got one without any")
@@ -137,14 +137,14 @@ def prunable_parameters(
     default = [name for name in parameters if name in known and name not in left_out]
     table = NameTable.of_model(model)
 
-    entries = names_of(params)
+    entries = names_of("params", params)
     if not default and (entries is None or "__ALL_PRUNABLE__" in entries):
         raise ValueError(_nothing(left_out))
     keywords = {"__ALL__": list(parameters), "__ALL_PRUNABLE__": default}
     chosen = set(default) if entries is None else _matching("params", entries, table, keywords)
     if not chosen:
         raise ValueError("params: expected at least one name, got none")
-    excluded = _matching("exclude", names_of(exclude, "exclude") or [], table, keywords)
+    excluded = _matching("exclude", names_of("exclude", exclude) or [], table, keywords)
     if chosen <= excluded:
         raise ValueError(f"exclude: expected to leave at least one parameter, got all of {shorten(sorted(chosen))}")
 
@@ -159,12 +159,12 @@ def prunable_parameters(
     return PrunableParameters((targets[name] for name in parameters if name in chosen), reasons)
 
 
-def names_of(params: str | Iterable[str] | None, what: str = "params") -> list[str] | None:
+def names_of(name: str, value: str | Iterable[str] | None) -> list[str] | None:
     """Return what the user wrote to choose parameters as a list.
 
     Args:
-        params: See :func:`prunable_parameters`; an iterator is used up.
-        what: Name of the argument, for the error.
+        name: Of the argument, for the error.
+        value: Names as for :func:`prunable_parameters`; an iterator is used up.
 
     Returns:
         The entries, or None.
@@ -172,11 +172,11 @@ def names_of(params: str | Iterable[str] | None, what: str = "params") -> list[s
     Raises:
         TypeError: If it cannot be iterated.
     """
-    if params is None:
+    if value is None:
         return None
-    if not isinstance(params, Iterable):
-        raise TypeError(f"{what}: expected names of parameters or None, got {params!r}")
-    return [params] if isinstance(params, str) else list(params)
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{name}: expected names of parameters or None, got {value!r}")
+    return [value] if isinstance(value, str) else list(value)
 
 
 def _targets(model: nn.Module, names: Mapping[int, str]) -> tuple[dict[str, Target], set[str], dict[str, str]]:
@@ -223,7 +223,7 @@ def _matching(what: str, entries: list[str], table: NameTable, keywords: Mapping
         found = table.find(entry, what) or keywords.get(entry)
         if not found:
             names = shorten(keywords["__ALL__"])
-            raise ValueError(f"{what}: {entry!r} matches no parameter of the model, which has {names}")
+            raise ValueError(f"{what}: expected names among {names}, got {entry!r}, which matches none")
         chosen.update(found)
     return chosen
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
 from types import ModuleType
 
 import torch
 
 from mfac import _build
+from mfac.checks import check_choice, warn
 from mfac.ops import compiled, reference
 
 BACKENDS = ("auto", "compiled", "reference")
 
 
 def select_backend(backend: str = "auto", device: torch.device | str = "cpu") -> ModuleType:
-    """Return the module that serves, :mod:`mfac.ops.compiled` or :mod:`mfac.ops.reference`.
+    """Return the module that computes, :mod:`mfac.ops.compiled` or :mod:`mfac.ops.reference`.
 
     Args:
         backend: ``"compiled"`` (an error if it cannot be built or lacks the device), ``"reference"``, or ``"auto"``:
@@ -34,8 +34,7 @@ def select_backend(backend: str = "auto", device: torch.device | str = "cpu") ->
     source = "backend"
     if backend == "auto":
         backend, source = os.environ.get("MFAC_BACKEND", "auto"), "MFAC_BACKEND"
-    if backend not in BACKENDS:
-        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_choice(source, backend, BACKENDS)
     if backend == "reference":
         return reference
     try:
@@ -43,20 +42,29 @@ def select_backend(backend: str = "auto", device: torch.device | str = "cpu") ->
     except _build.BuildError as error:
         if backend == "compiled":
             raise
-        _warn_once(f"mfac: the compiled kernels are not available, the slower reference path serves.\n{error}")
+        _warn_once(f"mfac: the compiled kernels are not available, falling back to the slower reference path.\n{error}")
         return reference
     device = torch.device(device)
     if device.type == "cpu" or (device.type == "cuda" and config["cuda"]):
         return compiled
-    reason = f"there are no compiled kernels for {device.type}"
-    if device.type == "cuda":
-        reason += f" ({_build.cuda_plan()[1]})"
+    reason = f" ({_build.cuda_plan().reason})" if device.type == "cuda" else ""
     if backend == "compiled":
-        raise RuntimeError(f"backend: {reason}; use backend='reference', or move model and gradients to the CPU")
-    _warn_once(f"mfac: {reason}; the reference path (plain PyTorch on {device.type}) serves.")
+        raise RuntimeError(
+            f"backend: expected a device with compiled kernels, got {device.type}{reason}; use backend='reference', or "
+            "move model and gradients to the CPU"
+        )
+    _warn_once(
+        f"mfac: there are no compiled kernels for {device.type}{reason}, falling back to the slower reference path "
+        f"(plain PyTorch on {device.type})."
+    )
     return reference
+
+
+def backend_name(kernels: ModuleType) -> str:
+    """Return ``"compiled"`` or ``"reference"`` for a module that :func:`select_backend` returned."""
+    return "compiled" if kernels is compiled else "reference"
 
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    warn(message, RuntimeWarning)

@@ -12,7 +12,7 @@ PAGE_BYTES = 2 << 30  # on the GPU there are two of them
 
 
 class PagedOps:
-    """The functions of :mod:`mfac.ops` for ``grads`` on the CPU and all other tensors on a device.
+    """The functions of :mod:`mfac.ops.compiled` for ``grads`` on the CPU and all other tensors on a device.
 
     F is block-diagonal, so that a page of whole blocks is a problem of its own: every op is run for each page, and the
     results are put together or added up. Rows go over by a stream of their own, from pinned memory at the speed of the
@@ -20,7 +20,7 @@ class PagedOps:
     takes on the device is two pages, at least one block each, and what the op itself needs.
 
     Args:
-        kernels: :mod:`mfac.ops` or :mod:`mfac.ops.reference`, for the device.
+        kernels: :mod:`mfac.ops.compiled` or :mod:`mfac.ops.reference`, for the device.
         device: Where the work is done.
         page_bytes: Gradients on the device at a time, twice.
     """
@@ -30,7 +30,7 @@ class PagedOps:
         self.kernels, self.device, self.page_bytes = kernels, device, page_bytes
 
     def _pages(self, grads: Tensor, block_size: int) -> Iterator[tuple[Tensor, slice, slice]]:
-        """Yield each page on the device, its columns and its blocks. A page is good until the next one is asked for."""
+        """Yield each page on the device, its columns and its blocks. A page is valid until the next iteration."""
         m, d = grads.shape
         blocks = max(1, self.page_bytes // (m * grads.element_size() * block_size))
         step = min(blocks * block_size, d)

@@ -1,8 +1,8 @@
 """The ops in plain PyTorch, as readable as the formulas.
 
-Every function here has the signature of its namesake in :mod:`mfac.ops` and computes in float64, block by block,
-whatever the precision asked for. It
-is what the compiled kernels are tested against, and what serves where they cannot be built.
+Every function here has the signature of its namesake in :mod:`mfac.ops.compiled` and computes in float64, block by
+block, whatever the precision asked for. The compiled kernels are tested against these functions, which replace them
+where they cannot be built.
 
 Symbols: G [m, d] gradients, λ ``damping``, B ``block_size``, F = λ I + (1/m) Gᵀ G block by block.
 """
@@ -13,6 +13,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from mfac.checks import check_instance
 
 
 def block_slices(d: int, block_size: int) -> Iterator[slice]:
@@ -30,14 +32,14 @@ def _factor(g: Tensor, damping: float) -> Tensor:
     m = g.shape[0]
     gram = g @ g.T if _capacitance_side(g) else g.T @ g
     gram.diagonal().add_(m * damping)
-    raised = 0.0
+    jitter = 0.0
     for _ in range(10):
-        factor, info = torch.linalg.cholesky_ex(gram + raised * torch.eye(len(gram), dtype=g.dtype, device=g.device))
+        factor, info = torch.linalg.cholesky_ex(gram + jitter * torch.eye(len(gram), dtype=g.dtype, device=g.device))
         if not info and factor.diagonal().isfinite().all():
             return factor
-        # Rounding made it indefinite: the ridge is raised to the rounding error.
-        raised = max(10 * raised, torch.finfo(gram.dtype).eps * float(gram.trace()))
-    raise RuntimeError("mfac: the gradients of a block have no Cholesky factor; expected finite numbers")
+        # Rounding made it indefinite: add a jitter of the size of the rounding error.
+        jitter = max(10 * jitter, torch.finfo(gram.dtype).eps * float(gram.trace()))
+    raise RuntimeError("grads: expected finite numbers, got a block that has no Cholesky factor")
 
 
 def _inverse_times(g: Tensor, factor: Tensor, x: Tensor, damping: float) -> Tensor:
@@ -157,9 +159,8 @@ def quadratic_form(grads: Tensor, x: Tensor, damping: float, block_size: int) ->
 
 def check_groups(groups: Tensor, subsets: Tensor, d: int, device: torch.device) -> None:
     """The checks of csrc/checks.h."""
-    for x, name, least, end in ((groups, "groups", -1, d), (subsets, "subsets", 0, None)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    for x, name, low, end in ((groups, "groups", -1, d), (subsets, "subsets", 0, None)):
+        check_instance(name, x, Tensor, "a tensor")
         if x.dim() != 2:
             raise ValueError(f"{name}: expected two dimensions, got shape {list(x.shape)}")
         if x.dtype != torch.long:
@@ -167,8 +168,8 @@ def check_groups(groups: Tensor, subsets: Tensor, d: int, device: torch.device) 
         if x.device != device:
             raise ValueError(f"{name}: expected on {device} like grads, got {x.device}")
         end = groups.shape[1] if end is None else end
-        if x.numel() and not (least <= x.min() and x.max() < end):
-            raise ValueError(f"{name}: expected numbers in [{least}, {end}), got {int(x.min())} to {int(x.max())}")
+        if x.numel() and not (low <= x.min() and x.max() < end):
+            raise ValueError(f"{name}: expected numbers in [{low}, {end}), got {int(x.min())} to {int(x.max())}")
 
 
 def group_saliency(

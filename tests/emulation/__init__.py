@@ -23,7 +23,7 @@ FLAGS = ["-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-We
 
 def compile_and_link(sources, flags, library, link=()):
     """Compile C++ (also if it is called .cu) into a shared library."""
-    compiler = _build.find_compiler()[0]
+    compiler = _build.find_compiler().command
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         objects = [Path(folder) / f"{source.stem}-{i}.o" for i, source in enumerate(sources)]
         commands = [

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import MISSING, fields
 
-from mfac.checks import suggestion
+from mfac.checks import suggestion, warn
 from mfac.recipe.document import Item
 from mfac.recipe.modifiers.base import EpochRange, Modifier
 from mfac.recipe.modifiers.optimizer import OptimizerSetting, SetLearningRate, SetWeightDecay
@@ -48,7 +47,7 @@ def build(item: Item, strict: bool = False) -> Modifier | None:
     if any(kind in item.name for kind in _SKIPPED):
         if strict:
             raise ValueError(f"{where}: expected modifiers that prune or train, got one that mfac does not run")
-        warnings.warn(f"{where} neither prunes nor trains; it is skipped", stacklevel=2)
+        warn(f"{where} neither prunes nor trains; it is skipped")
         return None
     if item.name not in MODIFIERS:
         raise ValueError(
