@@ -164,6 +164,55 @@ def test_resumed(tmp_path, stop):
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
+class Augmenting(Module):
+    """Without batch_idx, with a batch hook."""
+
+    def __init__(self):
+        super().__init__()
+        self.scales = set()
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch[0] * 0 + 7.0, batch[1]
+
+    def training_step(self, batch):
+        self.scales.add(float(batch[0].max()))
+        return super().training_step(batch, 0)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_batches_are_those_of_training(tmp_path, precision):
+    """The module's batch hooks and the trainer's precision hold for the gradients too."""
+    module, callback = Augmenting(), PrunerCallback(sparsity=0.8, end=4, frequency=2, **SETTINGS)
+    trainer([callback], tmp_path, max_epochs=1, precision=precision).fit(module, loader())
+    assert module.scales == {7.0} and module.zeros() == round(0.8 * 256)
+
+
+def test_a_second_fit_goes_on(tmp_path):
+    """With the same callback: the zeros stay, though the schedule begins again."""
+    module, callback = Module(), PrunerCallback(sparsity=0.8, end=6, frequency=3, **SETTINGS)
+    trainer([callback], tmp_path, max_epochs=1).fit(module, loader())
+    assert module.zeros() == 205
+    trainer([callback], tmp_path, max_epochs=1).fit(module, loader())
+    assert module.zeros() == 205
+
+
+class Manual(Module):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+def test_what_cannot_be_done_is_refused(tmp_path):
+    callback = PrunerCallback(sparsity=0.8, end=6, **SETTINGS)
+    with pytest.raises(ValueError, match="loss_fn: expected a function with manual optimization"):
+        trainer([callback], tmp_path).fit(Manual(), loader())
+    with pytest.raises(ValueError, match="batches: expected one DataLoader for training, got dict"):
+        trainer([callback], tmp_path).fit(Module(), {"a": loader(), "b": loader()})
+    monitor = lightning.callbacks.ModelCheckpoint(tmp_path, monitor="loss")
+    with pytest.warns(UserWarning, match="may choose a checkpoint from before the final sparsity"):
+        trainer([callback, monitor], tmp_path, max_epochs=1, enable_checkpointing=True).fit(Module(), loader())
+
+
 def test_bad_arguments(tmp_path):
     with pytest.raises(ValueError, match="unit: expected one of step, epoch, got 'hour'"):
         PrunerCallback(unit="hour")

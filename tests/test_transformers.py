@@ -116,6 +116,59 @@ def test_resumed(tmp_path, stop):
         run(tmp_path, str(folder))
 
 
+def test_interrupted_training_leaves_nothing_behind(tmp_path):
+    """Hooks that are still there do nothing in a training without the callback."""
+
+    class Interrupting(PrunerCallback):
+        def on_step_end(self, args, state, control, **objects):
+            super().on_step_end(args, state, control, **objects)
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    model = make_model()
+    callback = Interrupting(criterion="magnitude", sparsity=0.9, end=2)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(model, callback, tmp_path).train()
+    weight = model.transformer.h[0].mlp.c_fc.weight
+    assert callback._hooks and (weight == 0).any()
+    ids = Tokens().ids[:4]
+    for _ in range(2):
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert (weight.grad[weight == 0] != 0).any()
+
+
+def test_state_of_another_run_is_refused(tmp_path):
+    for name, sparsity in (("a", 0.8), ("b", 0.5)):
+        callback = PrunerCallback(sparsity=sparsity, end=4, frequency=2, **SETTINGS)
+        trainer = make_trainer(make_model(), callback, tmp_path / name)
+        trainer.args.save_strategy, trainer.args.save_steps = transformers.trainer_utils.SaveStrategy.STEPS, 6
+        trainer.train()
+    callback = PrunerCallback(sparsity=0.5, end=4, frequency=2, **SETTINGS)
+    with pytest.raises(ValueError, match="resume_from: expected the state of this model"):
+        make_trainer(make_model(), callback, tmp_path / "b").train(
+            resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6")
+        )
+
+
+@pytest.mark.filterwarnings("always")
+def test_a_model_that_is_dense_at_the_end_is_announced(tmp_path):
+    """As after load_best_model_at_end, which may find best what was saved before pruning."""
+    model, callback = make_model(), PrunerCallback(sparsity=0.8, end=4, frequency=2, **SETTINGS)
+    make_trainer(model, callback, tmp_path).train()
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight.fill_(1)
+    with pytest.warns(UserWarning, match="weights that the Pruner has pruned are not zero"):
+        callback.on_train_end(None, None, None, model=model)
+
+
+def test_a_second_training_goes_on(tmp_path):
+    model, callback = make_model(), PrunerCallback(sparsity=0.8, end=4, frequency=2, **SETTINGS)
+    for _ in range(2):
+        make_trainer(model, callback, tmp_path).train()
+        assert zeros(model, callback.pruner) == pytest.approx(0.8, abs=1e-3)
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="unit: expected one of step, epoch, got 'hour'"):
         PrunerCallback(unit="hour")

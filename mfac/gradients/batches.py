@@ -167,6 +167,17 @@ def evaluation(
         if mode == "train":
             owned = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
             buffers = [(module, name, b, b.detach().clone()) for module, name, b in owned]
+
+        def restore() -> None:
+            for module, training in modes.items():
+                module.training = training
+            for p, value in required.items():
+                p.requires_grad_(value)
+            with torch.no_grad():
+                for module, name, b, value in buffers:
+                    b.copy_(value)
+                    module._buffers[name] = b
+
         try:
             if seed is not None:
                 for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
@@ -176,11 +187,8 @@ def evaluation(
                 p.requires_grad_(True)
             yield
         finally:
-            for module, training in modes.items():
-                module.training = training
-            for p, value in required.items():
-                p.requires_grad_(value)
-            with torch.no_grad():
-                for module, name, b, value in buffers:
-                    b.copy_(value)
-                    module._buffers[name] = b
+            try:
+                restore()
+            except BaseException:  # Ctrl-C in the middle: half of it must not stay
+                restore()
+                raise

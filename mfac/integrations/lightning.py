@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from mfac.checks import warn
 from mfac.extras import install_hint
-from mfac.integrations.callback import check_unit, needs_batches
+from mfac.integrations.callback import check_unit, masks_so_far, needs_batches, warn_if_dense
 from mfac.pruning.gradual import Pruner
 
 try:
@@ -76,12 +80,31 @@ class PrunerCallback(Callback):
                 f"trainer: expected one process, got {trainer.world_size}, which would prune by different gradients; "
                 "train with devices=1"
             )
-        settings = dict(self._settings)
+        if self._unit == "epoch" and math.isinf(trainer.num_training_batches):
+            raise ValueError("unit: expected 'step' with a dataloader of unknown length, got 'epoch'")
+        settings = {**masks_so_far(self.pruner, pl_module), **self._settings}
+        if self._state is not None and self._state["masks"]:
+            settings["masks"] = self._state["masks"]
         batches = self._batches
         if batches is None and needs_batches(settings):
             batches = trainer.train_dataloader
+            if not isinstance(batches, DataLoader):
+                raise ValueError(
+                    f"batches: expected one DataLoader for training, got {type(batches).__name__}; pass batches= and "
+                    "loss_fn= or forward="
+                )
         if batches is not None and self._loss_fn is None and settings.get("forward") is None:
+            if not pl_module.automatic_optimization:
+                raise ValueError(
+                    "loss_fn: expected a function with manual optimization, whose training_step trains, got None; pass "
+                    "loss_fn= or forward="
+                )
             settings["forward"] = _TrainingStep(trainer)
+        if any(getattr(callback, "monitor", None) for callback in trainer.checkpoint_callbacks):
+            warn(
+                "trainer: ModelCheckpoint(monitor=...) may choose a checkpoint from before the final sparsity; look "
+                "among those after the last update"
+            )
         self.pruner = Pruner(pl_module, batches, self._loss_fn, **settings)
         if len(trainer.optimizers) == 1:
             self.pruner.check_optimizer(trainer.optimizers[0])
@@ -104,6 +127,10 @@ class PrunerCallback(Callback):
         epoch = trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches
         self.pruner.step(trainer.global_step if self._unit == "step" else epoch)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn if the model is not pruned as the masks say."""
+        warn_if_dense(self.pruner, pl_module)
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds."""
         return self._state or {} if self.pruner is None else self.pruner.state_dict(results=True)
@@ -114,7 +141,10 @@ class PrunerCallback(Callback):
 
 
 class _TrainingStep:
-    """The loss of a LightningModule's training_step under the trainer's precision, without its logging."""
+    """The loss of a LightningModule's training_step, with batches and precision as in training, without logging.
+
+    What else training_step does, such as updating a metric, it does here too.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -123,8 +153,12 @@ class _TrainingStep:
         return self
 
     def __call__(self, module: nn.Module, batch: Any) -> Any:
-        with _silent(module), self._trainer.precision_plugin.forward_context():
-            loss = module.training_step(batch, 0)
+        plugin, strategy = self._trainer.precision_plugin, self._trainer.strategy
+        batch = module._on_before_batch_transfer(plugin.convert_input(batch), dataloader_idx=0)
+        batch = strategy.batch_to_device(batch, dataloader_idx=0)
+        rest = (0,) if len(inspect.signature(module.training_step).parameters) > 1 else ()  # batch_idx
+        with _silent(module), plugin.forward_context():
+            loss = module.training_step(batch, *rest)
         return loss["loss"] if isinstance(loss, Mapping) else loss
 
 

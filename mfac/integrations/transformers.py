@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mfac.checks import warn
 from mfac.extras import install_hint
-from mfac.integrations.callback import check_unit, needs_batches
+from mfac.integrations.callback import check_unit, masks_so_far, needs_batches, warn_if_dense
+from mfac.model.targets import prunable_parameters
 from mfac.pruning.gradual import Pruner
 
 try:
@@ -18,6 +20,7 @@ try:
 except ImportError as error:
     raise ImportError(install_hint("transformers", "transformers")) from error
 
+_CHANCE_ZEROS = 0.01  # of the weights of a layer, which are zero though they are kept
 FILE = "pruner.pt"  # in each checkpoint's folder
 
 
@@ -62,6 +65,7 @@ class PrunerCallback(TrainerCallback):
         self._batches, self._loss_fn, self._unit, self._settings = batches, loss_fn, check_unit(unit), settings
         self._resume_from = resume_from
         self._hooks: list[Any] = []
+        self._masking: list[_MaskGradient] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Make the Pruner, and restore its state if training is resumed.
@@ -81,26 +85,46 @@ class PrunerCallback(TrainerCallback):
             raise ValueError(
                 f"args: expected one process and GPU, got {workers}, which would prune by different gradients"
             )
-        settings, model = dict(self._settings), objects["model"]
-        batches = self._batches
+        model, batches, saved = objects["model"], self._batches, None
+        settings = {**masks_so_far(self.pruner, model), **self._settings}
+        if state.global_step > 0:
+            saved = self._saved(args, state, model)
+            settings |= {"masks": saved["masks"]} if saved["masks"] else {}
         if batches is None and needs_batches(settings):
             loader = objects["train_dataloader"]
             batches = getattr(loader, "base_dataloader", loader)  # without accelerate's bookkeeping
         self.pruner = Pruner(model, batches, self._loss_fn, **settings)
-        if state.global_step > 0:
-            folder = Path(self._resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}")
-            if not (folder / FILE).is_file():
-                raise ValueError(
-                    f"resume_from: expected the state of the Pruner at {folder / FILE}, got none; name the folder of "
-                    "the checkpoint"
-                )
-            self.pruner.load_state_dict(torch.load(folder / FILE, map_location="cpu", weights_only=True))
+        if saved is not None:
+            self.pruner.load_state_dict(saved)
         # Trainer clips gradients before it calls any callback.
-        self._hooks = [
-            p.register_post_accumulate_grad_hook(_MaskGradient(self.pruner, name))
-            for name, p in self.pruner.params.items()
-            if p.requires_grad
-        ]
+        trained = {name: p for name, p in self.pruner.params.items() if p.requires_grad}
+        self._masking = [_MaskGradient(self.pruner, name) for name in trained]
+        pairs = zip(trained.values(), self._masking, strict=True)
+        self._hooks = [p.register_post_accumulate_grad_hook(mask) for p, mask in pairs]
+
+    def _saved(self, args: Any, state: Any, model: nn.Module) -> dict[str, Any]:
+        """Return the Pruner's state of the checkpoint that training is resumed from."""
+        folder = Path(self._resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        if not (folder / FILE).is_file():
+            raise ValueError(
+                f"resume_from: expected the state of the Pruner at {folder / FILE}, got none; name the folder of the "
+                "checkpoint"
+            )
+        saved = torch.load(folder / FILE, map_location="cpu", weights_only=True)
+        params = prunable_parameters(model, list(saved["masks"])) if saved["masks"] else {}
+        for name, p in params.items():
+            zero, mask = p.detach().cpu() == 0, saved["masks"][name]
+            if bool((~zero & ~mask).any()) or float((zero & mask).float().mean()) > _CHANCE_ZEROS:
+                raise ValueError(
+                    f"resume_from: expected the state of this model, got {folder / FILE}, whose masks do not fit the "
+                    f"zeros of {name!r}; name the folder of the checkpoint"
+                )
+        return saved
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """Let the hooks mask the gradients of this step."""
+        for mask in self._masking:
+            mask.remaining = args.gradient_accumulation_steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Hold the masks, and prune if an update is due."""
@@ -109,23 +133,32 @@ class PrunerCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Add the Pruner's state to the checkpoint."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if folder.is_dir():
-            torch.save(self.pruner.state_dict(results=True), folder / FILE)
+        if not folder.is_dir():
+            return warn(f"output_dir: expected the checkpoint at {folder}, got none; the Pruner's state is not saved")
+        torch.save(self.pruner.state_dict(results=True), folder / FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-        """Remove the hooks."""
+        """Remove the hooks, and warn if the model is not pruned as the masks say."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        warn_if_dense(self.pruner, objects["model"])
 
 
 class _MaskGradient:
-    """Sets the gradient of pruned weights to zero as it comes."""
+    """Sets the gradient of pruned weights to zero as it comes, in the steps that the callback announces.
+
+    Training that is interrupted leaves the hook behind: it does nothing then.
+    """
 
     def __init__(self, pruner: Pruner, name: str) -> None:
         self._pruner, self._name = pruner, name
+        self.remaining = 0  # backward passes of the current step
 
     def __call__(self, p: nn.Parameter) -> None:
+        if not self.remaining:
+            return
+        self.remaining -= 1
         mask = self._pruner.masks.get(self._name)
         if mask is not None and p.grad is not None:
             p.grad.masked_fill_(~mask.to(p.grad.device), 0)

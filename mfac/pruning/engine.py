@@ -50,7 +50,8 @@ class Engine:
 
     Attributes:
         masks: Name -> bool tensor, True = kept; empty while nothing is pruned.
-        sparsities: Key -> sparsity that was asked for; the key is None for a single number.
+        sparsities: Key -> sparsity that was asked for; see :data:`~mfac.pruning.selection.Sparsities`.
+        zeros: Sparsity of the model when it came, if there were no masks.
         reached: Key -> sparsity that the masks were made for.
         result: What the last step or run did; None before the first.
 
@@ -73,11 +74,11 @@ class Engine:
         self.model, self.settings = model, {name: x for name, x in settings.items() if name not in ("masks", "buffer")}
         chosen = prunable_parameters(model, names if given is None else given, settings["exclude"])
         table = NameTable.of_model(model)
-        self.sparsities, members = parse_sparsity(sparsity, list(chosen), table)
-        if only_keys and given is None and names is None and None not in members:
+        self.sparsities, members = parse_sparsity(sparsity, list(chosen), table, settings["scope"])
+        if only_keys and given is None and names is None and isinstance(sparsity, Mapping):
             chosen = prunable_parameters(model, [name for part in members.values() for name in part])
         self.names, self.device = list(chosen), _check_parameters(chosen)
-        written = [*(given or ()), *(key for key in self.sparsities if key is not None)]
+        written = [*(given or ()), *(sparsity if isinstance(sparsity, Mapping) else ())]
         self._named = {name for entry in written if not entry.startswith("re:") for name in table.find(entry)}
         self._chosen, self._members = chosen, members
         self.selection = self.selection_for(settings.get("pattern", "unstructured"))
@@ -88,8 +89,7 @@ class Engine:
             self.masks = {name: p.detach() != 0 for name, p in chosen.items()}
         elif masks is not None:
             self.masks = complete_masks(check_masks("masks", masks, chosen, table), chosen)
-        else:
-            self._warn_of_zeros()
+        self.zeros = 0.0 if self.masks else _sparsity_of_weights(chosen)
         self.reached: Sparsities = self.selection.reached(flatten_masks(self.masks, chosen))
         self.result: PruneResult | None = None
         self._fisher: tuple[Any, int | None, Fisher] | None = None  # gradients, their version, their Fisher
@@ -101,12 +101,10 @@ class Engine:
             pattern: See :func:`mfac.pruning.patterns.parse_pattern`.
 
         Returns:
-            The selection, with the scope and the bound per layer of the settings.
+            The selection, with the bound per layer of the settings.
         """
         settings = self.settings
-        return Selection(
-            self._chosen, self._members, settings["scope"], pattern, self._named, settings["max_layer_sparsity"]
-        )
+        return Selection(self._chosen, self._members, pattern, self._named, settings["max_layer_sparsity"])
 
     @property
     def params(self) -> dict[str, nn.Parameter]:
@@ -127,15 +125,30 @@ class Engine:
         """Sparsity of the masks, over all chosen parameters."""
         return sparsity_of(self.masks)
 
-    def _warn_of_zeros(self) -> None:
-        """Warn of a sparse model that comes without masks: its zeros would come back."""
-        weights = sum(p.numel() for p in self._chosen.values())
-        zeros = sum(int((p == 0).sum()) for p in self._chosen.values())
-        if zeros > _WARN_SPARSITY * weights:
+    def warn_of_zeros(self) -> None:
+        """Warn of a model that was sparse when it came, but has no masks: its zeros would come back."""
+        if self.zeros > _WARN_SPARSITY and not self.masks:
             warn(
-                f"model: {zeros / weights:.1%} of the weights are zero, but there are no masks to keep them so; "
+                f"model: {self.zeros:.1%} of the weights are zero, but there are no masks to keep them so; "
                 "masks='nonzero' goes on from what is zero, masks= from an earlier result"
             )
+
+    def check_reached(self) -> None:
+        """Check that the masks do not hold more than is asked for.
+
+        Raises:
+            ValueError: If they do.
+        """
+        self.selection.check_reached(flatten_masks(self.masks, self.params), self.sparsities)
+
+    def apply_masks(self) -> None:
+        """Set the pruned weights to zero."""
+        if not self.masks:
+            return
+        with torch.no_grad():
+            for name, p in self.params.items():
+                self.masks[name] = self.masks[name].to(p.device)
+                p.masked_fill_(~self.masks[name], 0)
 
     def fisher(self, grads: Gradients) -> Fisher:
         """Return the Fisher of gradients, which are checked once for each version of a buffer.
@@ -231,7 +244,8 @@ class Engine:
         Raises:
             TypeError: If the gradients are of the wrong type.
             ValueError: If gradients are missing or do not fit, or the sparsity is below what the masks hold.
-            RuntimeError: If the update is not finite. The model and masks are unchanged then, as after any error.
+            RuntimeError: If the update is not finite. Model, masks and result are unchanged then, as after any error
+                before the weights are written.
         """
         settings = self.settings
         if grads is None and CRITERIA[settings["criterion"]].needs_gradients:
@@ -247,31 +261,39 @@ class Engine:
                     )
             kept, loss = prune_vector(weights, active, fisher, plan, seconds)
             advice = "" if fisher is None else f" with damping={fisher.damping:g}; raise the damping"
-            self._commit(params, weights, kept, sparsities, advice)
-        layers = [(name, mask.numel(), int(mask.sum())) for name, mask in self.masks.items()]
-        self._warn_of_empty_layers(layers, sparsities)
-        self.result = PruneResult(
-            masks=dict(self.masks),
-            layers=layers,
-            sparsity=self.sparsity,
-            predicted_loss_increase=loss,
-            damping=None if fisher is None else fisher.damping,
-            block_size=None if fisher is None else fisher.block_size,
-            candidates=candidates,
-            seconds=seconds,
-            backend="compiled" if plan.kernels is compiled else "reference",
-        )
-        return self.result
+            sizes = [p.numel() for p in params.values()]
+            parts = zip(params, kept.split(sizes), strict=True)
+            masks = {name: part.view(params[name].shape).clone() for name, part in parts}
+            result = PruneResult(
+                masks=masks,
+                layers=[(name, mask.numel(), int(mask.sum())) for name, mask in masks.items()],
+                sparsity=sparsity_of(masks),
+                predicted_loss_increase=loss,
+                damping=None if fisher is None else fisher.damping,
+                block_size=None if fisher is None else fisher.block_size,
+                candidates=candidates,
+                seconds=seconds,
+                backend="compiled" if plan.kernels is compiled else "reference",
+            )
+            self._commit(params, weights.split(sizes), result, sparsities, advice)
+        self._warn_of_empty_layers(result.layers, sparsities)
+        return result
 
     def _commit(
-        self, params: Mapping[str, Tensor], weights: Tensor, kept: Tensor, sparsities: Sparsities, advice: str
+        self,
+        params: Mapping[str, Tensor],
+        weights: Sequence[Tensor],
+        result: PruneResult,
+        sparsities: Sparsities,
+        advice: str,
     ) -> None:
-        """Write weights [d] and masks, all or nothing, also if it is interrupted."""
-        sizes, new, masks = [p.numel() for p in params.values()], {}, {}
-        for (name, p), a, k in zip(params.items(), weights.split(sizes), kept.split(sizes), strict=True):
+        """Write weights, masks and result, all or nothing, also if it is interrupted."""
+        new = {}
+        for (name, p), flat in zip(params.items(), weights, strict=True):
             # In the parameter's own type: a weight that did not move keeps all its digits, and float16 may overflow.
-            a, masks[name] = a.view(p.shape), k.view(p.shape).clone()
-            new[name] = torch.where(masks[name] & (p.detach().float() == a), p.detach(), a).to(p.dtype)
+            values = flat.view(p.shape)
+            same = result.masks[name] & (p.detach().float() == values)
+            new[name] = torch.where(same, p.detach(), values).to(p.dtype)
         if not all(torch.isfinite(x).all() for x in new.values()):
             raise RuntimeError(f"update: expected finite weights, got NaN or infinity{advice}")
         for name, x in new.items():
@@ -284,7 +306,7 @@ class Engine:
         def write() -> None:
             for name, x in new.items():
                 params[name].detach().copy_(x)
-            self.masks, self.reached = masks, dict(sparsities)
+            self.masks, self.reached, self.result = dict(result.masks), dict(sparsities), result
 
         try:
             write()
@@ -358,10 +380,8 @@ class Engine:
         Raises:
             BaseException: Whatever a step, the model or the batches raise, with the result so far, or None, as
                 ``error.result``. The model is pruned as far as the masks say: call again to go on.
-            ValueError: If the sparsities are below what the masks hold; nothing is done then.
         """
-        params, _, _, _ = self._prepare(None, sparsities)
-        self.selection.check_reached(flatten_masks(self.masks, params), sparsities)
+        self.apply_masks()
         began, origin, settings = time.perf_counter(), dict(self.reached), self.settings
         steps: list[PruneStep] = []
         candidates: list[Candidate] = []
@@ -389,6 +409,8 @@ class Engine:
             if finish is not None:
                 steps[-1].loss_after = finish()
         except BaseException as error:
+            if self.result is not None:
+                self.result.steps = steps
             error.result = self.result  # type: ignore[attr-defined]
             raise
         finally:
@@ -414,6 +436,10 @@ def _collect(
     if isinstance(grads, GradientSource):
         return grads.collect(model, names, progress), grads.num_grads if r == 1 else grads.refresh
     return grads, 0 if grads is None else len(grads)
+
+
+def _sparsity_of_weights(params: Mapping[str, Tensor]) -> float:
+    return sum(int((p == 0).sum()) for p in params.values()) / max(sum(p.numel() for p in params.values()), 1)
 
 
 def _check_parameters(params: Mapping[str, Tensor]) -> torch.device:

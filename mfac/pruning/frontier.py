@@ -14,6 +14,7 @@ from mfac.checks import check_sparsity
 from mfac.extras import install_hint
 from mfac.gradients.buffer import GradientBuffer
 from mfac.pruning.engine import Engine
+from mfac.pruning.masks import flatten_masks
 from mfac.pruning.patterns import parse_pattern
 from mfac.pruning.result import write_csv
 from mfac.pruning.settings import MethodSettings
@@ -150,13 +151,17 @@ def frontier(
     (pattern, within), points = plan[0], []
     names = grads.names if isinstance(grads, GradientBuffer) else None
     engine = Engine(model, within[-1], {**settings, "pattern": pattern}, names)
+    engine.warn_of_zeros()
     selections = [engine.selection_for(pattern) for pattern, _ in plan]
+    for selection, (_, within) in zip(selections, plan, strict=True):
+        selection.check_sparsities(dict.fromkeys(engine.sparsities, within[-1]))
+        selection.check_reached(flatten_masks(engine.masks, engine.params), dict.fromkeys(engine.sparsities, within[0]))
     fisher, _ = engine.choose(grads, engine.sparsities, settings["progress"])
     total = sum(len(within) for _, within in plan)
     with tqdm(total=total, desc="frontier", disable=not settings["progress"], leave=False) as bar:
         for selection, (_, within) in zip(selections, plan, strict=True):
             for target in within:
-                sparsity, loss = engine.predict(grads, fisher, {None: target}, selection)
+                sparsity, loss = engine.predict(grads, fisher, dict.fromkeys(engine.sparsities, target), selection)
                 points.append(FrontierPoint(selection.pattern.name, target, sparsity, loss))
                 bar.update()
     return Frontier(points, fisher.damping, fisher.block_size)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mfac.checks import check_number, warn
+from mfac.checks import check_int, check_number, warn
 from mfac.model.names import shorten
 from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.engine import Engine
@@ -134,6 +134,7 @@ class Pruner:
             for key, value in self._engine.sparsities.items()
         }
         self._calls = 0
+        self._handle: RemovableHandle | None = None
         self._stepped = False  # by this very object, not by one that it was copied or loaded from
         self._time: float | None = None  # of the latest call
         self._last: float | None = None  # nominal time of the last update
@@ -156,12 +157,17 @@ class Pruner:
 
     @property
     def finished(self) -> bool:
-        """Whether the last update has been made."""
-        return self._last is not None and self._last >= self._schedule.end
+        """Whether the last update has been made, and the final sparsity reached."""
+        return self._last is not None and self._last >= self._schedule.end and not self._behind
 
     @property
     def _schedule(self) -> Schedule:
         return next(iter(self._schedules.values()))
+
+    @property
+    def _behind(self) -> bool:
+        """Whether less is pruned than the schedule ends with."""
+        return any(self._engine.reached[key] < s.final_sparsity for key, s in self._schedules.items())
 
     def __repr__(self) -> str:
         """Return sparsity, time and updates, each beside what it leads to."""
@@ -175,7 +181,7 @@ class Pruner:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and files hold."""
-        return {**self.__dict__, "_stepped": False}
+        return {**self.__dict__, "_stepped": False, "_handle": None}
 
     def __del__(self) -> None:
         """Warn if training ended before the schedule did."""
@@ -199,12 +205,16 @@ class Pruner:
         time = self._calls + 1 if time is None else check_number("time", time)
         if self._time is not None and time < self._time:
             warn(f"time: expected it to increase, got {time:g} after {self._time:g}")
+        if not self._stepped:
+            self._engine.warn_of_zeros()
         self._calls += 1
         self._time, self._stepped = time, True
         _STEPPED.add(self)
         with torch.inference_mode(False):
             self.apply_masks()
-            if not self._schedule.due(time, self._last):
+            # The end is also due to a run that goes on with another end or sparsity than it began with.
+            late = time >= self._schedule.end and self._behind
+            if not (late or self._schedule.due(time, self._last)):
                 return None
             now = self._schedule.nominal_time(time)
             # A run that goes on with another schedule keeps its sparsity until that has caught up.
@@ -217,6 +227,11 @@ class Pruner:
         self._last = now
         self.results.append((time, dataclasses.replace(result, masks={})))
         return result
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is pruned."""
+        return self._engine.model
 
     def _update(self, sparsities: dict[str | None, float]) -> PruneResult:
         settings, buffer = self._engine.settings, self._buffer
@@ -236,7 +251,7 @@ class Pruner:
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Call :meth:`step` after every step of an optimizer from now on, in place of calls in the training loop.
 
-        Steps that a GradScaler skips do not count. Time is the number of steps.
+        Steps that a GradScaler skips do not count. Time is the number of steps. Copies of the Pruner are not attached.
 
         Args:
             optimizer: The one that trains the model.
@@ -247,7 +262,7 @@ class Pruner:
         Raises:
             TypeError: If it is not a torch optimizer.
             ValueError: If it does not hold the parameters that are pruned, as one that keeps float32 master copies of
-                them: these would bring pruned weights back.
+                them: these would bring pruned weights back; or the Pruner is attached already.
 
         Example:
             >>> import torch
@@ -263,11 +278,16 @@ class Pruner:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
         self.check_optimizer(optimizer)
+        if self._handle is not None and self._handle.id in (self._handle.hooks_dict_ref() or {}):
+            raise ValueError(
+                "optimizer: expected a Pruner that is not attached, got one that is; remove() its handle first"
+            )
 
         def after_step(*_: Any) -> None:
             self.step()
 
-        return optimizer.register_step_post_hook(after_step)
+        self._handle = optimizer.register_step_post_hook(after_step)
+        return self._handle
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Check that an optimizer trains the very parameters that are pruned.
@@ -289,13 +309,7 @@ class Pruner:
 
     def apply_masks(self) -> None:
         """Set the pruned weights to zero."""
-        masks = self._engine.masks
-        if not masks:
-            return
-        with torch.no_grad():
-            for name, p in self.params.items():
-                masks[name] = masks[name].to(p.device)
-                p.masked_fill_(~masks[name], 0)
+        self._engine.apply_masks()
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero; call it before gradients are clipped, whose norm counts them."""
@@ -348,6 +362,7 @@ class Pruner:
         """
         self.check_state_dict(state, strict)
         engine, params = self._engine, self.params
+        results = [(time, PruneResult.from_dict(values)) for time, values in state.get("results", ())]
         masks = check_masks("state", state["masks"], params)
         if "buffer" in state and self._buffer is not None:
             self._buffer.load_state_dict(state["buffer"])
@@ -356,7 +371,7 @@ class Pruner:
         engine.masks = {name: masks[name].to(p.device, copy=True) for name, p in params.items() if masks}
         engine.reached = dict(state["reached"])
         self._calls, self._time, self._last = state["calls"], state["time"], state["last"]
-        self.results = [(time, PruneResult.from_dict(values)) for time, values in state.get("results", ())]
+        self.results = results
         self.apply_masks()
 
     def check_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
@@ -379,7 +394,15 @@ class Pruner:
             raise ValueError(f"state: expected the parameters {shorten(engine.names)}, got {shorten(state['names'])}")
         if set(state["reached"]) != set(self._schedules):
             raise ValueError(f"state: expected sparsities for {list(self._schedules)}, got {list(state['reached'])}")
+        check_int("state['calls']", state["calls"], 0)
+        for name in ("time", "last"):
+            if state[name] is not None:
+                check_number(f"state[{name!r}]", state[name])
+        for _, values in state.get("results", ()):
+            PruneResult.from_dict(values)
         for name, value in state["settings"].items():
+            if strict and name not in engine.settings:
+                raise ValueError(f"state: expected settings of this version, got {name!r}; strict=False ignores it")
             if strict and value != engine.settings[name]:
                 raise ValueError(
                     f"state: expected {name}={engine.settings[name]!r} like this Pruner, got {value!r}; strict=False "

@@ -65,6 +65,8 @@ def prune(
         (30, 2)
     """
     engine = Engine(model, sparsity, settings)
+    engine.check_reached()
+    engine.warn_of_zeros()
     source = engine.source(batches, loss_fn, announce=True)
 
     def finish() -> float:

@@ -105,7 +105,7 @@ class PruneResult:
         total, kept = sum(n for _, n, _ in self.layers), sum(k for _, _, k in self.layers)
         lines = [f"{'layer':<{width}} {'weights':>12} {'kept':>12} {'sparsity':>9}"]
         for name, n, k in [*self.layers, ("all", total, kept)]:
-            lines.append(f"{name:<{width}} {n:>12,} {k:>12,} {1 - k / n:>9.2%}")
+            lines.append(f"{name:<{width}} {n:>12,} {k:>12,} {1 - k / max(n, 1):>9.2%}")
         if self.steps:
             lines.append(
                 f"{'step':>4} {'sparsity':>9} {'new gradients':>14} {'loss':>8} {'predicted':>10} {'after':>8}"
@@ -154,11 +154,20 @@ class PruneResult:
 
         Returns:
             The result.
+
+        Raises:
+            ValueError: If something is missing.
         """
         values = dict(values)
+        missing = {f.name for f in fields(cls)} - {"masks"} - set(values)
+        if missing:
+            raise ValueError(f"values: expected what to_dict returned, got none of {', '.join(sorted(missing))}")
         values["layers"] = [(row["name"], row["weights"], row["kept"]) for row in values["layers"]]
         values["candidates"] = [Candidate(**row) for row in values["candidates"]]
-        values["steps"] = [PruneStep(**row) for row in values["steps"]]
+        losses = ("loss_before", "loss_after")  # null in JSON where not known
+        values["steps"] = [
+            PruneStep(**{**row, **{name: math.nan for name in losses if row[name] is None}}) for row in values["steps"]
+        ]
         return cls(masks=dict(masks or {}), **values)
 
     def to_json(self, path: str | Path) -> None:

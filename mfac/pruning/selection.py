@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from types import ModuleType
 
@@ -17,11 +18,12 @@ from mfac.pruning.schedule import interpolate_sparsity
 _MAX_SCORE_BYTES = 8e9  # of the scores of all subsets of all groups
 
 Segment = tuple[str | None, list[str]]  # key and names of parameters that are ranked together
-Sparsities = dict[str | None, float]  # sparsity by the key of the user's dict; by None if it was one number
+# By key: a key of the user's dict, None if it was one number, or a parameter's name if each is ranked by itself.
+Sparsities = dict[str | None, float]
 
 
 def parse_sparsity(
-    sparsity: float | Mapping[str, float], names: Sequence[str], table: NameTable
+    sparsity: float | Mapping[str, float], names: Sequence[str], table: NameTable, scope: str
 ) -> tuple[Sparsities, dict[str | None, list[str]]]:
     """Understand the sparsity that the user asks for.
 
@@ -29,16 +31,17 @@ def parse_sparsity(
         sparsity: A sparsity for all parameters, or a dict of them by name or ``"re:<regex>"``.
         names: Of all chosen parameters.
         table: What a user may write for them.
+        scope: ``"global"``, or ``"layer"`` to rank each parameter by itself.
 
     Returns:
-        Key -> sparsity, and key -> names of its parameters; the key is None for a single number.
+        Key -> sparsity, and key -> names of the parameters that are ranked together.
 
     Raises:
         TypeError: If a sparsity is not a number.
         ValueError: If a sparsity is not in [0, 1], or a key matches nothing or what another key matches.
     """
     if not isinstance(sparsity, Mapping):
-        return {None: check_sparsity("sparsity", sparsity)}, {None: list(names)}
+        return _by_scope({None: check_sparsity("sparsity", sparsity)}, {None: list(names)}, scope)
     if not sparsity:
         raise ValueError("sparsity: expected at least one entry, got an empty dict")
     sparsities: Sparsities = {}
@@ -53,7 +56,16 @@ def parse_sparsity(
                 raise ValueError(f"sparsity: expected one key for {name!r}, got both {taken[name]!r} and {key!r}")
             taken[name] = key
         sparsities[key], members[key] = check_sparsity(f"sparsity[{key!r}]", value), found
-    return sparsities, members
+    return _by_scope(sparsities, members, scope)
+
+
+def _by_scope(
+    sparsities: Sparsities, members: dict[str | None, list[str]], scope: str
+) -> tuple[Sparsities, dict[str | None, list[str]]]:
+    if scope == "global":
+        return sparsities, members
+    each = {name: key for key, names in members.items() for name in names}
+    return {name: sparsities[key] for name, key in each.items()}, {name: [name] for name in each}
 
 
 class Selection:
@@ -65,7 +77,6 @@ class Selection:
     Args:
         chosen: Name to parameter, in the order of the flat vector.
         members: Key -> names, from :func:`parse_sparsity`.
-        scope: ``"global"`` or ``"layer"``.
         pattern: How weights group; see :func:`mfac.pruning.patterns.parse_pattern`.
         named: Parameters that the user chose by their names; these must have groups.
         max_layer_sparsity: Bound of the sparsity of a parameter; None: no bound.
@@ -85,7 +96,6 @@ class Selection:
         self,
         chosen: PrunableParameters,
         members: Mapping[str | None, Sequence[str]],
-        scope: str,
         pattern: str | Sequence[int],
         named: Collection[str] = (),
         max_layer_sparsity: float | None = None,
@@ -93,11 +103,7 @@ class Selection:
         """List the groups."""
         self.pattern = pattern = parse_pattern(pattern)
         self.max_layer_sparsity = max_layer_sparsity
-        self.segments = [
-            (key, segment)
-            for key, names in members.items()
-            for segment in ([[name] for name in names] if scope == "layer" else [list(names)])
-        ]
+        self.segments = list(members.items())
         self.sizes = {name: p.numel() for name, p in chosen.items()}
         self._units = dict(self.sizes)  # units of each parameter
         self.positions: Tensor | None = None
@@ -159,7 +165,7 @@ class Selection:
         Raises:
             ValueError: If it is.
         """
-        self._counts(self.segments, self._done(active), sparsities, 1)
+        self._counts(self.segments, self._done(active), sparsities, 1, strict=True)
 
     def reached(self, active: Tensor | None) -> Sparsities:
         """Return key -> sparsity of the units that are pruned in ``active`` [d] bool."""
@@ -189,19 +195,28 @@ class Selection:
         done: Tensor | None,
         sparsities: Sparsities,
         share: float,
+        strict: bool = False,
     ) -> list[int]:
-        """Units to be pruned in each segment after `share` of the way from what is done."""
+        """Units to be pruned in each segment after `share` of the way from what is done, which is never undone.
+
+        Returns:
+            A count for each segment.
+
+        Raises:
+            ValueError: If it is strict, and more is done in a segment than its sparsity asks for.
+        """
         flags, counts, most = self._by_name(done), [], self.pattern.max_sparsity
         for key, names in segments:
             total = sum(self._units[name] for name in names)
             target = min(round(sparsities[key] / most * total), total)
             held = sum(int(flags[name].sum()) for name in names) if flags else 0
-            if target < held:
+            if strict and target < held:
                 what = "weights" if self.positions is None else f"groups of {self.pattern.name}"
                 raise ValueError(
                     f"sparsity: expected at least {held} of {total} {what} of {shorten(names, 3)}, pruned already, "
                     f"got {sparsities[key]}, which is {target}; pruned weights stay pruned unless their mask is dropped"
                 )
+            target = max(target, held)
             now = interpolate_sparsity(most * held / max(total, 1), most * target / max(total, 1), share) / most * total
             counts.append(target if share == 1 else min(max(held, round(now)), target))
         return counts
@@ -231,7 +246,7 @@ class Selection:
             [d] bool, True = kept.
 
         Raises:
-            ValueError: If more is pruned already than the sparsity asks for, or nothing can be pruned.
+            ValueError: If nothing can be pruned, or the bound per layer stands against the sparsity.
         """
         done, best = self._done(active), None
         if self.positions is not None:
@@ -289,10 +304,13 @@ class Selection:
         """
         flags, parts = self._by_name(done), self._by_name(scores)
         for (_, names), count in zip(segments, counts, strict=True):
-            limits = []
-            for name in names:
-                limit = int(self.max_layer_sparsity / self.pattern.max_sparsity * self._units[name] + 1e-9)
-                limits.append(max(limit, int(flags[name].sum()) if flags else 0))
+            share = min(1.0, self.max_layer_sparsity / self.pattern.max_sparsity)
+            held = [int(flags[name].sum()) if flags else 0 for name in names]
+            for rounding in (math.floor, math.ceil):  # up to one unit more in each, where rounding stands in the way
+                units = [rounding(round(share * self._units[name], 6)) for name in names]
+                limits = list(map(max, units, held))
+                if sum(limits) >= count:
+                    break
             if sum(limits) < count:
                 raise ValueError(
                     f"max_layer_sparsity: expected a bound by which {count} units of {shorten(names, 3)} can go, as "

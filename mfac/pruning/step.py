@@ -51,6 +51,7 @@ def prune_step(
             ``params``, there are fewer than 4 gradients for ``"auto"``, or the sparsity is below what ``masks`` hold.
             The model is unchanged then.
         RuntimeError: If the update is not finite (the model is unchanged), or ``backend="compiled"`` cannot be had.
+            An error or Ctrl-C once the model is pruned has the result as ``error.result``; before, that is None.
 
     Example:
         >>> import torch
@@ -61,4 +62,10 @@ def prune_step(
     """
     names = grads.names if isinstance(grads, GradientBuffer) else None
     engine = Engine(model, sparsity, settings, names)
-    return engine.step(grads, engine.sparsities, settings["progress"])
+    engine.check_reached()
+    engine.warn_of_zeros()
+    try:
+        return engine.step(grads, engine.sparsities, settings["progress"])
+    except BaseException as error:
+        error.result = engine.result  # type: ignore[attr-defined]
+        raise
