@@ -1,4 +1,4 @@
-"""GradientBuffer: a ring of gradients."""
+"""GradientBuffer: a ring buffer of gradients."""
 
 import copy
 import math

@@ -53,7 +53,10 @@ def test_options_of_train_are_the_settings():
             "train --recipe-path no.md",
             "mfac: error: recipe: expected an existing file, got no.md; the tutorial's recipes are in ",
         ),
-        ("train --recipe-path r.yaml --dataset imagenette", "mfac: error: the dataset imagenette needs a dataset path"),
+        (
+            "train --recipe-path r.yaml --dataset imagenette",
+            "mfac: error: dataset_path: expected a folder with train/<class>/ and val/<class>/ for the dataset",
+        ),
     ],
 )
 def test_wrong_input_is_one_line(command, message, tmp_path, monkeypatch, capsys):
@@ -68,7 +71,7 @@ def test_wrong_input_is_one_line(command, message, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("error", "text"),
     [
-        (RuntimeError("the training loss is nan\n  in epoch 0"), "the training loss is nan in epoch 0"),
+        (RuntimeError("loss: expected a finite number,\n  got nan"), "loss: expected a finite number, got nan"),
         (BuildError("no kernels\n  tried: a\n  fix: b"), "no kernels\n  tried: a\n  fix: b"),
         (MemoryError(), "expected enough memory, got a MemoryError"),
         (MemoryError("grads: needs 9 GiB"), "grads: needs 9 GiB"),

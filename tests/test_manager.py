@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from pruning_recipe import PRUNING
 from torch import nn
 
 from mfac.recipe import Manager
@@ -17,18 +18,6 @@ from mfac.tutorial.models import MobileNetV1
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PRUNING = """
-modifiers:
-  - !EpochRangeModifier {start_epoch: 0, end_epoch: 3}
-  - !%s
-    params: [0.weight]
-    init_sparsity: 0.25
-    final_sparsity: 0.75
-    start_epoch: 1.0
-    end_epoch: 2.0
-    update_frequency: 0.5
-    inter_func: linear
-"""
 
 # The two recipes of the published tutorial, in their own spelling: legacy names, and none of our extensions.
 ORIGINALS = Path(__file__).parent / "recipes"

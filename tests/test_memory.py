@@ -133,7 +133,7 @@ def test_memory_that_cannot_be_pinned(monkeypatch):
 
 
 def test_pinned_memory_that_torch_keeps(monkeypatch):
-    """It is given back to the system before a ring is refused."""
+    """It is given back to the system before a buffer is refused."""
     free = [10]
     monkeypatch.setattr(memory, "free_bytes", lambda place: free[0])
     monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: free.insert(0, 60), raising=False)

@@ -1,4 +1,4 @@
-"""GradientSource: a ring of gradients that is renewed, and a position to go on from."""
+"""GradientSource: a buffer of gradients that is renewed, and a position to go on from."""
 
 import copy
 import io
@@ -55,7 +55,7 @@ def collect(source, model, times=1):
     return [source.collect(model, NAMES).tensor.clone() for _ in range(times)]
 
 
-# ---- the ring
+# ---- the buffer
 
 
 @pytest.mark.parametrize("kind", ["iterator", "list"])
@@ -84,7 +84,7 @@ def test_release_renews_all_rows():
     assert source.state_dict()["taken"] == 14 - 10
 
 
-def test_options_reach_the_ring():
+def test_options_reach_the_buffer():
     def forward(model, batch):
         return model(batch[0]), batch[2]
 
@@ -266,7 +266,7 @@ class Interrupt:
 
 
 def test_interrupted(unchanged):
-    """The rows so far are valid, no worker is left, and the next collection makes the ring full."""
+    """The rows so far are valid, no worker is left, and the next collection makes the buffer full."""
     source, model = make(make_loader(1), Interrupt()), make_model()
     with unchanged(model), pytest.raises(KeyboardInterrupt):
         source.collect(model, NAMES)

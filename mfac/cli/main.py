@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from mfac import __version__
 from mfac._build import BuildError
 from mfac.extras import DISTRIBUTION
+from mfac.tutorial.data import DATASETS
+from mfac.tutorial.dense import DIGITS_WIDTH
+from mfac.tutorial.train import ARCHITECTURES, TrainSettings
 
 _DESCRIPTION = """\
 Prune PyTorch models with second-order information (M-FAC).
@@ -80,9 +83,14 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     recipe.add_argument("--recipe-args", metavar="K=V,...", help="values for variables of the recipe; also JSON")
     recipe.add_argument("--one-shot", action="store_true", help="prune to the final sparsity at once, without training")
     model = parser.add_argument_group("model")
-    model.add_argument("--arch-key", metavar="NAME", help="network: mobilenet (default)")
     model.add_argument(
-        "--width", type=float, metavar="X", help="multiplier of its channels (default: 0.35 for digits, else 1.0)"
+        "--arch-key", metavar="NAME", help=f"network: {', '.join(ARCHITECTURES)} (default: {TrainSettings.arch_key})"
+    )
+    model.add_argument(
+        "--width",
+        type=float,
+        metavar="X",
+        help=f"multiplier of its channels (default: {DIGITS_WIDTH} for digits, else 1.0)",
     )
     model.add_argument(
         "--pretrained",
@@ -99,36 +107,58 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     data = parser.add_argument_group("data")
     data.add_argument(
         "--dataset",
-        choices=("digits", "imagenette", "imagefolder"),
-        help="digits (bundled with scikit-learn; default), or images in folders",
+        choices=DATASETS,
+        help=f"digits (bundled with scikit-learn), or images in folders (default: {TrainSettings.dataset})",
     )
     data.add_argument("--dataset-path", metavar="DIR", help="folder with train/<class>/*.jpg and val/<class>/*.jpg")
     data.add_argument(
-        "--image-size", type=_positive, metavar="N", help="height and width to which images are brought (default: 224)"
+        "--image-size",
+        type=_positive,
+        metavar="N",
+        help=f"height and width to which images are resized (default: {TrainSettings.image_size})",
     )
     data.add_argument(
         "--train-batch-size",
         type=_positive,
         metavar="N",
-        help="images per step, and per gradient of M-FAC (default: 32)",
+        help=f"images per step, and per gradient of M-FAC (default: {TrainSettings.train_batch_size})",
     )
     data.add_argument(
-        "--test-batch-size", type=_positive, metavar="N", help="images per validation batch (default: 64)"
+        "--test-batch-size",
+        type=_positive,
+        metavar="N",
+        help=f"images per validation batch (default: {TrainSettings.test_batch_size})",
     )
-    data.add_argument("--loader-num-workers", type=int, metavar="N", help="processes that read images (default: 0)")
+    data.add_argument(
+        "--loader-num-workers",
+        type=int,
+        metavar="N",
+        help=f"processes that read images (default: {TrainSettings.loader_num_workers})",
+    )
     training = parser.add_argument_group("training")
     training.add_argument(
-        "--init-lr", type=float, metavar="LR", help="learning rate until the recipe sets one (default: 4e-4)"
+        "--init-lr",
+        type=float,
+        metavar="LR",
+        help=f"learning rate until the recipe sets one (default: {TrainSettings.init_lr:g})",
     )
     training.add_argument(
-        "--max-train-steps", type=int, metavar="N", help="largest number of steps per epoch (default: -1, all)"
+        "--max-train-steps",
+        type=int,
+        metavar="N",
+        help=f"largest number of steps per epoch; -1: all (default: {TrainSettings.max_train_steps})",
     )
     training.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda if available)")
     training.add_argument(
-        "--seed", type=int, metavar="N", help="seed for the order of images and for random weights (default: 0)"
+        "--seed",
+        type=int,
+        metavar="N",
+        help=f"seed for the order of images and for random weights (default: {TrainSettings.seed})",
     )
     output = parser.add_argument_group("output")
-    output.add_argument("--save-dir", metavar="DIR", help="folder for the results of all runs (default: runs)")
+    output.add_argument(
+        "--save-dir", metavar="DIR", help=f"folder for the results of all runs (default: {TrainSettings.save_dir})"
+    )
     output.add_argument(
         "--model-tag", metavar="NAME", help="subfolder for this run, a plain name (default: the recipe's)"
     )
@@ -193,7 +223,7 @@ def _run(options: dict) -> int:
 
         demo(**options)
     else:
-        from mfac.tutorial.train import TrainSettings, train
+        from mfac.tutorial.train import train
 
         train(TrainSettings(**options))
     return 0

@@ -1,4 +1,4 @@
-"""Gradients for the Fisher: a ring of rows that a training loop or :func:`mfac.collect_gradients` fills."""
+"""Gradients for the Fisher: a ring buffer that a training loop or :func:`mfac.collect_gradients` fills."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class GradientBuffer:
-    """A ring of the last ``num_grads`` gradients, one row of d numbers each.
+    """A ring buffer of the last ``num_grads`` gradients, one row of d numbers each.
 
     Feed it from a training loop with :meth:`append`; rows that are not finite are skipped and counted. The order of the
-    rows does not matter to the Fisher, so a full ring simply overwrites its oldest row. A parameter that has no
+    rows does not matter to the Fisher, so a full buffer simply overwrites its oldest row. A parameter that has no
     gradient in a batch counts as zeros in that row. Copies and pickles hold the rows; :meth:`state_dict` gives them to
     ``torch.save``.
 
@@ -100,7 +100,7 @@ class GradientBuffer:
 
     @property
     def num_grads(self) -> int:
-        """Rows that the ring holds when full."""
+        """Rows that the buffer holds when full."""
         return len(self._rows)
 
     @property
@@ -120,7 +120,7 @@ class GradientBuffer:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the whole ring, in bytes."""
+        """Memory of the whole buffer, in bytes."""
         return self._rows.numel() * self._rows.element_size()
 
     @property
@@ -253,7 +253,7 @@ class GradientBuffer:
         self.version += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the whole content; ``rows`` share the memory of a full ring, as a module's state does."""
+        """Return the whole content; ``rows`` share the memory of a full buffer, as a module's state does."""
         return {
             "names": list(self.names),
             "shapes": [list(shape) for shape in self._shapes],
@@ -298,7 +298,7 @@ class GradientBuffer:
         self.version += 1
 
     def __getstate__(self) -> dict[str, Any]:
-        # The ring is allocated anew where this one is: a copied tensor would be neither pinned nor a file.
+        # The rows are allocated anew where this one is: a copied tensor would be neither pinned nor a file.
         return {**self.__dict__, "_rows": self.state_dict()["rows"], "_num_grads": self.num_grads}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -17,64 +17,64 @@ GIB = 2**30
 _PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
 
-def free_bytes(place: torch.device | Path) -> int | None:
+def free_bytes(storage: torch.device | Path) -> int | None:
     """Return the memory that can be allocated now.
 
     Args:
-        place: A device, or a folder for a memory-mapped file.
+        storage: A device, or a folder for a memory-mapped file.
 
     Returns:
         Bytes; None if unknown. For the CPU the minimum of MemAvailable and what the limits of the control groups
         leave, reclaimable file cache counting as free. For CUDA what the driver reports and whole segments that
         torch's allocator holds unused. For a folder the free disk space, or memory if it is a tmpfs.
     """
-    if isinstance(place, Path):
-        space = [shutil.disk_usage(place).free]
-        space += [free_bytes(torch.device("cpu"))] if _is_tmpfs(place) else []
+    if isinstance(storage, Path):
+        space = [shutil.disk_usage(storage).free]
+        space += [free_bytes(torch.device("cpu"))] if _is_tmpfs(storage) else []
         return min(x for x in space if x is not None)
-    if place.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(place)
-        stats = torch.cuda.memory_stats(place)
+    if storage.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(storage)
+        stats = torch.cuda.memory_stats(storage)
         used = ("active_bytes.all.current", "inactive_split_bytes.all.current")
         return free + stats.get("reserved_bytes.all.current", 0) - sum(stats.get(key, 0) for key in used)
-    if place.type == "cpu":
+    if storage.type == "cpu":
         return min((x for x in [_available(), *_cgroup_free()] if x is not None), default=None)
     return None
 
 
-def fits(nbytes: int, place: torch.device | Path) -> bool:
+def fits(nbytes: int, storage: torch.device | Path) -> bool:
     """Return whether ``nbytes`` fit in the share :data:`HEADROOM` of the free bytes; True if unknown."""
-    free = free_bytes(place)
+    free = free_bytes(storage)
     return free is None or nbytes <= HEADROOM * free
 
 
-def check_memory(num_grads: int, d: int, dtype: torch.dtype, place: torch.device | Path) -> None:
-    """Check that a ring of gradients fits where it is to be kept, before it is allocated.
+def check_memory(num_grads: int, d: int, dtype: torch.dtype, storage: torch.device | Path) -> None:
+    """Check that a buffer fits where it is to be kept, before it is allocated.
 
     Args:
         num_grads: m, rows.
         d: Columns.
         dtype: Of the rows.
-        place: A device, or a folder for a memory-mapped file.
+        storage: A device, or a folder for a memory-mapped file.
 
     Raises:
         MemoryError: If it takes more than the share :data:`HEADROOM` of the free bytes; the message names what fits.
     """
     need = num_grads * d * dtype.itemsize
-    if fits(need, place):
+    if fits(need, storage):
         return
-    free, options = free_bytes(place), []
+    free, options = free_bytes(storage), []
     half = num_grads * d * torch.bfloat16.itemsize
-    if half < need and fits(half, place):
+    if half < need and fits(half, storage):
         options.append(f"dtype=torch.bfloat16 ({_gib(half)})")
-    if place != torch.device("cpu") and fits(need, torch.device("cpu")):
+    if storage != torch.device("cpu") and fits(need, torch.device("cpu")):
         options.append("the gradients on the device 'cpu'")
-    if not isinstance(place, Path) and fits(need, Path(tempfile.gettempdir())):
+    if not isinstance(storage, Path) and fits(need, Path(tempfile.gettempdir())):
         options.append("on 'disk'")
     fewer = int(HEADROOM * free) // (d * dtype.itemsize)
     if fewer >= 1:
         options.append(f"num_grads={fewer}")
-    where = f"in {place}" if isinstance(place, Path) else f"on {place}"
+    where = f"in {storage}" if isinstance(storage, Path) else f"on {storage}"
     raise MemoryError(
         f"grads: expected {_gib(need)} for {num_grads} gradients of {d:,} weights in {dtype}, got {_gib(free)} free "
         f"{where}, {100 * (1 - HEADROOM):.0f} % of it kept in reserve; what fits: "
@@ -82,14 +82,14 @@ def check_memory(num_grads: int, d: int, dtype: torch.dtype, place: torch.device
     )
 
 
-def allocate_rows(num_grads: int, d: int, dtype: torch.dtype, place: torch.device | Path, pinned: bool) -> Tensor:
-    """Allocate the rows of a ring, after :func:`check_memory`.
+def allocate_rows(num_grads: int, d: int, dtype: torch.dtype, storage: torch.device | Path, pinned: bool) -> Tensor:
+    """Allocate the rows of a buffer, after :func:`check_memory`.
 
     Args:
         num_grads: m, rows.
         d: Columns.
         dtype: Of the rows.
-        place: A device, or a folder for a memory-mapped file.
+        storage: A device, or a folder for a memory-mapped file.
         pinned: Pin host memory, if that can be had: torch pins powers of two, up to twice as much as asked for.
 
     Returns:
@@ -99,26 +99,26 @@ def allocate_rows(num_grads: int, d: int, dtype: torch.dtype, place: torch.devic
         RuntimeError: If the device refuses.
     """
     nbytes = num_grads * d * dtype.itemsize
-    if pinned and not fits(nbytes, place) and hasattr(torch.accelerator, "empty_host_cache"):
-        torch.accelerator.empty_host_cache()  # torch keeps the pinned memory of a ring that is gone
-    check_memory(num_grads, d, dtype, place)
+    if pinned and not fits(nbytes, storage) and hasattr(torch.accelerator, "empty_host_cache"):
+        torch.accelerator.empty_host_cache()  # torch keeps the pinned memory of a buffer that is gone
+    check_memory(num_grads, d, dtype, storage)
     with torch.inference_mode(False):  # a tensor made inside could not be written outside
-        if isinstance(place, Path):
-            with tempfile.TemporaryFile(dir=place) as file:  # without a name; the mapping outlives its descriptor
+        if isinstance(storage, Path):
+            with tempfile.TemporaryFile(dir=storage) as file:  # without a name; the mapping outlives its descriptor
                 os.posix_fallocate(file.fileno(), 0, max(nbytes, 1))  # a full disk shows here, not as a SIGBUS later
                 path = f"/proc/self/fd/{file.fileno()}"
                 return torch.from_file(path, shared=True, size=num_grads * d, dtype=dtype, device="cpu").view(
                     num_grads, d
                 )
         try:
-            if pinned and not fits(1 << (nbytes - 1).bit_length(), place):
+            if pinned and not fits(1 << (nbytes - 1).bit_length(), storage):
                 raise RuntimeError("too little free memory")
-            return torch.empty(num_grads, d, dtype=dtype, device=place, pin_memory=pinned)
+            return torch.empty(num_grads, d, dtype=dtype, device=storage, pin_memory=pinned)
         except RuntimeError as error:
             if not pinned:
                 raise
             warn(f"device: the rows are not pinned, copies to the GPU will be slower ({error})")
-            return torch.empty(num_grads, d, dtype=dtype, device=place)
+            return torch.empty(num_grads, d, dtype=dtype, device=storage)
 
 
 def _gib(nbytes: int) -> str:

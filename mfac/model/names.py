@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any, TypeVar
 
 from torch import nn
 
+from mfac.model.regex import compile_regex
 from mfac.model.reparametrized import reparametrized
 
 T = TypeVar("T")
@@ -109,19 +109,19 @@ class NameTable:
 
         Raises:
             TypeError: If ``entry`` is not a string.
-            ValueError: If the regular expression is not one.
+            ValueError: If the regular expression is not one, or would take too long.
         """
         if not isinstance(entry, str):
             raise TypeError(f"{what}: expected names of parameters, got {entry!r}")
         if not entry.startswith("re:"):
             name = self._resolve(entry)
             return [] if name is None else [name]
-        try:
-            pattern = re.compile(entry[3:])
-        except re.error as error:
-            raise ValueError(f"{what}: expected a regular expression after re:, got {entry!r}: {error}") from None
         names = self._stages[0]
-        for stage in (*self._stages, {f"module.{name}": name for name in names}):
+        stages = [*self._stages, {f"module.{name}": name for name in names}]
+        pattern = compile_regex(
+            what, entry[3:], max((len(written) for stage in stages for written in stage), default=0)
+        )
+        for stage in stages:
             found = {name for written, name in stage.items() if pattern.match(written)}
             if found:
                 return [name for name in names if name in found]

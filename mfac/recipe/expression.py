@@ -36,7 +36,7 @@ def _number(value: Any, text: str) -> int | float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"eval({text}): expected numbers, got {value!r:.80}")
     if not -_MAX_NUMBER <= value <= _MAX_NUMBER:
-        raise ValueError(f"eval({text}): a number is larger than {_MAX_NUMBER:.0e}")
+        raise ValueError(f"eval({text}): expected numbers of at most {_MAX_NUMBER:.0e}, got a larger one")
     return value
 
 
@@ -121,11 +121,12 @@ class Scope:
         try:
             tree = ast.parse(text, mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: deep nesting
-            raise ValueError(f"eval({shown}) cannot be computed: {error or 'it is nested too deeply'}") from error
+            reason = str(error) or "nesting that is too deep"
+            raise ValueError(f"eval({shown}): expected a valid expression, got an error: {reason}") from error
         try:
             result = self._compute(tree, shown, depth)
         except (ArithmeticError, TypeError, RecursionError) as error:
-            raise ValueError(f"eval({shown}) cannot be computed: {error}") from error
+            raise ValueError(f"eval({shown}): expected a computable expression, got an error: {error}") from error
         return result if isinstance(tree, ast.Name) else _number(result, shown)
 
     def _compute(self, node: ast.AST, text: str, depth: int) -> Any:
@@ -142,7 +143,9 @@ class Scope:
             case ast.BinOp(op=op) if type(op) in _OPERATORS:
                 left, right = number(node.left), number(node.right)
                 if isinstance(op, ast.Pow) and abs(right) > _MAX_EXPONENT:
-                    raise ValueError(f"eval({text}): the exponent {right} is larger than {_MAX_EXPONENT}")
+                    raise ValueError(
+                        f"eval({text}): expected exponents from -{_MAX_EXPONENT} to {_MAX_EXPONENT}, got {right}"
+                    )
                 return _OPERATORS[type(op)](left, right)
             case ast.Call(func=ast.Name(id=name), keywords=[]) if name in _FUNCTIONS:
                 arguments = [number(argument) for argument in node.args]
@@ -150,7 +153,8 @@ class Scope:
                     raise ValueError(f"eval({text}): expected at most {_MAX_DIGITS} digits, got {arguments[1]}")
                 return _FUNCTIONS[name](*arguments)
         raise ValueError(
-            f"eval({text}): only numbers, variable names, + - * / // ** %, and {', '.join(_FUNCTIONS)} are allowed"
+            f"eval({text}): expected only numbers, variable names, + - * / // ** %, and {', '.join(_FUNCTIONS)}, got "
+            f"{type(node).__name__}"
         )
 
     def _variable(self, name: str, depth: int) -> Any:
@@ -158,10 +162,10 @@ class Scope:
             return self._known[name]
         if name in self._underway:
             circle = " -> ".join([*self._underway, name])
-            raise ValueError(f"recipe variables refer to each other in a circle: {circle:.200}")
+            raise ValueError(f"variable: expected references without a circle, got {circle:.200}")
         if name not in self._variables:
             known = ", ".join(sorted(map(str, self._variables)))
-            raise ValueError(f"unknown recipe variable {name!r:.80}; the recipe defines: {known:.200}")
+            raise ValueError(f"variable: expected one of {known or 'none':.200}, got {name!r:.80}")
         self._underway.append(name)
         try:
             value = self._walk(self._variables[name], depth + 1)

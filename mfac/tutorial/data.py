@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from mfac.checks import check_choice
 from mfac.extras import install_hint
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+DATASETS = ("digits", "imagenette", "imagefolder")
+IMAGE_SIZE, TRAIN_BATCH, TEST_BATCH = 224, 32, 64  # defaults
 _SUFFIXES = {".jpg", ".jpeg", ".png"}
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels
 _DIGITS_VALIDATION = 360  # of 1797
@@ -112,7 +115,9 @@ class ImageFolder(Dataset):
         except ImportError as error:
             raise ImportError(install_hint("pillow, which reads images,", "tutorial")) from error
         if not root.is_dir():
-            raise ValueError(f"no folder {root}; expected <dataset-path>/train/<class>/*.jpg and .../val/<class>/*.jpg")
+            raise ValueError(
+                f"dataset_path: expected a folder with train/<class>/*.jpg and val/<class>/*.jpg, got no folder {root}"
+            )
         self.classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
         self._items = [
             (path, target)
@@ -121,7 +126,7 @@ class ImageFolder(Dataset):
             if path.suffix.lower() in _SUFFIXES
         ]
         if not self._items:
-            raise ValueError(f"no images in {root}; expected {root}/<class>/*.jpg, *.jpeg or *.png")
+            raise ValueError(f"dataset_path: expected images {root}/<class>/*.jpg, *.jpeg or *.png, got none")
         self._size, self._train = size, train
 
     def __len__(self) -> int:
@@ -165,11 +170,11 @@ def _centre_crop(image: Image, size: int) -> Image:
 
 def load_data(
     dataset: str = "digits",
-    path: str | Path | None = None,
+    dataset_path: str | Path | None = None,
     *,
-    image_size: int = 224,
-    train_batch_size: int = 32,
-    test_batch_size: int = 64,
+    image_size: int = IMAGE_SIZE,
+    train_batch_size: int = TRAIN_BATCH,
+    test_batch_size: int = TEST_BATCH,
     workers: int = 0,
     device: torch.device | str = "cpu",
     seed: int = 0,
@@ -177,8 +182,8 @@ def load_data(
     """Load a dataset.
 
     Args:
-        dataset: `digits` (embedded), `imagenette` or `imagefolder` (image files under `path`).
-        path: Folder with `train/<class>/` and `val/<class>/`; unused for the digits.
+        dataset: `digits` (embedded), `imagenette` or `imagefolder` (image files under `dataset_path`).
+        dataset_path: Folder with `train/<class>/` and `val/<class>/`; unused for the digits.
         image_size: Height and width of the images of a folder; digits are 32 x 32.
         train_batch_size: Images per training step, and per gradient for M-FAC.
         test_batch_size: Images per validation batch.
@@ -193,23 +198,28 @@ def load_data(
         ValueError: If the dataset is not known, the folder is not laid out as expected, or it has too few images.
         ImportError: If scikit-learn, for the digits, or pillow, for image files, is not installed.
     """
+    check_choice("dataset", dataset, DATASETS)
     if dataset == "digits":
         train, gradients, validation = Digits(True, seed), Digits(True, seed + 1), Digits(False)
         num_classes, workers, image_size = 10, 0, 32
-    elif dataset in ("imagenette", "imagefolder"):
-        if path is None:
-            raise ValueError(
-                f"the dataset {dataset} needs a dataset path: a folder with train/<class>/ and val/<class>/"
-            )
-        train = gradients = ImageFolder(Path(path) / "train", image_size, train=True)
-        validation = ImageFolder(Path(path) / "val", image_size, train=False)
-        if train.classes != validation.classes:
-            raise ValueError(f"{path}: train has the classes {train.classes}, but val has {validation.classes}")
-        num_classes = len(train.classes)
     else:
-        raise ValueError(f"dataset must be digits, imagenette or imagefolder, got {dataset!r}")
+        if dataset_path is None:
+            raise ValueError(
+                f"dataset_path: expected a folder with train/<class>/ and val/<class>/ for the dataset {dataset}, got "
+                "None"
+            )
+        train = gradients = ImageFolder(Path(dataset_path) / "train", image_size, train=True)
+        validation = ImageFolder(Path(dataset_path) / "val", image_size, train=False)
+        if train.classes != validation.classes:
+            raise ValueError(
+                f"dataset_path: expected the same classes in train and val, got {train.classes} and "
+                f"{validation.classes} in {dataset_path}"
+            )
+        num_classes = len(train.classes)
     if len(train) < train_batch_size:
-        raise ValueError(f"train batch size {train_batch_size} is more than the {len(train)} training images")
+        raise ValueError(
+            f"train_batch_size: expected at most the number of training images, {len(train)}, got {train_batch_size}"
+        )
 
     def batches(images: Dataset, offset: int, size: int, training: bool) -> Batches:
         generator = torch.Generator().manual_seed(seed + offset)

@@ -20,7 +20,7 @@ from mfac.pruning.result import write_csv
 from mfac.recipe.load import tutorial_recipes
 from mfac.recipe.manager import Manager
 from mfac.tutorial.data import load_data
-from mfac.tutorial.dense import DENSE_EPOCHS, dense_digits
+from mfac.tutorial.dense import DENSE_EPOCHS, DIGITS_WIDTH, dense_digits
 from mfac.tutorial.loop import Measurement, evaluate, fit
 
 if TYPE_CHECKING:
@@ -80,7 +80,9 @@ def recipe_path(name: str) -> Path:
     """
     path = tutorial_recipes() / name
     if not path.is_file():
-        raise ValueError(f"the recipe {name} is missing from {path.parent}; reinstall mfac")
+        raise ValueError(
+            f"name: expected one of the recipes in {path.parent}, got {name!r}; if it is missing, reinstall mfac"
+        )
     return path
 
 
@@ -214,7 +216,7 @@ def demo(
     num_grads: int = 64,
     *,
     recomputations: int = 8,
-    width: float = 0.35,
+    width: float = DIGITS_WIDTH,
     dense_epochs: float = DENSE_EPOCHS,
     max_train_steps: int = -1,
 ) -> list[Run]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from mfac.gradients.batches import evaluation
 from mfac.pruning.result import PruneResult
 from mfac.tutorial.data import Batches, Data
 
@@ -51,21 +52,15 @@ def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float, float]:
     Returns:
         Mean cross entropy, top-1 and top-5 accuracy in per cent.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     loss, top1, top5, count = 0.0, 0, 0, 0
-    try:
-        with torch.inference_mode():
-            for images, targets in batches:
-                logits = model(images)
-                loss += F.cross_entropy(logits, targets, reduction="sum").item()
-                hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-                top1 += hits[:, 0].sum().item()
-                top5 += hits.sum().item()
-                count += len(targets)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluation(model), torch.inference_mode():
+        for images, targets in batches:
+            logits = model(images)
+            loss += F.cross_entropy(logits, targets, reduction="sum").item()
+            hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+            top1 += hits[:, 0].sum().item()
+            top5 += hits.sum().item()
+            count += len(targets)
     return loss / count, 100 * top1 / count, 100 * top5 / count
 
 
@@ -128,7 +123,9 @@ def fit(
             optimizer.step()
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
-                raise RuntimeError(f"the training loss is {losses[-1]} in epoch {epoch}: try a smaller learning rate")
+                raise RuntimeError(
+                    f"loss: expected a finite number, got {losses[-1]} in epoch {epoch}; try a smaller learning rate"
+                )
             done, now = epoch * steps + index + 1, epoch + (index + 1) / steps
             began = time.perf_counter()
             results = stepper.step(now)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from mfac.checks import check_int, check_number
+
 # (blocks, output channels at width 1.0); the first block of a section has stride 2, except in the first section.
 SECTIONS = ((1, 64), (2, 128), (2, 256), (6, 512), (2, 1024))
 
@@ -61,6 +63,7 @@ class MobileNetV1(nn.Module):
         stem_stride: Stride of the first convolution: 2 as published (224 x 224 images), 1 for images of about 32 x 32.
 
     Raises:
+        TypeError: If `width` is not a number, or one of the others not an int.
         ValueError: If `width` is not positive, `num_classes` is below 1 or `stem_stride` is neither 1 nor 2.
 
     Example:
@@ -73,12 +76,10 @@ class MobileNetV1(nn.Module):
 
     def __init__(self, num_classes: int = 1000, width: float = 1.0, stem_stride: int = 2) -> None:
         super().__init__()
-        if width <= 0:
-            raise ValueError(f"width must be positive, got {width}")
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        if stem_stride not in (1, 2):
-            raise ValueError(f"stem_stride must be 1 or 2, got {stem_stride}")
+        if check_number("width", width) <= 0:
+            raise ValueError(f"width: expected > 0, got {width}")
+        check_int("num_classes", num_classes)
+        check_int("stem_stride", stem_stride, 1, 2)
         channels = _scaled(32, width)
         self.input = _ConvBn(3, channels, 3, stem_stride)
         sections = []

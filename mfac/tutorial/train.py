@@ -16,8 +16,8 @@ from tqdm import tqdm
 from mfac.checks import check_choice
 from mfac.pruning.result import write_csv
 from mfac.recipe.manager import Manager
-from mfac.tutorial.data import Data, load_data
-from mfac.tutorial.dense import dense_digits, load_weights, save
+from mfac.tutorial.data import IMAGE_SIZE, TEST_BATCH, TRAIN_BATCH, Data, load_data
+from mfac.tutorial.dense import DIGITS_WIDTH, dense_digits, load_weights, save
 from mfac.tutorial.loop import Measurement, evaluate, fit
 from mfac.tutorial.models import MobileNetV1
 
@@ -33,14 +33,14 @@ class TrainSettings:
     recipe_args: str | None = None
     one_shot: bool = False
     arch_key: str = "mobilenet"
-    width: float | None = None  # None: 0.35 for the digits, else 1.0
+    width: float | None = None  # None: DIGITS_WIDTH for the digits, else 1.0
     pretrained: str | None = None  # True, False or a path; None: True for the digits, else False
     checkpoint_path: str | None = None
     dataset: str = "digits"
     dataset_path: str | None = None
-    image_size: int = 224
-    train_batch_size: int = 32
-    test_batch_size: int = 64
+    image_size: int = IMAGE_SIZE
+    train_batch_size: int = TRAIN_BATCH
+    test_batch_size: int = TEST_BATCH
     loader_num_workers: int = 0
     init_lr: float = 4e-4
     max_train_steps: int = -1
@@ -84,7 +84,7 @@ def _model_tag(settings: TrainSettings) -> str:
 def _model(settings: TrainSettings, data: Data, device: torch.device) -> nn.Module:
     """Return the initial model: dense and trained, loaded from a file, or with random weights."""
     digits = settings.dataset == "digits"
-    width = (0.35 if digits else 1.0) if settings.width is None else settings.width
+    width = (DIGITS_WIDTH if digits else 1.0) if settings.width is None else settings.width
     pretrained = settings.pretrained or str(digits)
     if pretrained == "True" and not settings.checkpoint_path:
         if not digits:

@@ -83,11 +83,11 @@ def names(name: str, value: Any) -> list[str]:
         The list.
 
     Raises:
-        ValueError: If it is anything else.
+        TypeError: If it is anything else.
     """
     given = [value] if isinstance(value, str) else value
     if not isinstance(given, list) or not all(isinstance(item, str) for item in given):
-        raise ValueError(f"{name}: expected a name or a list of names, got {value!r:.80}")
+        raise TypeError(f"{name}: expected a name or a list of names, got {value!r:.80}")
     return given
 
 

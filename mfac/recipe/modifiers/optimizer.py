@@ -27,7 +27,7 @@ class OptimizerSetting(Modifier):
         setattr(self, self.argument, number(self.argument, getattr(self, self.argument), 0))
         if self.param_groups is not None:
             if not isinstance(self.param_groups, list):
-                raise ValueError(f"param_groups: expected a list of indices, got {self.param_groups!r:.80}")
+                raise TypeError(f"param_groups: expected a list of indices, got {self.param_groups!r:.80}")
             self.param_groups = [check_int("param_groups", index, 0) for index in self.param_groups]
 
     def groups(self, optimizer: torch.optim.Optimizer) -> list[dict]:
