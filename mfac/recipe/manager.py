@@ -12,6 +12,7 @@ from torch import nn
 
 from mfac.checks import check_number
 from mfac.pruning.gradual import Pruner
+from mfac.pruning.masks import sparsity_of
 from mfac.pruning.result import PruneResult
 from mfac.recipe.load import load_recipe
 from mfac.recipe.modifiers import EpochRange, MagnitudePruning, Modifier, OptimizerSetting, build
@@ -212,9 +213,7 @@ class Session:
     @property
     def sparsity(self) -> float:
         """The sparsity of the masks, in [0, 1]; 0 before the first update."""
-        masks = self.masks.values()
-        total = sum(mask.numel() for mask in masks)
-        return 1 - sum(int(mask.sum()) for mask in masks) / total if total else 0.0
+        return sparsity_of(self.masks)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the masks and the progress of the schedules, for :meth:`load_state_dict`."""
@@ -236,5 +235,7 @@ class Session:
             raise ValueError(
                 f"state: expected {len(self.pruners)} pruning modifiers, those of this recipe, got {len(states)}"
             )
+        for pruner, saved in zip(self.pruners, states, strict=True):
+            pruner.check_state_dict(saved)  # all before one is changed
         for pruner, saved in zip(self.pruners, states, strict=True):
             pruner.load_state_dict(saved)
