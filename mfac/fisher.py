@@ -10,8 +10,7 @@ from torch import Tensor
 
 from mfac.checks import as_number, check_choice, check_int
 from mfac.gradients.buffer import GradientBuffer
-from mfac.ops import compiled
-from mfac.ops.backend import select_backend
+from mfac.ops.backend import backend_name, select_backend
 from mfac.ops.offload import PagedOps
 from mfac.ops.reference import check_groups
 
@@ -87,7 +86,7 @@ class Fisher:
         self.precision = check_choice("precision", precision, PRECISIONS)
         self._set(active, damping, block_size)
         kernels = select_backend(backend, self.device)
-        self.backend = "compiled" if kernels is compiled else "reference"  # what computes
+        self.backend = backend_name(kernels)
         self.kernels = kernels if grads.device == self.device else PagedOps(kernels, self.device)
 
     def replace(self, **changes: Tensor | float | int | None) -> Fisher:

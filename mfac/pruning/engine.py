@@ -18,8 +18,7 @@ from mfac.gradients.source import GradientSource
 from mfac.model.distributed import refuse_distributed, refuse_sharded
 from mfac.model.names import NameTable, named_parameters, shorten
 from mfac.model.targets import prunable_parameters
-from mfac.ops import compiled
-from mfac.ops.backend import select_backend
+from mfac.ops.backend import backend_name, select_backend
 from mfac.pruning.auto import Candidate, choose_settings
 from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.gradients import Gradients, check_grads
@@ -273,7 +272,7 @@ class Engine:
                 block_size=None if fisher is None else fisher.block_size,
                 candidates=candidates,
                 seconds=seconds,
-                backend="compiled" if plan.kernels is compiled else "reference",
+                backend=backend_name(plan.kernels),
             )
             self._commit(params, weights.split(sizes), result, sparsities, advice)
         self._warn_of_empty_layers(result.layers, sparsities)
