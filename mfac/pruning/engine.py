@@ -377,7 +377,7 @@ class Engine:
             The result of the last step, with all steps of this run; also ``self.result``.
 
         Raises:
-            BaseException: Whatever a step, the model or the batches raise, with the result so far, or None, as
+            BaseException: Whatever a step, the model or the batches raise, with the result so far as
                 ``error.result``. The model is pruned as far as the masks say: call again to go on.
         """
         self.apply_masks()
@@ -408,14 +408,33 @@ class Engine:
             if finish is not None:
                 steps[-1].loss_after = finish()
         except BaseException as error:
-            if self.result is not None:
-                self.result.steps = steps
-            error.result = self.result  # type: ignore[attr-defined]
+            self.leave_result(error, steps)
             raise
         finally:
             self.settings, self._fisher = settings, None  # "auto" as the user wrote it; the gradients may go
         seconds["total"] = time.perf_counter() - began
         return self.result
+
+    def leave_result(self, error: BaseException, steps: Sequence[PruneStep] = ()) -> None:
+        """Put what the masks say into ``error.result``, and a note about it into its traceback.
+
+        Args:
+            error: What interrupted a step or run.
+            steps: The steps that were made.
+        """
+        result = self.result or PruneResult(
+            masks=dict(self.masks),
+            layers=[(name, mask.numel(), int(mask.sum())) for name, mask in self.masks.items()],
+            sparsity=self.sparsity,
+            backend=backend_name(self.kernels),
+        )
+        result.steps = list(steps)
+        error.result = result  # type: ignore[attr-defined]
+        if hasattr(error, "add_note"):  # Python 3.11
+            error.add_note(
+                f"mfac: the model is pruned to {result.sparsity:.1%}, as error.result.masks says; "
+                "masks=error.result.masks goes on from there"
+            )
 
     def _settled(
         self, buffer: GradientBuffer, sparsities: Sparsities, progress: bool

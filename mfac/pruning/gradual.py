@@ -137,6 +137,7 @@ class Pruner:
         self._handle: RemovableHandle | None = None
         self._stepped = False  # by this very object, not by one that it was copied or loaded from
         self._time: float | None = None  # of the latest call
+        self._updates = 0
         self._last: float | None = None  # nominal time of the last update
         self.results: list[tuple[float, PruneResult]] = []
 
@@ -176,7 +177,7 @@ class Pruner:
         time = "not started" if self._time is None else f"time {self._time:g}"
         return (
             f"Pruner(sparsity {100 * self.sparsity:.1f} % of {goal} %, {time} of {self._schedule.end:g}, "
-            f"{len(self.results)} updates)"
+            f"{self._updates} updates)"
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -225,6 +226,7 @@ class Pruner:
                 return None
             result = self._update(sparsities)
         self._last = now
+        self._updates += 1
         self.results.append((time, dataclasses.replace(result, masks={})))
         return result
 
@@ -337,6 +339,7 @@ class Pruner:
         state = {
             "masks": {name: mask.clone() for name, mask in self.masks.items()},
             "calls": self._calls,
+            "updates": self._updates,
             "time": self._time,
             "last": self._last,
             "reached": dict(self._engine.reached),
@@ -370,7 +373,8 @@ class Pruner:
             self._source.load_state_dict(state["source"])
         engine.masks = {name: masks[name].to(p.device, copy=True) for name, p in params.items() if masks}
         engine.reached = dict(state["reached"])
-        self._calls, self._time, self._last = state["calls"], state["time"], state["last"]
+        self._calls, self._updates = state["calls"], state["updates"]
+        self._time, self._last = state["time"], state["last"]
         self.results = results
         self.apply_masks()
 
@@ -385,7 +389,7 @@ class Pruner:
             ValueError: If it belongs to other parameters, sparsities or settings.
         """
         engine = self._engine
-        missing = {"masks", "calls", "time", "last", "reached", "settings", "names", "source"} - set(state)
+        missing = {"masks", "calls", "updates", "time", "last", "reached", "settings", "names", "source"} - set(state)
         if missing:
             raise ValueError(
                 f"state: expected the keys of Pruner.state_dict(), got none of {', '.join(sorted(missing))}"
@@ -394,7 +398,8 @@ class Pruner:
             raise ValueError(f"state: expected the parameters {shorten(engine.names)}, got {shorten(state['names'])}")
         if set(state["reached"]) != set(self._schedules):
             raise ValueError(f"state: expected sparsities for {list(self._schedules)}, got {list(state['reached'])}")
-        check_int("state['calls']", state["calls"], 0)
+        for name in ("calls", "updates"):
+            check_int(f"state[{name!r}]", state[name], 0)
         for name in ("time", "last"):
             if state[name] is not None:
                 check_number(f"state[{name!r}]", state[name])

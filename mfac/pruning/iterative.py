@@ -49,9 +49,8 @@ def prune(
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If a value is wrong. If that shows at a step (a loader that ends early, gradients that are not
-            finite), what has been pruned before is not lost: the model is as the masks of ``error.result`` say (as
-            it was, where that is None), and a call with ``masks=error.result.masks`` goes on from there. So it is with
-            every other error, and with Ctrl-C.
+            finite), what has been pruned before is not lost: the model is as the masks of ``error.result`` say, and a
+            call with ``masks=error.result.masks`` goes on from there. So it is with every other error, and with Ctrl-C.
         RuntimeError: If an update is not finite.
         MemoryError: If the gradients do not fit into memory; the text says what would.
 

@@ -101,17 +101,17 @@ class PruneResult:
 
     def __str__(self) -> str:
         """Return the table."""
-        width = max(len("layer"), *(len(name) for name, _, _ in self.layers))
+        width = max([len("layer"), *(len(name) for name, _, _ in self.layers)])
         total, kept = sum(n for _, n, _ in self.layers), sum(k for _, _, k in self.layers)
         lines = [f"{'layer':<{width}} {'weights':>12} {'kept':>12} {'sparsity':>9}"]
         for name, n, k in [*self.layers, ("all", total, kept)]:
-            lines.append(f"{name:<{width}} {n:>12,} {k:>12,} {1 - k / max(n, 1):>9.2%}")
+            lines.append(f"{name:<{width}} {n:>12,} {k:>12,} {1 - k / n if n else 0:>9.2%}")
         if self.steps:
             lines.append(
                 f"{'step':>4} {'sparsity':>9} {'new gradients':>14} {'loss':>8} {'predicted':>10} {'after':>8}"
             )
         for i, step in enumerate(self.steps, 1):
-            predicted = "" if step.predicted_loss_increase is None else f"+{step.predicted_loss_increase:.4f}"
+            predicted = "" if step.predicted_loss_increase is None else f"+{step.predicted_loss_increase:.3g}"
             lines.append(
                 f"{i:>4} {step.sparsity:>9.2%} {step.new_gradients:>14} {step.loss_before:>8.4f} {predicted:>10} "
                 f"{step.loss_after:>8.4f}"

@@ -197,7 +197,7 @@ class PrunerSettings(StepSettings, GradientSettings, SourceSettings, total=False
     """The settings of :class:`mfac.Pruner`."""
 
     initial_sparsity: Annotated[float, Setting(0.0, check_sparsity, "Sparsity at the first update.")]
-    start: Annotated[float, Setting(0, checked_later, "Time of the first update.")]
+    start: Annotated[float, Setting(0, checked_later, "Time of the first update, which gives ``initial_sparsity``.")]
     frequency: Annotated[
         float, Setting(1, checked_later, "Time between updates, due at start, start + frequency, ... and end.")
     ]

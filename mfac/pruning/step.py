@@ -51,7 +51,7 @@ def prune_step(
             ``params``, there are fewer than 4 gradients for ``"auto"``, or the sparsity is below what ``masks`` hold.
             The model is unchanged then.
         RuntimeError: If the update is not finite (the model is unchanged), or ``backend="compiled"`` cannot be had.
-            An error or Ctrl-C once the model is pruned has the result as ``error.result``; before, that is None.
+            An error or Ctrl-C has the masks so far as ``error.result.masks``.
 
     Example:
         >>> import torch
@@ -67,5 +67,5 @@ def prune_step(
     try:
         return engine.step(grads, engine.sparsities, settings["progress"])
     except BaseException as error:
-        error.result = engine.result  # type: ignore[attr-defined]
+        engine.leave_result(error)
         raise
