@@ -172,7 +172,12 @@ def test_links_of_others(bench, tmp_path):
 def test_another_compiler_builds_again(bench):
     assert bench.load() == "built" and bench.load() == "cache"
     manifest = json.loads((bench.home() / "manifest.json").read_text())
-    assert manifest["compiler"][0] == str(bench.compiler) and set(manifest) == {"compiler", "pybind11", "cuda", "library"}
+    assert manifest["compiler"][0] == str(bench.compiler) and set(manifest) == {
+        "compiler",
+        "pybind11",
+        "cuda",
+        "library",
+    }
     bench.monkeypatch.setenv("CXX", bench.real)
     assert bench.load() == "built" and bench.load() == "cache"
     (bench.home() / "manifest.json").unlink()  # a build was killed at its last step

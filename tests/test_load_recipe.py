@@ -73,7 +73,7 @@ second_stage:
         ),
         (
             "modifiers:\n  - !EpochRangeModifier {end_epochs: 1}",
-            "argument: expected one of .*, got 'end_epochs' .*mean 'end_epoch'",
+            "argument: expected one of .*, got 'end_epochs'; did you mean 'end_epoch'",
         ),
         (
             "modifiers:\n  - !SetLearningRateModifier {learning_rate: fast}",
