@@ -42,9 +42,9 @@ def one_of(known: Iterable[str]) -> Check:
     return lambda name, value: check_choice(name, value, known)
 
 
-def count_from(least: int = 1) -> Check:
+def count_from(least: int = 1, most: int | None = None) -> Check:
     """Return the check of an int."""
-    return lambda name, value: check_int(name, value, least)
+    return lambda name, value: check_int(name, value, least, most)
 
 
 def checked_later(name: str, value: Any) -> Any:

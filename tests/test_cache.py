@@ -172,14 +172,51 @@ def test_links_of_others(bench, tmp_path):
 def test_another_compiler_builds_again(bench):
     assert bench.load() == "built" and bench.load() == "cache"
     manifest = json.loads((bench.home() / "manifest.json").read_text())
-    assert manifest["compiler"][0] == str(bench.compiler) and set(manifest) == {"compiler", "pybind11", "cuda"}
+    assert manifest["compiler"][0] == str(bench.compiler) and set(manifest) == {
+        "compiler",
+        "pybind11",
+        "cuda",
+        "library",
+    }
     bench.monkeypatch.setenv("CXX", bench.real)
     assert bench.load() == "built" and bench.load() == "cache"
     (bench.home() / "manifest.json").unlink()  # a build was killed at its last step
     assert bench.load() == "built"
 
 
-@pytest.mark.parametrize("missing", ["compiler", "ninja", "pybind11", "manifest too"])
+def truncate(library, size):
+    """Cut a library by putting a shorter copy in its place: the file itself is mapped into this process."""
+    copy = library.with_name("copy")
+    copy.write_bytes(library.read_bytes()[:size])
+    copy.replace(library)
+
+
+@pytest.mark.parametrize("size", [0, 5000, -1])
+def test_a_truncated_library_is_built_again(bench, size):
+    """Loading it would kill the process."""
+    bench.load()
+    truncate(bench.home() / "_C.so", size)
+    assert bench.load() == "built" and bench.load() == "cache"
+
+
+def test_a_truncated_library_without_tools(bench):
+    bench.load()
+    truncate(bench.home() / "_C.so", 5000)
+    bench.monkeypatch.setenv("CXX", "/nonexistent/g++")
+    with pytest.raises(_build.BuildError, match=rf"of 5000 bytes(.|\n)*is damaged(.|\n)*remove {bench.home()} and"):
+        bench.load()
+
+
+@pytest.mark.parametrize("text", ["[]", "1", "{", "\N{SNOWMAN}"])
+def test_a_damaged_manifest(bench, text):
+    bench.load()
+    (bench.home() / "manifest.json").write_text(text, encoding="utf-16")
+    assert bench.load() == "built"
+    (bench.home() / "manifest.json").write_text(text, encoding="utf-8")
+    assert bench.load() == "built" and bench.load() == "cache"
+
+
+@pytest.mark.parametrize("missing", ["compiler", "quote", "ninja", "pybind11", "manifest too"])
 def test_a_warm_cache_needs_no_tools(bench, missing):
     bench.load()
     if missing == "ninja":
@@ -188,7 +225,7 @@ def test_a_warm_cache_needs_no_tools(bench, missing):
     elif missing == "pybind11":
         bench.monkeypatch.setitem(sys.modules, "pybind11", None)
     else:
-        bench.monkeypatch.setenv("CXX", "/nonexistent/g++")
+        bench.monkeypatch.setenv("CXX", "'g++" if missing == "quote" else "/nonexistent/g++")
     if missing == "manifest too":
         (bench.home() / "manifest.json").unlink()
     assert bench.load() == "cache"

@@ -10,7 +10,7 @@ import zipfile
 
 from build_bench import REPO, files, python
 
-from mfac import _build, extras
+from mfac import __version__, _build, extras
 
 
 def test_one_name_of_the_distribution():
@@ -23,7 +23,7 @@ def test_one_name_of_the_distribution():
 def copy_of_the_repository(folder):
     for name in ("mfac", "csrc", "recipes"):
         shutil.copytree(REPO / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+    for name in ("setup.py", "mfac_command.py", "pyproject.toml", "LICENSE"):
         shutil.copy(REPO / name, folder)
     (folder / "README.md").touch()
     return folder
@@ -48,6 +48,8 @@ def test_installed_package_has_its_sources_and_works_elsewhere(tmp_path):
         path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
     code = "from mfac import _build; _build.load(); print(_build.sources_root(), _build.fingerprint())"
     done = python("-c", code, PYTHONPATH=str(site))  # the same sources as this checkout's: one build serves both
+    command = python(site / "bin" / "mfac", "--version", PYTHONPATH=str(site))
+    assert command.stdout == f"mfac {__version__}\n", command.stderr
     assert done.stdout.split() == [str(site / "mfac" / "csrc"), _build.fingerprint()], done.stderr
     assert files(site) == before
 

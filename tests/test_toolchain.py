@@ -104,6 +104,13 @@ def test_missing_compiler(bench, env):
         _build.load()
 
 
+def test_compiler_that_is_no_command(bench):
+    bench.monkeypatch.setenv("CXX", "'g++")
+    assert toolchain.build_tools() is None
+    with pytest.raises(_build.BuildError, match=r"CXX: expected a command, got \"'g\+\+\" \(No closing quotation\)"):
+        _build.load()
+
+
 def test_missing_ninja(bench):
     bench.monkeypatch.setitem(sys.modules, "ninja", None)
     bench.monkeypatch.setenv("PATH", "/nonexistent")

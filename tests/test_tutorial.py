@@ -1,6 +1,7 @@
 """The tutorial's program: network, data, training with checkpoints, dense models and the demo."""
 
 import csv
+import os
 import sys
 from pathlib import Path
 
@@ -264,7 +265,13 @@ def test_train_on_image_folders(settings, folder):
         ({"pretrained": "no.pt"}, "pretrained: expected an existing file, got no.pt"),
         ({"checkpoint_path": "no.pt"}, "checkpoint_path: expected an existing file, got no.pt"),
         ({"device": "abacus"}, "device: expected cpu, cuda"),
-        ({"max_train_steps": 0}, "max_train_steps: expected > 0"),
+        ({"max_train_steps": 0}, "max_train_steps: expected an int >= 1, or -1 for all steps, got 0"),
+        ({"max_train_steps": -5}, "max_train_steps: expected an int >= 1, or -1 for all steps, got -5"),
+        ({"width": float("nan")}, "width: expected a finite number > 0, got nan"),
+        ({"width": 1e300}, r"width: expected <= 64, got 1e\+300"),
+        ({"seed": 10**23}, "seed: expected an int 0 to 9223372036854775807, got 1000"),
+        ({"init_lr": -1.0}, "init_lr: expected >= 0, got -1.0"),
+        ({"loader_num_workers": -1}, "loader_num_workers: expected an int >= 0, got -1"),
         (
             {"dataset": "imagefolder", "dataset_path": "FOLDER", "pretrained": "True", "train_batch_size": 4},
             "pretrained: expected the path .* got True, which is for the dataset digits",
@@ -284,8 +291,13 @@ def test_files_that_are_not_weights(tmp_path):
     (tmp_path / "text.pt").write_text("words")
     torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "other.pt")
     torch.save(MobileNetV1(10, 0.5).state_dict(), tmp_path / "wide.pt")
+    torch.save(model, tmp_path / "model.pt")
+    (tmp_path / "half.pt").write_bytes((tmp_path / "wide.pt").read_bytes()[:-100])
+    unreadable = "which is damaged, of another format, or holds more than tensors and plain values$"
     for name, message in [
-        ("text.pt", "pretrained: expected a state_dict, got .*text.pt, which cannot be read: "),
+        ("text.pt", f"pretrained: expected a state_dict, got .*text.pt, {unreadable}"),
+        ("model.pt", f"pretrained: expected a state_dict, got .*model.pt, {unreadable}"),
+        ("half.pt", f"pretrained: expected a state_dict, got .*half.pt, {unreadable}"),
         ("other.pt", "pretrained: expected the names of .*other.pt, in which 165 names differ, for example a"),
         ("wide.pt", r"expected shape \[8, 3, 3, 3\] of input.conv.weight, got \[16, 3, 3, 3\] in .*wide.pt"),
     ]:
@@ -306,6 +318,19 @@ def test_dense_model_is_trained_once(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     validation = load_data().validation
     assert evaluate(first, validation) == evaluate(second, validation)
+
+
+def test_a_damaged_dense_model_is_trained_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("MFAC_CACHE_DIR", str(tmp_path))
+    lines = []
+    first = dense_digits(0.25, epochs=0.1, report=lines.append)
+    (path,) = (tmp_path / "models").iterdir()
+    os.truncate(path, path.stat().st_size - 100)
+    second = dense_digits(0.25, epochs=0.1, report=lines.append)
+    assert lines[2] == f"{path} is damaged and is removed" and lines[3].startswith("training the dense model once")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    dense_digits(0.25, epochs=0.1, report=lines.append)
+    assert lines[-1] == f"dense model from {path}"
 
 
 def test_demo_in_small(tmp_path, monkeypatch, capsys):

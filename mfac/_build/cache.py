@@ -1,7 +1,7 @@
 """The cache of builds: its folder, the key of a build, the lock, and what is safe to load.
 
-The cache holds a folder per key with ``_C.so``, ``manifest.json`` (the tools that made it), ``build.log``, ``lock`` and,
-during a build, ``holder`` (its process). Every attempt compiles in a fresh sub-folder and moves the finished file up in
+The cache holds a folder per key with ``_C.so``, ``manifest.json`` (the tools that made it, and its digest), ``build.log``,
+``lock`` and, during a build, ``holder`` (its process). Every attempt compiles in a fresh sub-folder and moves the finished file up in
 one step, so ``_C.so`` exists only whole, and what a killed build leaves behind is never used and is removed by the next
 one. The lock is the operating system's: it is released when its holder ends, however it ends.
 """
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import filelock
 import platformdirs
@@ -52,7 +53,7 @@ def cache_dir() -> Path:
 def cache_key() -> str:
     """Return the name of this build's folder: a digest of all that must match when the compiled file is loaded.
 
-    The tools of the build are not part of it, so that a machine without them finds the file; see `read_manifest`.
+    The tools of the build are not part of it, so that a machine without them finds the file; see `fits`.
     """
     import torch
 
@@ -104,27 +105,47 @@ def fits(build_dir: Path) -> bool:
     """Return whether a build's folder holds a library that can be loaded as it is.
 
     The tools that made it must be those found here, as far as a build is possible: without a compiler, ninja or
-    pybind11, or in a folder that is read-only, a library made by any tools is used, and without nvcc any CUDA part.
+    pybind11, or in a folder that is read-only, a library made by any tools is used, and without nvcc any CUDA part. Its
+    digest must be the one noted when it was built: the loader of the system maps a truncated library into memory, and the
+    process then dies of a signal.
 
     Raises:
-        BuildError: There is one that is not safe to load.
+        BuildError: There is one that is not safe to load, or one that is damaged and cannot be built again.
     """
     library = build_dir / "_C.so"
     if not library.exists():
         return False
     check_trusted(build_dir.parent, build_dir, library)
     tools = toolchain.build_tools() if os.access(build_dir, os.W_OK) else None
+    manifest = _read_manifest(build_dir)
+    if tools is not None:
+        wanted = {**tools, "library": _digest(library)}
+        return all(manifest.get(name) == value for name, value in wanted.items() if value is not None)
+    if manifest.get("library", "") not in ("", _digest(library)):
+        tried = f"cache {library}: expected the file that was built, got another one of {library.stat().st_size} bytes"
+        fix = f"remove {build_dir} and try again"
+        raise BuildError(explain([tried], "the file in the cache is damaged", fix))
+    return True
+
+
+def _read_manifest(build_dir: Path) -> dict[str, Any]:
+    """Return what was noted about a library; empty if that is missing or damaged, as after an interrupted build."""
     try:
         manifest = json.loads((build_dir / "manifest.json").read_text())
-    except (OSError, ValueError):  # a build was interrupted at its last step
-        manifest = {}
-    return tools is None or all(manifest.get(name) == value for name, value in tools.items() if value is not None)
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _digest(library: Path) -> str:
+    """Return the digest of a file."""
+    return hashlib.sha256(library.read_bytes()).hexdigest()
 
 
 def store(build_dir: Path, built: Path) -> None:
-    """Move a finished library into its folder, and note the tools that made it."""
+    """Move a finished library into its folder, and note the tools that made it and its digest."""
     manifest = built.with_name("manifest.json")
-    manifest.write_text(json.dumps(toolchain.build_tools(), indent=1))
+    manifest.write_text(json.dumps({**(toolchain.build_tools() or {}), "library": _digest(built)}, indent=1))
     built.chmod(0o755)  # whatever the umask: see `check_trusted`
     built.replace(build_dir / "_C.so")
     manifest.replace(build_dir / "manifest.json")  # last: a library without its manifest is only built again

@@ -49,15 +49,20 @@ def find_compiler() -> Compiler:
     """Return the C++ compiler: $CXX, else c++ or g++ on the PATH.
 
     Raises:
-        BuildError: There is none, or it does not run.
+        BuildError: There is none, it does not run, or $CXX is not a command.
     """
-    command = shlex.split(os.environ.get("CXX", "")) or ["c++" if shutil.which("c++") else "g++"]
+    own = os.environ.get("CXX", "")
+    try:
+        command = shlex.split(own) or ["c++" if shutil.which("c++") else "g++"]
+    except ValueError as error:
+        fix = "set CXX to a C++ compiler, or unset it"
+        raise BuildError(explain([f"CXX: expected a command, got {own!r} ({error})"], "CXX is wrong", fix)) from error
     command[0] = shutil.which(command[0]) or command[0]
     try:
         done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         fix = "install g++ (Debian, Ubuntu: apt install g++; conda: conda install gxx), or set CXX to a C++ compiler"
-        tried = f"C++ compiler {shlex.join(command)} (CXX={os.environ.get('CXX', '')}): {error}"
+        tried = f"C++ compiler {shlex.join(command)} (CXX={own}): {error}"
         raise BuildError(explain([tried], "no C++ compiler (g++) was found", fix)) from error
     return Compiler(shlex.join(command), done.stdout.partition("\n")[0])
 

@@ -1,21 +1,25 @@
 """The report of ``mfac doctor``: what is installed, what the machine can do, and whether the compiled kernels load."""
 
 import importlib.metadata
+import os
 import platform
 import sys
 from collections.abc import Callable
 
 from mfac import __version__, _build
+from mfac.checks import check_choice
+from mfac.ops.backend import BACKENDS
 
 
 def main() -> int:
     """Print the report, building the kernels if that has not happened yet.
 
     Returns:
-        0 if the compiled kernels load, 1 if not; the reason is then printed.
+        0 if the compiled kernels load, 1 if not, or if MFAC_BACKEND is no backend; the reason is then printed.
     """
     import torch
 
+    backend = os.environ.get("MFAC_BACKEND", "auto")
     _row("mfac", __version__)
     for name in ("torch", "numpy", "pybind11", "ninja"):
         _row(name, _version(name))
@@ -29,6 +33,7 @@ def main() -> int:
     _row("cuda kernels", _build.cuda_plan().reason)
     _row("sources", _build.sources_root())
     _row("cache", _build.cache_dir())
+    _row("backend", f"{backend} (MFAC_BACKEND)" if "MFAC_BACKEND" in os.environ else backend)
     sys.stdout.write("loading the kernels; at their first use they are compiled, which takes half a minute or more\n")
     sys.stdout.flush()
     try:
@@ -40,6 +45,11 @@ def main() -> int:
     _row("kernels", f"loaded ({status['origin']}) in {status['seconds']:.2f} s from {status['path']}")
     for key, value in module.build_config().items():
         _row(f"  {key}", ", ".join(value) or "none" if isinstance(value, list) else value)
+    try:
+        check_choice("MFAC_BACKEND", backend, BACKENDS)
+    except ValueError as error:
+        _row("backend", f"WRONG\n{error}")
+        return 1
     return 0
 
 

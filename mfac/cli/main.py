@@ -59,6 +59,10 @@ def _positive(text: str) -> int:
     return value
 
 
+def _steps(text: str) -> int:
+    return -1 if text == "-1" else _positive(text)
+
+
 def _add_debug(parser: argparse.ArgumentParser) -> None:
     # Absent unless given: a default of the command would override what was given before the command.
     parser.add_argument(
@@ -144,7 +148,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     )
     training.add_argument(
         "--max-train-steps",
-        type=int,
+        type=_steps,
         metavar="N",
         help=f"largest number of steps per epoch; -1: all (default: {TrainSettings.max_train_steps})",
     )

@@ -17,6 +17,7 @@ from mfac.settings import Setting, checked_later, count_from, one_of, optional
 
 SCOPES = ("global", "layer")
 UPDATES = ("joint", "independent", "none")
+_MAX_ROUNDS = 10_000  # of sub-steps and of recomputations; more would only run for days
 
 
 def _damping(name: str, value: Any) -> float | str:
@@ -91,7 +92,7 @@ class MethodSettings(CommonSettings, total=False):
         int,
         Setting(
             8,
-            count_from(),
+            count_from(1, _MAX_ROUNDS),
             "S: a step is made in S sub-steps of selection and update under the same gradients, so that each selection "
             "accounts for the weights already removed. Takes S times as long. (1 where scores do not change between "
             "them, as for magnitude.)",
@@ -174,7 +175,7 @@ class GradientSettings(TypedDict, total=False):
         int,
         Setting(
             1,
-            count_from(),
+            count_from(1, _MAX_ROUNDS),
             "R: the sparsity is reached in R steps at equal ratios of the remaining weights, with new gradients at "
             "each. A big jump at once defeats every quadratic model; collecting gradients is most of the cost, "
             "``num_grads + (R - 1) · refresh`` backward passes.",

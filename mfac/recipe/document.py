@@ -15,6 +15,7 @@ import yaml
 SUFFIXES = (".yaml", ".yml", ".md")
 MAX_FILE = 2**20  # bytes; the largest recipes in use have some 20,000
 MAX_ENTRIES = 1000  # of a mapping; integer keys can be chosen so that their hashes collide, for quadratic time
+MAX_DIGITS = 20  # of an int: more than any quantity has; Python refuses to print those of more than 4300
 _MAX_YAML = 2**18  # characters; PyYAML reads about a million per second
 _MAX_NODES = 50_000  # values, with every alias expanded; one per 100 characters of a long string
 _MAX_DEPTH = 32  # of lists and mappings; PyYAML recurses
@@ -94,12 +95,15 @@ class _Loader(yaml.SafeLoader):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep)
+            value = super().construct_object(node, deep)
         except (yaml.YAMLError, RecursionError):
             raise
         except Exception as error:  # PyYAML raises many kinds for a value that does not fit its tag, such as !!int x
             kind = node.tag.rpartition(":")[2]
             raise _Refused(f"expected a value of type {kind}, got {node.value!r:.80}", node.start_mark) from error
+        if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:
+            raise _Refused(f"expected integers of at most {MAX_DIGITS} digits, got a larger one", node.start_mark)
+        return value
 
     @staticmethod
     def _check_entries(mapping: yaml.MappingNode) -> None:

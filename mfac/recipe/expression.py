@@ -13,6 +13,8 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mfac.recipe.document import MAX_DIGITS
+
 _OPERATORS: dict[type, Callable] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -94,6 +96,8 @@ class Scope:
         self._spend(1)
         if depth > _MAX_DEPTH:
             raise ValueError(f"recipe: expected values and variables nested at most {_MAX_DEPTH} deep, got more")
+        if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:  # only from a dict of `recipe_args`
+            raise ValueError(f"recipe: expected integers of at most {MAX_DIGITS} digits, got a larger one")
         if isinstance(value, list):
             return [self._walk(item, depth + 1) for item in value]
         if isinstance(value, dict):

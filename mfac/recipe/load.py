@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mfac.recipe.document import MAX_ENTRIES, MAX_FILE, Item, load_yaml, read_document
+from mfac.recipe.document import MAX_DIGITS, MAX_ENTRIES, MAX_FILE, Item, load_yaml, read_document
 from mfac.recipe.expression import Scope
 
 
@@ -36,8 +36,8 @@ def _parse_arguments(recipe_args: str | dict[str, Any] | None) -> dict[str, Any]
         raise ValueError(f"recipe_args: expected at most {MAX_FILE} characters, got {len(text)}")
     if text.startswith("{"):
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
+            return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"recipe_args: expected valid JSON, got an error: {error}") from error
     pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
     if len(pairs) > MAX_ENTRIES:
@@ -51,6 +51,23 @@ def _parse_arguments(recipe_args: str | dict[str, Any] | None) -> dict[str, Any]
             raise ValueError(f"recipe_args: expected each variable once, got {key!r:.80} again")
         arguments[key] = load_yaml(value, "recipe_args")
     return arguments
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON, refusing a repeated key."""
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"recipe_args: expected each variable once, got {key!r:.80} again")
+        result[key] = value
+    return result
+
+
+def _integer(text: str) -> int:
+    """Return an int of JSON, refusing a huge one."""
+    if len(text.removeprefix("-")) > MAX_DIGITS:
+        raise ValueError(f"recipe_args: expected integers of at most {MAX_DIGITS} digits, got one of {len(text)}")
+    return int(text)
 
 
 def _is_group(key: Any) -> bool:

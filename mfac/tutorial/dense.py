@@ -55,6 +55,34 @@ def save(state: dict[str, Any], path: Path) -> None:
     partial.replace(path)
 
 
+def read_state(name: str, path: str | Path, wanted: str, device: torch.device | str) -> Any:
+    """Read a file of tensors and plain values, as :func:`torch.save` writes it.
+
+    Args:
+        name: Of the option that names the file, for the error.
+        path: The file.
+        wanted: What the file should hold, for the error: ``"a checkpoint"``.
+        device: Where the tensors go.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        ValueError: If there is no such file, or it cannot be read or holds objects of other kinds.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{name}: expected an existing file, got {path}")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except PermissionError as error:
+        raise ValueError(f"{name}: expected {wanted}, got {path}, which cannot be read: {error}") from error
+    except Exception as error:  # torch raises many kinds, whose texts advise to load such files without protection
+        raise ValueError(
+            f"{name}: expected {wanted}, got {path}, which is damaged, of another format, or holds more than tensors "
+            f"and plain values"
+        ) from error
+
+
 def dense_digits(
     width: float,
     device: torch.device | str = "cpu",
@@ -83,7 +111,12 @@ def dense_digits(
         model = MobileNetV1(data.num_classes, width, data.stem_stride)
         model = model.to(device, memory_format=torch.channels_last)
         if path.is_file():
-            model.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+            try:
+                model.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+            except Exception:  # torch raises many kinds for a file that it cannot read
+                report(f"{path} is damaged and is removed")
+                path.unlink()
+                return dense_digits(width, device, epochs, report, progress)
             report(f"dense model from {path}")
             return model
         report(f"training the dense model once ({epochs:g} epochs on the digits); it is kept in {path}")
@@ -107,16 +140,7 @@ def load_weights(model: nn.Module, pretrained: str | Path, report: Callable[[str
     Raises:
         ValueError: If there is no such file, or it does not fit the model.
     """
-    if not Path(pretrained).is_file():
-        raise ValueError(f"pretrained: expected an existing file, got {pretrained}")
-    device = next(model.parameters()).device
-    try:
-        state = torch.load(pretrained, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file it cannot read
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"pretrained: expected a state_dict, got {pretrained}, which cannot be read: {reason}"
-        ) from error
+    state = read_state("pretrained", pretrained, "a state_dict", next(model.parameters()).device)
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

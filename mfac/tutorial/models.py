@@ -9,6 +9,7 @@ from mfac.checks import check_int, check_number
 
 # (blocks, output channels at width 1.0); the first block of a section has stride 2, except in the first section.
 SECTIONS = ((1, 64), (2, 128), (2, 256), (6, 512), (2, 1024))
+_MAX_WIDTH = 64  # 12 billion weights
 
 
 def _scaled(channels: int, width: float) -> int:
@@ -64,7 +65,7 @@ class MobileNetV1(nn.Module):
 
     Raises:
         TypeError: If `width` is not a number, or one of the others not an int.
-        ValueError: If `width` is not positive, `num_classes` is below 1 or `stem_stride` is neither 1 nor 2.
+        ValueError: If `width` is not in (0, 64], `num_classes` is below 1 or `stem_stride` is neither 1 nor 2.
 
     Example:
         >>> model = MobileNetV1(num_classes=10, width=0.25).eval()
@@ -76,7 +77,7 @@ class MobileNetV1(nn.Module):
 
     def __init__(self, num_classes: int = 1000, width: float = 1.0, stem_stride: int = 2) -> None:
         super().__init__()
-        if check_number("width", width) <= 0:
+        if check_number("width", width, high=_MAX_WIDTH) <= 0:
             raise ValueError(f"width: expected > 0, got {width}")
         check_int("num_classes", num_classes)
         check_int("stem_stride", stem_stride, 1, 2)

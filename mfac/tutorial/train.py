@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from mfac.checks import check_choice
+from mfac.checks import check_choice, check_int, check_number, check_positive
 from mfac.pruning.result import write_csv
 from mfac.recipe.manager import Manager
 from mfac.tutorial.data import IMAGE_SIZE, TEST_BATCH, TRAIN_BATCH, Data, load_data
-from mfac.tutorial.dense import DIGITS_WIDTH, dense_digits, load_weights, save
+from mfac.tutorial.dense import DIGITS_WIDTH, dense_digits, load_weights, read_state, save
 from mfac.tutorial.loop import Measurement, evaluate, fit
 from mfac.tutorial.models import MobileNetV1
 
@@ -109,15 +109,7 @@ def _write_model_text(path: Path, epoch: int, measured: Measurement) -> None:
 
 
 def _load_checkpoint(path: str, device: torch.device) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise ValueError(f"checkpoint_path: expected an existing file, got {path}")
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that it cannot read
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"checkpoint_path: expected a checkpoint, got {path}, which cannot be read: {reason}"
-        ) from error
+    state = read_state("checkpoint_path", path, "a checkpoint", device)
     if not isinstance(state, dict) or not {"model", "optimizer", "recipe", "epoch"} <= set(state):
         raise ValueError(
             f"checkpoint_path: expected a checkpoint of `mfac train`, got {path}; for weights use --pretrained {path}"
@@ -151,13 +143,19 @@ def train(settings: TrainSettings) -> list[Measurement]:
         The measurements, one per epoch and one after every pruning step.
 
     Raises:
+        TypeError: If an option that is a number is not one.
         ValueError: If an option, the recipe or the data are not as expected.
         ImportError: If the digits are requested and scikit-learn is not installed.
         RuntimeError: If the loss is not finite, or (a BuildError) if required kernels cannot be built.
     """
     check_choice("arch_key", settings.arch_key, ARCHITECTURES)
-    if settings.max_train_steps == 0:
-        raise ValueError("max_train_steps: expected > 0, or -1 for all steps, got 0")
+    if settings.max_train_steps != -1:
+        check_int("max_train_steps", settings.max_train_steps, also=", or -1 for all steps")
+    if settings.width is not None:
+        check_positive("width", settings.width)
+    check_int("seed", settings.seed, 0, 2**63 - 1)
+    check_number("init_lr", settings.init_lr, 0)
+    check_int("loader_num_workers", settings.loader_num_workers, 0)
     manager = Manager.from_recipe(settings.recipe_path, settings.recipe_args)
     tag = _model_tag(settings)
     device = _device(settings.device)

@@ -42,14 +42,15 @@ def plain_number(value: Any) -> Any:
         value: As read from the recipe: `1e-7` and `"256"` are strings there, and 256.0 may stand for 256.
 
     Returns:
-        An int for whole numbers, else a float; anything else unchanged.
+        An int for whole numbers up to 2⁵³, from where on floats are no longer exact; else a float; anything else
+        unchanged.
     """
     if isinstance(value, str):
         try:
             value = float(value)
         except ValueError:
             return value
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53 else value
 
 
 def positive(name: str, value: Any) -> float:
