@@ -34,7 +34,6 @@ def ahead_of_time() -> dict:
 sources = ["mfac.csrc"] + [f"mfac.csrc.{folder.name}" for folder in sorted(Path("csrc").iterdir()) if folder.is_dir()]
 setup(
     packages=[*find_packages(include=["mfac", "mfac.*"]), *sources, "mfac.recipes"],
-    py_modules=["mfac_command"],
     package_dir={"mfac": "mfac", "mfac.csrc": "csrc", "mfac.recipes": "recipes"},
     package_data={"mfac": ["py.typed"], "mfac.recipes": ["*.md"]}
     | {name: ["*.cpp", "*.h", "*.cu", "*.cuh"] for name in sources},

@@ -1,13 +1,11 @@
 """The `mfac` command: help, exit statuses, one-line errors."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-import mfac_command
 from mfac._build import BuildError
 from mfac.cli.main import build_parser, main
 from mfac.tutorial.train import TrainSettings, train
@@ -103,28 +101,6 @@ def test_wrong_options_exit_with_2(command, capsys):
         main(command.split())
     assert stop.value.code == 2
     assert "error:" in capsys.readouterr().err
-
-
-def test_an_interruption_of_the_imports(tmp_path):
-    """The first second or two of a command are spent on importing torch."""
-    (tmp_path / "mfac").mkdir()
-    (tmp_path / "mfac" / "__init__.py").write_text("raise KeyboardInterrupt")
-    repository = Path(__file__).resolve().parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys, mfac_command; sys.exit(mfac_command.main())"],
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{repository}"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (130, "mfac: interrupted\n")
-
-
-def test_the_entry_point_runs_the_command(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["mfac", "train", "--recipe-path", "no.md"])
-    assert mfac_command.main() == 2
-    assert "expected an existing file" in capsys.readouterr().err
 
 
 def test_doctor(monkeypatch):

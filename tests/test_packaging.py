@@ -23,7 +23,7 @@ def test_one_name_of_the_distribution():
 def copy_of_the_repository(folder):
     for name in ("mfac", "csrc", "recipes"):
         shutil.copytree(REPO / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for name in ("setup.py", "mfac_command.py", "pyproject.toml", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
         shutil.copy(REPO / name, folder)
     (folder / "README.md").touch()
     return folder
