@@ -205,5 +205,56 @@ def test_evaluation(mode, unchanged):
         assert torch.equal(torch.randn(3), first)
 
 
+class Stateful(nn.Module):
+    """Writes buffers in every mode: in place, by replacing them, and one that was None."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(1, 4))
+        self.register_buffer("cache", None)
+        self.register_buffer("expanded", torch.zeros(1, 4).expand(3, 4))
+
+    def forward(self, x):
+        self.count.add_(1)
+        self.last.data.copy_(x[:1])
+        self.cache, self.expanded = x.clone(), self.expanded + 1
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_buffers_are_restored(mode, unchanged):
+    model = Stateful()
+    own = dict(model._buffers)
+    with unchanged(model):
+        collect_gradients(model, [(X, Y)] * 2, mse, 2, mode=mode, progress=False)
+    assert all(model._buffers[name] is b for name, b in own.items())
+
+
+def test_statistics_are_kept_and_other_buffers_restored():
+    model = nn.Sequential(Stateful(), nn.BatchNorm1d(2))
+    before = model[1].running_mean.clone()
+    reestimate_batchnorm(model, [(X, None)], 1)
+    assert model[0].count == 0 and model[0].cache is None and not torch.equal(model[1].running_mean, before)
+
+
+def test_requires_grad_that_train_changes(unchanged):
+    """A frozen backbone whose train() freezes it again."""
+
+    class Backbone(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+            self[0].requires_grad_(not mode)
+            return self
+
+    model = Backbone(nn.Linear(4, 3), nn.Linear(3, 2))
+    for frozen in (True, False):
+        model[0].requires_grad_(not frozen)
+        for mode in ("eval", "train"):
+            with unchanged(model):
+                collect_gradients(model, [(X, Y)], mse, 1, params="1.weight", mode=mode, progress=False)
+
+
 def test_run_model_returns_what_forward_does():
     assert run_model(Model(), X, lambda model, batch: (model, batch))[1] is X

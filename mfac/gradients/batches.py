@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mfac.checks import check_function, check_instance
@@ -139,51 +140,58 @@ def batch_loss(
 
 @contextmanager
 def evaluation(
-    model: nn.Module, params: Iterable[nn.Parameter] = (), mode: str = "eval", seed: int | None = None
+    model: nn.Module,
+    params: Iterable[nn.Parameter] = (),
+    mode: str = "eval",
+    seed: int | None = None,
+    *,
+    keep: Iterable[nn.Module] = (),
 ) -> Iterator[None]:
     """Enable gradients and set the mode of a model; restore everything on exit.
 
-    Works under ``torch.no_grad`` and ``torch.inference_mode``. Modes, requires_grad and torch's random state (CPU and
-    the CUDA devices of the model) are restored; with ``mode="train"`` the buffers too, bit for bit.
+    Works under ``torch.no_grad`` and ``torch.inference_mode``. Modes, requires_grad, buffers (bit for bit) and torch's
+    random state (CPU and the CUDA devices of the model) are restored.
 
     Args:
         model: Any module.
         params: Parameters that need gradients; those of the others stay as they are.
         mode: ``"eval"``, or ``"train"``: every module in training mode, BatchNorm with the statistics of the batch.
         seed: Of torch's generators inside; None: they go on from their state.
+        keep: Modules whose own buffers keep what is written to them.
 
     Yields:
         Nothing.
     """
+    params, keep = list(params), set(keep)
     modes = {module: module.training for module in model.modules()}
-    required = {p: p.requires_grad for p in params}
+    required = {p: p.requires_grad for p in (*model.parameters(), *params)}  # train() of a model may change any
     devices = {x.device.index for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"}
-    buffers = []
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.random.fork_rng(devices=sorted(devices), device_type="cuda"),
     ):
-        if mode == "train":
-            owned = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-            buffers = [(module, name, b, b.detach().clone()) for module, name, b in owned]
+        owned = [(module, name, b) for module in modes if module not in keep for name, b in module._buffers.items()]
+        buffers = [(*owner, owner[2].detach().clone() if _is_writable(owner[2]) else None) for owner in owned]
 
         def restore() -> None:
             for module, training in modes.items():
                 module.training = training
             for p, value in required.items():
-                p.requires_grad_(value)
-            with torch.no_grad():
-                for module, name, b, value in buffers:
-                    b.copy_(value)
-                    module._buffers[name] = b
+                if p.requires_grad != value:
+                    p.requires_grad_(value)
+            for module, name, b, value in buffers:
+                if value is not None:
+                    with torch.no_grad(), torch.inference_mode(b.is_inference()):
+                        b.copy_(value)
+                module._buffers[name] = b
 
         try:
             if seed is not None:
                 for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
                     generator.manual_seed(seed)
             model.train(mode == "train")
-            for p in required:
+            for p in params:
                 p.requires_grad_(True)
             yield
         finally:
@@ -192,3 +200,10 @@ def evaluation(
             except BaseException:  # Ctrl-C in the middle: half of it must not stay
                 restore()
                 raise
+
+
+def _is_writable(b: Tensor | None) -> bool:
+    """Whether a buffer has values that can be written in place: not so if it is expanded or not initialized."""
+    if b is None or is_lazy(b):
+        return False
+    return b.layout != torch.strided or all(b.stride(i) or b.shape[i] <= 1 for i in range(b.dim()))
