@@ -1,6 +1,8 @@
 """Protocol of a batch: trees of tensors, losses, modes."""
 
 from collections import OrderedDict, UserDict, namedtuple
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -77,6 +79,38 @@ def test_inference_tensors_are_copied():
 )
 def test_num_samples(batch, count):
     assert num_samples(batch) == count
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    x: torch.Tensor
+    label: str = "a"
+
+
+@dataclass
+class Outer:
+    inner: Frozen
+    rest: dict
+    count: int = 3
+
+
+def test_dataclasses_and_immutable_mappings():
+    """Moved at any depth, copies of their own types; one without anything to move is passed through."""
+    x, plain = torch.ones(4, 2), Frozen("no tensor")
+    batch = Outer(Frozen(x), {"y": MappingProxyType({"z": x})}), plain, MappingProxyType({"w": [x]})
+    outer, same, proxy = moved = move_batch(batch, META)
+    assert [t.device for t in (outer.inner.x, outer.rest["y"]["z"], proxy["w"][0])] == [META] * 3
+    assert tuple(map(type, moved)) == (Outer, Frozen, MappingProxyType) and type(outer.rest["y"]) is MappingProxyType
+    assert same is plain and outer.count == 3 and outer.inner.label == "a"
+    assert batch[0].inner.x is x and batch[2]["w"][0] is x
+    assert num_samples(batch) == num_samples(batch[0]) == num_samples(MappingProxyType({"a": UserDict(b=x)})) == 4
+    with torch.inference_mode():
+        made = Frozen(torch.ones(2))
+    assert not move_batch(made, CPU).x.is_inference()
+    buffer = collect_gradients(
+        nn.Linear(2, 1), [Frozen(x)], None, 1, forward=lambda model, batch: model(batch.x).sum(), progress=False
+    )
+    assert buffer.samples == 4
 
 
 def test_model_device():

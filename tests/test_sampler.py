@@ -61,6 +61,22 @@ def test_samplers_with_state_at_any_depth(as_batches):
         assert run(collect) == run(lambda loader: None)
 
 
+class Doubled(DataLoader):
+    def __iter__(self):
+        for batch in super().__iter__():
+            yield 2 * batch
+
+
+def test_loaders_that_cannot_be_cloned():
+    """With persistent workers, whose running epoch would be disturbed, there is a warning; not without."""
+    with pytest.warns(UserWarning, match="batches: Doubled has an iteration of its own and persistent workers"):
+        BatchStream(Doubled(Numbers(), num_workers=1, persistent_workers=True), 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        BatchStream(Doubled(Numbers(), num_workers=1), 0)
+        BatchStream(DataLoader(Numbers(), num_workers=1, persistent_workers=True), 0)
+
+
 def test_copies_of_samplers_share_the_data():
     data, other = Numbers(), [torch.ones(3)]
     sampler = SimpleNamespace(model=torch.nn.Linear(2, 2), parts=[RandomSampler(data), RandomSampler(other)])

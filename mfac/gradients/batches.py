@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -41,8 +42,8 @@ def move_batch(batch: Any, device: torch.device) -> Any:
     """Move all tensors of a batch, which stays as it is.
 
     Args:
-        batch: A tree of lists, tuples, dicts and other mappings with tensors, and whatever else has a method ``to``,
-            at any depth. The rest is passed through.
+        batch: A tree of lists, tuples, dicts, other mappings and dataclasses with tensors, and whatever else has a
+            method ``to``, at any depth. The rest is passed through.
         device: Where to.
 
     Returns:
@@ -58,15 +59,42 @@ def move_batch(batch: Any, device: torch.device) -> Any:
             for key, value in leaf.items():
                 new[key] = move_batch(value, device)
             return new
-        return leaf.to(device) if hasattr(leaf, "to") else leaf
+        if hasattr(leaf, "to"):
+            return leaf.to(device)
+        if isinstance(leaf, Mapping):
+            return type(leaf)({key: move_batch(value, device) for key, value in leaf.items()})
+        new = leaf
+        for name, value in _fields(leaf).items():
+            moved = move_batch(value, device)
+            if moved is not value:
+                new = copy.copy(leaf) if new is leaf else new
+                object.__setattr__(new, name, moved)  # also of a frozen one
+        return new
 
     return tree_map(move, batch, is_leaf=lambda node: hasattr(node, "to"))
 
 
 def num_samples(batch: Any) -> int:
     """Return the size of the first dimension of the first tensor of a batch, 1 if there is none."""
-    leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch, is_leaf=lambda node: hasattr(node, "to"))
-    return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 1)
+    return next((len(tensor) for tensor in _tensors(batch) if tensor.dim()), 1)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    """The tensors at any depth that :func:`move_batch` moves itself."""
+    for leaf in tree_leaves(batch, is_leaf=lambda node: hasattr(node, "to")):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        else:
+            inner = leaf if isinstance(leaf, Mapping) else _fields(leaf)
+            for value in inner.values():
+                yield from _tensors(value)
+
+
+def _fields(leaf: Any) -> dict[str, Any]:
+    """The fields of a dataclass by name; none of anything else."""
+    if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
+        return {}
+    return {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf) if hasattr(leaf, field.name)}
 
 
 def run_model(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:

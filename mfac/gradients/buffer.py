@@ -34,7 +34,7 @@ class GradientBuffer:
             unlinked, so nothing is left behind when the process ends, even if it is killed.
 
     Attributes:
-        names: Names of the parameters, in the order of the columns.
+        names: Names of the parameters, in the order of the columns; canonical ones from the first use with a model on.
         storage: Where the rows are kept: a device, or the folder of the memory-mapped file.
         skipped: How many gradients were refused because they held NaN or infinity.
         reached: Names of the parameters that have had a gradient (not None) since the buffer was made or cleared.
