@@ -1,6 +1,8 @@
 """Protocol of a batch: trees of tensors, losses, modes."""
 
 from collections import OrderedDict, UserDict, namedtuple
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -77,6 +79,38 @@ def test_inference_tensors_are_copied():
 )
 def test_num_samples(batch, count):
     assert num_samples(batch) == count
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    x: torch.Tensor
+    label: str = "a"
+
+
+@dataclass
+class Outer:
+    inner: Frozen
+    rest: dict
+    count: int = 3
+
+
+def test_dataclasses_and_immutable_mappings():
+    """Moved at any depth, copies of their own types; one without anything to move is passed through."""
+    x, plain = torch.ones(4, 2), Frozen("no tensor")
+    batch = Outer(Frozen(x), {"y": MappingProxyType({"z": x})}), plain, MappingProxyType({"w": [x]})
+    outer, same, proxy = moved = move_batch(batch, META)
+    assert [t.device for t in (outer.inner.x, outer.rest["y"]["z"], proxy["w"][0])] == [META] * 3
+    assert tuple(map(type, moved)) == (Outer, Frozen, MappingProxyType) and type(outer.rest["y"]) is MappingProxyType
+    assert same is plain and outer.count == 3 and outer.inner.label == "a"
+    assert batch[0].inner.x is x and batch[2]["w"][0] is x
+    assert num_samples(batch) == num_samples(batch[0]) == num_samples(MappingProxyType({"a": UserDict(b=x)})) == 4
+    with torch.inference_mode():
+        made = Frozen(torch.ones(2))
+    assert not move_batch(made, CPU).x.is_inference()
+    buffer = collect_gradients(
+        nn.Linear(2, 1), [Frozen(x)], None, 1, forward=lambda model, batch: model(batch.x).sum(), progress=False
+    )
+    assert buffer.samples == 4
 
 
 def test_model_device():
@@ -203,6 +237,57 @@ def test_evaluation(mode, unchanged):
             raise KeyError
     with evaluation(model, seed=3):
         assert torch.equal(torch.randn(3), first)
+
+
+class Stateful(nn.Module):
+    """Writes buffers in every mode: in place, by replacing them, and one that was None."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(1, 4))
+        self.register_buffer("cache", None)
+        self.register_buffer("expanded", torch.zeros(1, 4).expand(3, 4))
+
+    def forward(self, x):
+        self.count.add_(1)
+        self.last.data.copy_(x[:1])
+        self.cache, self.expanded = x.clone(), self.expanded + 1
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_buffers_are_restored(mode, unchanged):
+    model = Stateful()
+    own = dict(model._buffers)
+    with unchanged(model):
+        collect_gradients(model, [(X, Y)] * 2, mse, 2, mode=mode, progress=False)
+    assert all(model._buffers[name] is b for name, b in own.items())
+
+
+def test_statistics_are_kept_and_other_buffers_restored():
+    model = nn.Sequential(Stateful(), nn.BatchNorm1d(2))
+    before = model[1].running_mean.clone()
+    reestimate_batchnorm(model, [(X, None)], 1)
+    assert model[0].count == 0 and model[0].cache is None and not torch.equal(model[1].running_mean, before)
+
+
+def test_requires_grad_that_train_changes(unchanged):
+    """A frozen backbone whose train() freezes it again."""
+
+    class Backbone(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+            self[0].requires_grad_(not mode)
+            return self
+
+    model = Backbone(nn.Linear(4, 3), nn.Linear(3, 2))
+    for frozen in (True, False):
+        model[0].requires_grad_(not frozen)
+        for mode in ("eval", "train"):
+            with unchanged(model):
+                collect_gradients(model, [(X, Y)], mse, 1, params="1.weight", mode=mode, progress=False)
 
 
 def test_run_model_returns_what_forward_does():

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import mfac.gradients.memory
-from mfac import GradientBuffer, prunable_parameters
+from mfac import GradientBuffer, collect_gradients, prunable_parameters
 from mfac.fisher import check_gradients
-from mfac.gradients.buffer import check_grads_device
+from mfac.gradients.arguments import check_grads_device
 
 
 def filled(rows, num_grads=3, dtype=torch.float32):
@@ -356,3 +356,32 @@ def test_made_and_fed_in_inference_mode():
     for x in (buffer, twin):
         assert not x.tensor.is_inference() and x.append(model) and len(x) == 2
         assert x.tensor.tolist() == [[0.5, 0.5], [1, 1]] and x.mean_square == check_gradients(x.tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+def test_numbers_that_rows_cannot_hold(dtype, unchanged):
+    """Complex and integer parameters are refused by name, wherever they come from."""
+
+    class Model(torch.nn.Module):
+        def __init__(self, dtype):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 2)
+            self.extra = torch.nn.Parameter(torch.ones(2, dtype=dtype), requires_grad=False)
+
+        def forward(self, x):
+            return self.layer(x) * self.extra.abs()
+
+    model, batches = Model(dtype), [(torch.randn(3, 4), torch.randn(3, 2))]
+    options = {"loss_fn": torch.nn.functional.mse_loss, "num_grads": 1, "progress": False}
+    message = f"expected real floating-point numbers, got {dtype}"
+    with unchanged(model), pytest.raises(TypeError, match=rf"params\['extra'\]: {message}"):
+        collect_gradients(model, batches, params=["extra", "layer.weight"], **options)
+    with pytest.raises(TypeError, match=rf"params\['extra'\]: {message}"):
+        GradientBuffer(1, dict(model.named_parameters()))
+    buffer = GradientBuffer(1, dict(Model(torch.float32).named_parameters()))
+    with unchanged(model), pytest.raises(TypeError, match=rf"model\['extra'\]: {message}"):
+        collect_gradients(model, batches, buffer=buffer, **options)
+    with pytest.raises(TypeError, match=r"grads\['extra'\]: expected real floating-point numbers, got torch.complex64"):
+        buffer.append_gradients([torch.ones(2, dtype=torch.complex64), None, None])
+    assert not buffer.reached and not len(buffer)
+    assert list(collect_gradients(model, batches, **options).names) == ["layer.weight"]

@@ -64,6 +64,12 @@ def test_copies_have_rows_of_their_own(device, copied, rows):
             filled([1], dtype=torch.bfloat16).state_dict(),
             r"state\['rows'\]: expected torch.float32, got torch.bfloat16",
         ),
+        (filled([1]).state_dict() | {"next": 0}, r"state\['next'\]: expected an int 1 to 1, got 0"),
+        (filled([1, 2, 3]).state_dict() | {"next": 3}, r"state\['next'\]: expected an int 0 to 2, got 3"),
+        (filled([1]).state_dict() | {"next": -1}, r"state\['next'\]: expected an int 1 to 1, got -1"),
+        (filled([1]).state_dict() | {"skipped": -1}, r"state\['skipped'\]: expected an int >= 0, got -1"),
+        (filled([1]).state_dict() | {"reached": ["v"]}, r"state\['reached'\]: expected some of \['w'\], got \['v'\]"),
+        (filled([1]).state_dict() | {"names": 3}, r"state\['names'\]: expected \['w'\], got 3"),
         (filled([1]).state_dict() | {"rows": torch.ones(4, 2)}, r"state\['rows'\]: expected \[<= 3, 2\], got \[4, 2\]"),
     ],
 )
@@ -72,4 +78,26 @@ def test_bad_state(state, message):
     before = copy.deepcopy(buffer)
     with pytest.raises(ValueError, match=message):
         buffer.load_state_dict(state)
+    same(buffer, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"next": "1"}, r"state\['next'\]: expected an int, got '1'"),
+        ({"next": None}, r"state\['next'\]: expected an int, got None"),
+        ({"rows": [[1.0, 2.0]]}, r"state\['rows'\]: expected a tensor, got list"),
+        ({"rows": None}, r"state\['rows'\]: expected a tensor, got NoneType"),
+        ({"skipped": 1.5}, r"state\['skipped'\]: expected an int, got 1.5"),
+        ({"reached": "w"}, r"state\['reached'\]: expected a list of names, got str"),
+        ({"loss": None}, r"state\['loss'\]: expected a number, got None"),
+    ],
+)
+def test_state_of_other_types(change, message):
+    buffer = filled([1, 2])
+    before = copy.deepcopy(buffer)
+    with pytest.raises(TypeError, match=message):
+        buffer.load_state_dict(filled([1]).state_dict() | change)
+    with pytest.raises(TypeError, match="state: expected a mapping, got list"):
+        buffer.load_state_dict([])
     same(buffer, before)

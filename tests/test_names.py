@@ -187,3 +187,43 @@ def test_without_a_model():
         table.find(3, "sparsity")
     with pytest.raises(ValueError, match=r"params: expected a regular expression after re:, got 're:\('"):
         table.find("re:(")
+
+
+def test_buffers_with_names_of_the_wrapped_model():
+    """They take over the canonical names at first use; a state with either names can be loaded."""
+    model = nn.DataParallel(two_layers())
+    params = dict(reversed(list(model.named_parameters())))
+    batches = [(torch.randn(5, 4), torch.randn(5, 2)) for _ in range(4)]
+    mse, options = nn.functional.mse_loss, {"progress": False}
+    plain = mfac.GradientBuffer(4, dict(reversed(named_parameters(model).items())))
+    expected = mfac.collect_gradients(model, batches, mse, 4, buffer=plain, **options)
+    buffer = mfac.GradientBuffer(4, params)
+    raw = buffer.state_dict()
+    assert mfac.collect_gradients(model, batches, mse, 4, buffer=buffer, **options) is buffer
+    assert torch.equal(buffer.tensor, expected.tensor) and buffer.names == NAMES[::-1] and not buffer.unreached
+    again = mfac.GradientBuffer(4, params)
+    again.load_state_dict(buffer.state_dict())
+    assert again.names == NAMES[::-1]
+    again.load_state_dict(raw)
+    mse(model(batches[0][0]), batches[0][1]).backward()
+    assert again.append(model) and again.names == NAMES[::-1] and not again.unreached
+    with pytest.raises(ValueError, match=r"model: expected a parameter 'module.1.weight', got none of that name"):
+        mfac.GradientBuffer(4, params).append(model.module[0])
+    doubled = mfac.GradientBuffer(4, {"0.weight": params["module.0.weight"]} | params)
+    with pytest.raises(ValueError, match=r"buffer: expected one entry per parameter, got 0.weight, module.1.weight"):
+        doubled.append(model)
+
+
+def test_names_that_stand_for_two():
+    """The raw name of one parameter is the canonical name of another."""
+    model = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "module": nn.ModuleDict({"a": nn.Linear(2, 2)})})
+    assert list(mfac.prunable_parameters(model, "module.a.weight")) == ["module.a.weight"]
+    wrapped = nn.DataParallel(model)
+    assert list(mfac.prunable_parameters(wrapped)) == ["a.weight", "module.a.weight"]
+    message = "expected names of one parameter each, got 'module.a.weight', which in the wrapped model is that of 'a.w"
+    with pytest.raises(ValueError, match=f"params: {message}"):
+        mfac.prunable_parameters(wrapped, ["module.a.weight"])
+    with pytest.raises(ValueError, match=f"masks: {message}"):
+        NameTable.of_model(wrapped).translate("masks", {"module.a.weight": 1})
+    table = NameTable.of_model(wrapped)
+    assert table.find("a.weight") == ["a.weight"] and table.find("module.module.a.weight") == ["module.a.weight"]

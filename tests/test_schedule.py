@@ -83,6 +83,15 @@ def test_only_start_and_end():
     assert updates(Schedule(0.1, 0.8, start=1, end=4, frequency=math.inf), range(10)) == [(1, 0.1), (4, 0.8)]
 
 
+@pytest.mark.parametrize("frequency", [1e-320, 5e-324])
+def test_updates_closer_together_than_floats(frequency):
+    schedule = Schedule(0.0, 0.8, start=0, end=4, frequency=frequency, curve="linear")
+    assert [(t, round(s, 3)) for t, s in updates(schedule, range(6))] == [
+        (0, 0), (1, 0.2), (2, 0.4), (3, 0.6), (4, 0.8)
+    ]  # fmt: skip
+    assert Schedule(0.0, 0.8, start=0, end=10**400, frequency=0.5).nominal_time(10**399) == 10**399
+
+
 GOOD = {"initial_sparsity": 0.0, "final_sparsity": 0.8, "start": 0, "end": 10, "frequency": 1}
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mfac.checks import check_function, check_instance
@@ -40,8 +42,8 @@ def move_batch(batch: Any, device: torch.device) -> Any:
     """Move all tensors of a batch, which stays as it is.
 
     Args:
-        batch: A tree of lists, tuples, dicts and other mappings with tensors, and whatever else has a method ``to``,
-            at any depth. The rest is passed through.
+        batch: A tree of lists, tuples, dicts, other mappings and dataclasses with tensors, and whatever else has a
+            method ``to``, at any depth. The rest is passed through.
         device: Where to.
 
     Returns:
@@ -57,15 +59,42 @@ def move_batch(batch: Any, device: torch.device) -> Any:
             for key, value in leaf.items():
                 new[key] = move_batch(value, device)
             return new
-        return leaf.to(device) if hasattr(leaf, "to") else leaf
+        if hasattr(leaf, "to"):
+            return leaf.to(device)
+        if isinstance(leaf, Mapping):
+            return type(leaf)({key: move_batch(value, device) for key, value in leaf.items()})
+        new = leaf
+        for name, value in _fields(leaf).items():
+            moved = move_batch(value, device)
+            if moved is not value:
+                new = copy.copy(leaf) if new is leaf else new
+                object.__setattr__(new, name, moved)  # also of a frozen one
+        return new
 
     return tree_map(move, batch, is_leaf=lambda node: hasattr(node, "to"))
 
 
 def num_samples(batch: Any) -> int:
     """Return the size of the first dimension of the first tensor of a batch, 1 if there is none."""
-    leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch, is_leaf=lambda node: hasattr(node, "to"))
-    return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 1)
+    return next((len(tensor) for tensor in _tensors(batch) if tensor.dim()), 1)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    """The tensors at any depth that :func:`move_batch` moves itself."""
+    for leaf in tree_leaves(batch, is_leaf=lambda node: hasattr(node, "to")):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        else:
+            inner = leaf if isinstance(leaf, Mapping) else _fields(leaf)
+            for value in inner.values():
+                yield from _tensors(value)
+
+
+def _fields(leaf: Any) -> dict[str, Any]:
+    """The fields of a dataclass by name; none of anything else."""
+    if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
+        return {}
+    return {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf) if hasattr(leaf, field.name)}
 
 
 def run_model(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
@@ -139,51 +168,58 @@ def batch_loss(
 
 @contextmanager
 def evaluation(
-    model: nn.Module, params: Iterable[nn.Parameter] = (), mode: str = "eval", seed: int | None = None
+    model: nn.Module,
+    params: Iterable[nn.Parameter] = (),
+    mode: str = "eval",
+    seed: int | None = None,
+    *,
+    keep: Iterable[nn.Module] = (),
 ) -> Iterator[None]:
     """Enable gradients and set the mode of a model; restore everything on exit.
 
-    Works under ``torch.no_grad`` and ``torch.inference_mode``. Modes, requires_grad and torch's random state (CPU and
-    the CUDA devices of the model) are restored; with ``mode="train"`` the buffers too, bit for bit.
+    Works under ``torch.no_grad`` and ``torch.inference_mode``. Modes, requires_grad, buffers (bit for bit) and torch's
+    random state (CPU and the CUDA devices of the model) are restored.
 
     Args:
         model: Any module.
         params: Parameters that need gradients; those of the others stay as they are.
         mode: ``"eval"``, or ``"train"``: every module in training mode, BatchNorm with the statistics of the batch.
         seed: Of torch's generators inside; None: they go on from their state.
+        keep: Modules whose own buffers keep what is written to them.
 
     Yields:
         Nothing.
     """
+    params, keep = list(params), set(keep)
     modes = {module: module.training for module in model.modules()}
-    required = {p: p.requires_grad for p in params}
+    required = {p: p.requires_grad for p in (*model.parameters(), *params)}  # train() of a model may change any
     devices = {x.device.index for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"}
-    buffers = []
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.random.fork_rng(devices=sorted(devices), device_type="cuda"),
     ):
-        if mode == "train":
-            owned = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-            buffers = [(module, name, b, b.detach().clone()) for module, name, b in owned]
+        owned = [(module, name, b) for module in modes if module not in keep for name, b in module._buffers.items()]
+        buffers = [(*owner, owner[2].detach().clone() if _is_writable(owner[2]) else None) for owner in owned]
 
         def restore() -> None:
             for module, training in modes.items():
                 module.training = training
             for p, value in required.items():
-                p.requires_grad_(value)
-            with torch.no_grad():
-                for module, name, b, value in buffers:
-                    b.copy_(value)
-                    module._buffers[name] = b
+                if p.requires_grad != value:
+                    p.requires_grad_(value)
+            for module, name, b, value in buffers:
+                if value is not None:
+                    with torch.no_grad(), torch.inference_mode(b.is_inference()):
+                        b.copy_(value)
+                module._buffers[name] = b
 
         try:
             if seed is not None:
                 for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
                     generator.manual_seed(seed)
             model.train(mode == "train")
-            for p in required:
+            for p in params:
                 p.requires_grad_(True)
             yield
         finally:
@@ -192,3 +228,10 @@ def evaluation(
             except BaseException:  # Ctrl-C in the middle: half of it must not stay
                 restore()
                 raise
+
+
+def _is_writable(b: Tensor | None) -> bool:
+    """Whether a buffer has values that can be written in place: not so if it is expanded or not initialized."""
+    if b is None or is_lazy(b):
+        return False
+    return b.layout != torch.strided or all(b.stride(i) or b.shape[i] <= 1 for i in range(b.dim()))

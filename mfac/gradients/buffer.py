@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mfac.checks import check_instance, check_int, check_number
+from mfac.checks import check_instance, check_int
+from mfac.gradients.arguments import check_dtype, check_grads_device, check_real, check_scale, check_state
 from mfac.gradients.memory import allocate_rows
-from mfac.model.names import named_parameters, shorten
-
-STATE_KEYS = ("names", "shapes", "num_grads", "rows", "next", "skipped", "reached", "loss", "samples")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from mfac.model.names import NameTable, named_parameters, shorten
 
 
 class GradientBuffer:
@@ -39,7 +34,7 @@ class GradientBuffer:
             unlinked, so nothing is left behind when the process ends, even if it is killed.
 
     Attributes:
-        names: Names of the parameters, in the order of the columns.
+        names: Names of the parameters, in the order of the columns; canonical ones from the first use with a model on.
         storage: Where the rows are kept: a device, or the folder of the memory-mapped file.
         skipped: How many gradients were refused because they held NaN or infinity.
         reached: Names of the parameters that have had a gradient (not None) since the buffer was made or cleared.
@@ -48,7 +43,8 @@ class GradientBuffer:
         samples: Mean samples of those batches (size of the first dimension); NaN before.
 
     Raises:
-        TypeError: If ``params`` is not a mapping of tensors, ``num_grads`` not an int, or ``dtype`` another type.
+        TypeError: If ``params`` is not a mapping of tensors of real floating-point numbers, ``num_grads`` no int, or
+            ``dtype`` another type.
         ValueError: If ``num_grads`` < 1, ``params`` is empty, the parameters are on several devices, or ``device`` is
             none of the above.
         MemoryError: If the rows do not fit; the message says what would.
@@ -77,6 +73,7 @@ class GradientBuffer:
             raise ValueError("params: expected at least one parameter, got none")
         for name, p in params.items():
             check_instance(f"params[{name!r}]", p, Tensor, "a tensor")
+            check_real(f"params[{name!r}]", p)
         dtype = check_dtype("dtype", dtype)
         devices = {p.device for p in params.values()}
         if len(devices) > 1:
@@ -190,17 +187,45 @@ class GradientBuffer:
             >>> buffer.tensor[1, 0].item()
             1.0
         """
-        scale = _check_scale(scale)
+        scale = check_scale(scale)
         params = named_parameters(model)
-        for name in self.names:
-            if name not in params:
-                raise ValueError(f"model: expected a parameter {name!r}, got none of that name")
+        if not params.keys() >= set(self.names):
+            self.use_names_of(model)
         grads = [params[name].grad for name in self.names]
         if all(grad is None for grad in grads):
             raise ValueError(
                 f"model: expected a gradient for {shorten(self.names)}, got None; call backward() before append()"
             )
         return self.append_gradients(grads, scale)
+
+    def use_names_of(self, model: nn.Module) -> None:
+        """Take over the canonical names of a model, if the buffer was made with names of a wrapped one.
+
+        Args:
+            model: The module whose parameters the buffer was made for.
+
+        Raises:
+            ValueError: If it has no parameter of a name; nothing is changed.
+
+        Example:
+            >>> model = torch.nn.DataParallel(torch.nn.Linear(3, 2, bias=False))
+            >>> buffer = GradientBuffer(8, dict(model.named_parameters()))
+            >>> buffer.names
+            ['module.weight']
+            >>> buffer.use_names_of(model)
+            >>> buffer.names
+            ['weight']
+        """
+        table, names = NameTable.of_model(model), []
+        for name in self.names:
+            found = table.find(name, "buffer")
+            if not found:
+                raise ValueError(f"model: expected a parameter {name!r}, got none of that name")
+            names += found
+        if len(set(names)) < len(names):
+            raise ValueError(f"buffer: expected one entry per parameter, got {shorten(self.names)}")
+        self.reached = {new for old, new in zip(self.names, names, strict=True) if old in self.reached}
+        self.names = names
 
     def append_gradients(
         self, grads: Sequence[Tensor | None], scale: float | Tensor | torch.amp.GradScaler = 1.0
@@ -215,17 +240,19 @@ class GradientBuffer:
             True if the row was stored, False if it was skipped because it is not finite.
 
         Raises:
-            TypeError: If one is neither a tensor nor None, or ``scale`` is not a number.
+            TypeError: If one is neither a tensor nor None, or complex, or ``scale`` is not a number.
             ValueError: If the number of tensors or a shape is wrong, or ``scale`` is not finite or not > 0.
             KeyboardInterrupt: If it comes in between; the row is complete or untouched.
         """
-        scale = _check_scale(scale)
+        scale = check_scale(scale)
         if len(grads) != len(self.names):
             raise ValueError(f"grads: expected {len(self.names)} tensors, got {len(grads)}")
         for name, shape, grad in zip(self.names, self._shapes, grads, strict=True):
             if grad is None:
                 continue
             check_instance("grads", grad, Tensor, f"a tensor for {name!r}")
+            if grad.is_complex():  # of whose numbers a row would hold the real parts only
+                check_real(f"grads[{name!r}]", grad)
             if grad.shape != shape:
                 raise ValueError(f"grads: expected shape {list(shape)} for {name!r}, got {list(grad.shape)}")
         self.reached.update(name for name, grad in zip(self.names, grads, strict=True) if grad is not None)
@@ -274,26 +301,19 @@ class GradientBuffer:
             state: From :meth:`state_dict`.
 
         Raises:
-            ValueError: If a key is missing, or names, shapes, ``num_grads``, type or shape of the rows are others.
+            TypeError: If it is not a mapping, or a value is of the wrong type.
+            ValueError: If a key is missing, names, shapes, ``num_grads``, type or shape of the rows are others, or a
+                value is out of range; nothing is changed.
         """
-        missing = [key for key in STATE_KEYS if key not in state]
-        if missing:
-            raise ValueError(
-                f"state: expected the keys of GradientBuffer.state_dict(), got none of {', '.join(missing)}"
-            )
-        rows, shapes = state["rows"], [list(shape) for shape in self._shapes]
-        for key, own in (("names", self.names), ("shapes", shapes), ("num_grads", self.num_grads)):
-            if state[key] != own:
-                raise ValueError(f"state[{key!r}]: expected {own}, got {state[key]}")
-        if rows.dtype != self.dtype:
-            raise ValueError(f"state['rows']: expected {self.dtype}, got {rows.dtype}")
-        if rows.dim() != 2 or rows.shape[1] != self.shape[1] or len(rows) > self.num_grads:
-            raise ValueError(f"state['rows']: expected [<= {self.num_grads}, {self.shape[1]}], got {list(rows.shape)}")
+        state = check_state(state, self.names, self._shapes, self.num_grads, self.dtype)
+        rows = state["rows"]
         self._filled = len(rows)
         self.tensor.copy_(rows)
         for index, row in enumerate(self.tensor):
             self._norms[index] = row_norm(row)
-        self._next, self.skipped, self.reached = state["next"], state["skipped"], set(state["reached"])
+        self.names, self._next, self.skipped, self.reached = (
+            state[key] for key in ("names", "next", "skipped", "reached")
+        )
         self.loss, self.samples = state["loss"], state["samples"]
         self.version += 1
 
@@ -318,67 +338,10 @@ class GradientBuffer:
         return new
 
 
-def check_dtype(name: str, dtype: torch.dtype | str) -> torch.dtype:
-    """Check the type of gradients.
-
-    Args:
-        name: Of the argument, for the error.
-        dtype: What the user gave: the type, or ``"float32"`` or ``"bfloat16"``.
-
-    Returns:
-        The type.
-
-    Raises:
-        TypeError: If it is neither torch.float32 nor torch.bfloat16.
-    """
-    found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in _DTYPES.values():
-        raise TypeError(f"{name}: expected torch.float32 or torch.bfloat16, got {dtype!r}")
-    return found
-
-
-def check_grads_device(name: str, device: torch.device | str | None, home: torch.device) -> torch.device | Path:
-    """Check where gradients are to be kept.
-
-    Args:
-        name: Of the argument, for the error.
-        device: What the user gave.
-        home: Where the parameters are.
-
-    Returns:
-        The device, with its index; or the folder, for ``"disk"`` and ``"disk:<folder>"``.
-
-    Raises:
-        ValueError: If it is neither the parameters' device nor the CPU nor a folder that can be written to.
-    """
-    if isinstance(device, str) and (device == "disk" or device.startswith("disk:")):
-        folder = Path(device[5:] if device[5:] else tempfile.gettempdir())
-        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-            raise ValueError(f"{name}: expected 'disk:<folder>' with a folder that can be written to, got {device!r}")
-        return folder
-    try:
-        found = home if device is None else torch.device(device)
-    except (RuntimeError, TypeError):  # no name of a device
-        found = None
-    if found is not None and found.type == "cpu":
-        return torch.device("cpu")
-    if found is not None and found.type == home.type and found.index in (None, home.index):
-        return home
-    wanted = "'cpu', where the model is," if home.type == "cpu" else f"'{home}', where the model is, 'cpu'"
-    raise ValueError(f"{name}: expected {wanted} or 'disk', got {device!r}")
-
-
 def row_norm(row: Tensor) -> Tensor:
     """Return the Euclidean norm of a row, a float64 scalar that is finite if the row is."""
     norm = torch.linalg.vector_norm(row, dtype=torch.float32).double()  # at memory speed
     return norm if torch.isfinite(norm) else row.double().norm()  # squares past float32
-
-
-def _check_scale(scale: float | Tensor | torch.amp.GradScaler) -> float:
-    scale = check_number("scale", scale.get_scale() if isinstance(scale, torch.amp.GradScaler) else scale)
-    if scale <= 0:
-        raise ValueError(f"scale: expected a finite number > 0, got {scale!r}")
-    return scale
 
 
 def _converted(grad: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mfac.checks import check_instance, check_int, warn
+from mfac.gradients.arguments import check_grads_device, check_real
+from mfac.gradients.backward import Differentiator
 from mfac.gradients.batches import (
     Forward,
     batch_loss,
@@ -19,7 +22,7 @@ from mfac.gradients.batches import (
     move_batch,
     num_samples,
 )
-from mfac.gradients.buffer import GradientBuffer, check_grads_device
+from mfac.gradients.buffer import GradientBuffer
 from mfac.gradients.seeds import current_seed
 from mfac.gradients.settings import CollectSettings
 from mfac.gradients.stream import BatchStream
@@ -45,10 +48,11 @@ def collect_gradients(
     """Collect one gradient per batch, with the model in eval mode unless ``mode`` says otherwise.
 
     Batches of some 32 samples give far better joint updates than single samples. The model's modes, requires_grad,
-    ``.grad`` and the random states of torch, random and numpy are as before when this returns or raises. So a loader
-    that shuffles gives the same batches again at the next call, unless torch's random state has moved on in between;
-    pass an iterator (kept between the calls) to go on where you stopped. A DataLoader is cloned, not iterated: an epoch
-    of training under way goes on as if nothing had happened (see :class:`mfac.gradients.stream.BatchStream`).
+    ``.grad``, buffers and the random states of torch, random and numpy are as before when this returns or raises. So a
+    loader that shuffles gives the same batches again at the next call, unless torch's random state has moved on in
+    between; pass an iterator (kept between the calls) to go on where you stopped. A DataLoader is cloned, not iterated: an epoch
+    of training under way goes on as if nothing had happened, unless there is a warning that the loader or its sampler
+    cannot be cloned (see :class:`mfac.gradients.stream.BatchStream`).
 
     Args:
         model: Any module.
@@ -70,8 +74,8 @@ def collect_gradients(
 
     Raises:
         TypeError: If ``model`` is not a module, ``batches`` cannot be iterated, ``loss_fn`` or ``forward`` called, a
-            batch is neither a pair nor a mapping and there is no ``forward``, or there is no loss or it is not a
-            tensor.
+            batch is neither a pair nor a mapping and there is no ``forward``, there is no loss or it is not a
+            tensor, or a parameter is complex or of integers.
         ValueError: If the model is one of several processes, ``num_grads`` < 1 or more than ``buffer`` has rows, a
             setting contradicts ``buffer``,
             ``batches`` is empty or an iterator that ends early, the loss is not a scalar, as many gradients are not
@@ -98,7 +102,10 @@ def collect_gradients(
         if num_grads > buffer.num_grads:
             raise ValueError(f"num_grads: expected at most the {buffer.num_grads} rows of the buffer, got {num_grads}")
         chosen = prunable_parameters(model, buffer.names)
+        for name, p in chosen.items():
+            check_real(f"model[{name!r}]", p)
         _check_no_conflict(buffer, settings, next(iter(chosen.values())).device)
+        buffer.use_names_of(model)
     try:
         append_batches(
             buffer, model, stream, loss_fn, num_grads, chosen, mode=mode, forward=forward,
@@ -154,18 +161,14 @@ def append_batches(
     """
     params, device = [chosen[name] for name in buffer.names], model_device(model)
     losses, samples, skipped, first = [], [], buffer.skipped, not buffer.reached
+    differentiate = Differentiator(model, params)
     with (
         evaluation(model, params, mode, seed),
         tqdm(total=num_grads, desc="gradients", disable=not progress) as bar,
     ):
         while len(losses) < num_grads:
             batch = move_batch(next(batches), device)
-            loss = batch_loss(model, batch, loss_fn, forward)
-            if not loss.requires_grad:
-                raise ValueError(
-                    "loss_fn: expected a loss that depends on the parameters, got a constant (detached?) one"
-                )
-            grads = torch.autograd.grad(loss, params, allow_unused=True)
+            loss, grads = differentiate(partial(_checked_loss, model, batch, loss_fn, forward))
             if first:
                 _check_reached([name for name, grad in zip(buffer.names, grads, strict=True) if grad is None], buffer)
                 first = False
@@ -179,6 +182,15 @@ def append_batches(
                     f"{len(losses)} finite ones; is the model or its input NaN?"
                 )
     buffer.loss, buffer.samples = sum(losses) / num_grads, sum(samples) / num_grads
+
+
+def _checked_loss(
+    model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Tensor] | None, forward: Forward | None
+) -> Tensor:
+    loss = batch_loss(model, batch, loss_fn, forward)
+    if not loss.requires_grad:
+        raise ValueError("loss_fn: expected a loss that depends on the parameters, got a constant (detached?) one")
+    return loss
 
 
 def _check_reached(missing: list[str], buffer: GradientBuffer) -> None:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-import random
-from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset
 
+from mfac.checks import warn
+from mfac.gradients.sampler import copy_sampler
 from mfac.gradients.seeds import SeedKind, derive_seed, seeded
-
-_CONTAINERS = (list, set, dict, deque, bytearray, np.ndarray)
-_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
 
 def can_clone(batches: Any) -> bool:
@@ -32,7 +27,8 @@ class LoaderClone:
     """The settings of a DataLoader and a snapshot of its samplers.
 
     Dataset, collate_fn and worker_init_fn are shared. Iterators, worker processes, samplers and generators are not:
-    an epoch of training in progress, with persistent workers or without, is not disturbed.
+    an epoch of training in progress, with persistent workers or without, is not disturbed. A sampler that cannot be
+    copied, such as a generator function's iterator, is used as it is, with a warning.
 
     Args:
         loader: One for which :func:`can_clone` is true.
@@ -54,10 +50,19 @@ class LoaderClone:
             "in_order": loader.in_order,
         }
         self.by_index = not isinstance(loader.dataset, IterableDataset)
-        self._sampler = None
+        self._sampler, self._copied = None, True
         if self.by_index:
             self._batched = loader.batch_sampler is not None
-            self._sampler = _copied(loader.batch_sampler if self._batched else loader.sampler, loader.dataset, None, 0)
+            self._sampler = loader.batch_sampler if self._batched else loader.sampler
+            try:
+                self._sampler = copy_sampler(self._sampler, loader.dataset)
+            except Exception as error:  # whatever the copying of unknown objects raises
+                self._copied = False
+                warn(
+                    f"batches: the {'batch_sampler' if self._batched else 'sampler'} of the DataLoader, "
+                    f"{type(self._sampler).__name__}, cannot be copied ({error}) and is used as it is: an epoch of "
+                    "training under way would go on with other batches"
+                )
         else:
             self._settings |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
 
@@ -76,22 +81,26 @@ class LoaderClone:
         workers = derive_seed(seed, SeedKind.WORKERS, passes, skip if self.by_index else 0)
         settings = self._settings | {"generator": torch.Generator().manual_seed(workers)}
         if self.by_index:
-            sampler = _copied(self._sampler, self._dataset, derive_seed(seed, SeedKind.SAMPLER, passes), passes)
-            indices = _Indices(sampler, seed, passes, skip)
+            sampler, start = self._sampler, 0
+            if self._copied:
+                sampler = copy_sampler(sampler, self._dataset, seed, passes)
+            elif isinstance(sampler, Iterator):  # which cannot be restarted: it is past those to skip
+                start = skip
+            indices = _Indices(sampler, seed, passes, skip, start)
             settings |= {"batch_sampler": indices} if self._batched else {"sampler": indices, "batch_size": None}
         return iter(DataLoader(self._dataset, **settings))
 
 
 class _Indices:
-    """The indices of a sampler after the first ``skip``; each draw is seeded, however far workers prefetch."""
+    """The indices from ``skip`` on of a sampler that is at ``start``; each draw is seeded, however far ahead it is."""
 
-    def __init__(self, sampler: Any, seed: int, passes: int, skip: int) -> None:
-        self._sampler, self._seed, self._passes, self._skip = sampler, seed, passes, skip
+    def __init__(self, sampler: Any, seed: int, passes: int, skip: int, start: int) -> None:
+        self._sampler, self._seed, self._passes, self._skip, self._start = sampler, seed, passes, skip, start
 
     def __iter__(self) -> Iterator[Any]:
         with seeded(derive_seed(self._seed, SeedKind.ITERATE, self._passes)):
             iterator = iter(self._sampler)
-        index = 0
+        index = self._start
         while True:
             with seeded(derive_seed(self._seed, SeedKind.INDEX, self._passes, index)):
                 try:
@@ -101,27 +110,3 @@ class _Indices:
             if index >= self._skip:
                 yield indices
             index += 1
-
-
-def _copied(sampler: Any, dataset: Any, seed: int | None, passes: int) -> Any:
-    """Copy a sampler and those nested in it: the dataset is shared, generators and containers are not."""
-    new = copy.copy(sampler)
-    for name, value in list(vars(new).items()) if hasattr(new, "__dict__") else []:
-        if value is dataset:
-            continue
-        if name == "generator" and seed is not None and (value is None or isinstance(value, torch.Generator)):
-            new.generator = torch.Generator(value.device if value is not None else "cpu").manual_seed(seed)
-        elif isinstance(value, torch.Generator):
-            setattr(new, name, torch.Generator(value.device))
-            getattr(new, name).set_state(value.get_state())
-        elif isinstance(value, Sampler) or name in ("sampler", "batch_sampler"):
-            setattr(new, name, _copied(value, dataset, seed, passes))
-        elif isinstance(value, _CONTAINERS):
-            setattr(new, name, copy.copy(value))
-        elif isinstance(value, torch.Tensor):
-            setattr(new, name, value.clone())
-        elif isinstance(value, _GENERATORS):
-            setattr(new, name, copy.deepcopy(value))
-    if seed is not None and callable(getattr(new, "set_epoch", None)):  # DistributedSampler shuffles by its epoch
-        new.set_epoch(passes)
-    return new

@@ -75,8 +75,9 @@ def check_memory(num_grads: int, d: int, dtype: torch.dtype, storage: torch.devi
     if fewer >= 1:
         options.append(f"num_grads={fewer}")
     where = f"in {storage}" if isinstance(storage, Path) else f"on {storage}"
+    count = num_grads if num_grads < 2**64 else "2**64 or more"  # Python refuses to print some thousand digits
     raise MemoryError(
-        f"grads: expected {_gib(need)} for {num_grads} gradients of {d:,} weights in {dtype}, got {_gib(free)} free "
+        f"grads: expected {_gib(need)} for {count} gradients of {d:,} weights in {dtype}, got {_gib(free)} free "
         f"{where}, {100 * (1 - HEADROOM):.0f} % of it kept in reserve; what fits: "
         f"{', '.join(options) or 'not even one gradient'}"
     )
@@ -122,7 +123,7 @@ def allocate_rows(num_grads: int, d: int, dtype: torch.dtype, storage: torch.dev
 
 
 def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:.3g} GiB"
+    return f"{nbytes / GIB:.3g} GiB" if nbytes < 2**1000 else "far more than 2**64 bytes"
 
 
 def _available() -> int | None:

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from mfac.checks import check_function
+from mfac.gradients.arguments import check_dtype
 from mfac.gradients.batches import MODES
-from mfac.gradients.buffer import check_dtype
 from mfac.model.targets import names_of
 from mfac.settings import Setting, check_flag, checked_later, one_of
 

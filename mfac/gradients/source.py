@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mfac.checks import check_choice, check_int
+from mfac.gradients.arguments import check_dtype
 from mfac.gradients.batches import MODES, Forward, check_functions
-from mfac.gradients.buffer import GradientBuffer, check_dtype
+from mfac.gradients.buffer import GradientBuffer
 from mfac.gradients.collect import append_batches, mean_loss
 from mfac.gradients.seeds import SeedKind, derive_seed
 from mfac.gradients.stream import BatchStream

@@ -25,7 +25,7 @@ class BatchStream:
       only if :meth:`close` is called at the same positions.
     * Other iterables (lists, loaders of other libraries, subclasses of DataLoader that override the iteration) are
       restarted and iterated up to the position. They are used as they are, including their worker processes, and stay
-      open between calls.
+      open between calls. With persistent workers this ends an epoch of training under way early; there is a warning.
     * An iterator cannot be restarted: it continues where it is.
 
     Args:
@@ -54,6 +54,12 @@ class BatchStream:
         """Start nothing yet."""
         check_instance("batches", batches, Iterable, "an iterable of batches")
         self._batches = LoaderClone(batches) if can_clone(batches) else batches
+        if self._batches is batches and getattr(batches, "persistent_workers", False):
+            warn(
+                f"batches: {type(batches).__name__} has an iteration of its own and persistent workers, so it is used "
+                "as it is: an epoch of training under way would be disturbed; pass another loader, or one without "
+                "persistent_workers"
+            )
         self._once = isinstance(batches, Iterator)
         self._seed, self._announce = seed % 2**64, announce
         self.passes = self.taken = 0

@@ -109,12 +109,13 @@ class NameTable:
 
         Raises:
             TypeError: If ``entry`` is not a string.
-            ValueError: If the regular expression is not one, or would take too long.
+            ValueError: If the regular expression is not one, or would take too long, or the name is one of a parameter
+                in the wrapped model and of another one in the unwrapped model.
         """
         if not isinstance(entry, str):
             raise TypeError(f"{what}: expected names of parameters, got {entry!r}")
         if not entry.startswith("re:"):
-            name = self._resolve(entry)
+            name = self._resolve(entry, what)
             return [] if name is None else [name]
         names = self._stages[0]
         stages = [*self._stages, {f"module.{name}": name for name in names}]
@@ -139,7 +140,8 @@ class NameTable:
 
         Raises:
             TypeError: If a key is not a string.
-            ValueError: If a key is no name of a parameter, or two are names of the same one.
+            ValueError: If a key is no name of a parameter, or one of two as for :meth:`find`, or two are names of the
+                same one.
 
         Example:
             >>> NameTable(["0.weight", "1.weight"]).translate("masks", {"module.0.weight": 1})
@@ -150,7 +152,7 @@ class NameTable:
         for key, value in values.items():
             if not isinstance(key, str):
                 raise TypeError(f"{what}: expected names of parameters as keys, got {key!r}")
-            name = self._resolve(key)
+            name = self._resolve(key, what)
             if name is None:
                 raise ValueError(f"{what}: expected names among {shorten(self._stages[0])}, got {key!r}")
             if name in keys:
@@ -158,11 +160,17 @@ class NameTable:
             translated[name], keys[name] = value, key
         return translated
 
-    def _resolve(self, written: str) -> str | None:
+    def _resolve(self, written: str, what: str) -> str | None:
+        exact = {stage[written]: None for stage in self._stages[:2] if written in stage}
+        if len(exact) > 1:
+            raise ValueError(
+                f"{what}: expected names of one parameter each, got {written!r}, which in the wrapped model is that of "
+                f"{list(exact)[1]!r} as well; take the model out of its wrapper"
+            )
         for stage in self._stages:
             if written in stage:
                 return stage[written]
-        found = self._unwrapped.get(_unwrapped(written), ())
+        found = self._unwrapped.get(without_wrappers(written), ())
         return next(iter(found)) if len(found) == 1 else None
 
     @cached_property
@@ -171,7 +179,7 @@ class NameTable:
         table: dict[str, set[str]] = {}
         for stage in self._stages:
             for written, name in stage.items():
-                table.setdefault(_unwrapped(written), set()).add(name)
+                table.setdefault(without_wrappers(written), set()).add(name)
         return table
 
 
@@ -201,5 +209,13 @@ def _canonical(raw: str, modules: Mapping[str, nn.Module]) -> str:
     return ".".join(kept)
 
 
-def _unwrapped(written: str) -> str:
+def without_wrappers(written: str) -> str:
+    """Return a name without all components that wrappers add, ``module`` anywhere included.
+
+    Args:
+        written: A name in a model, wrapped or not.
+
+    Returns:
+        The name, which may stand for several parameters.
+    """
     return ".".join(part for part in written.split(".") if part not in _WRAPPED and part != "module")

@@ -111,8 +111,8 @@ def prunable_parameters(
         TypeError: If ``model`` is not a module, ``params`` or ``exclude`` cannot be iterated or an entry is not a
             string.
         ValueError: If the model has no parameters, nothing is left to prune, an entry of ``params`` or ``exclude``
-            matches nothing, or a parameter cannot be pruned: it is uninitialised, masked by ``torch.nn.utils.prune``
-            or used through an unknown parametrization.
+            matches nothing or is ambiguous, or a parameter cannot be pruned: it is uninitialised, masked by
+            ``torch.nn.utils.prune`` or used through an unknown parametrization.
 
     Example:
         >>> import torch

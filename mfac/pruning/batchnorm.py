@@ -52,7 +52,7 @@ def reestimate_batchnorm(
     momenta = [layer.momentum for layer in layers]
     before = [{name: x.clone() for name, x in layer.named_buffers(recurse=False)} for layer in layers]
     device = model_device(model)
-    with evaluation(model), torch.no_grad():
+    with evaluation(model, keep=layers), torch.no_grad():
         try:
             for layer in layers:
                 layer.train()

@@ -87,7 +87,10 @@ class Schedule:
         if time >= self.end:
             return self.end
         # Epochs as floats: 0.2 + 0.1 > 0.3, and without the allowance for rounding the update at 0.3 would be missed.
-        passed = math.floor((time - self.start) / self.frequency * (1 + 1e-12) + 1e-9)
+        try:
+            passed = math.floor((time - self.start) / self.frequency * (1 + 1e-12) + 1e-9)
+        except OverflowError:  # updates closer together than floats are: one is due at any time
+            return time
         return self.start + passed * self.frequency if passed else self.start
 
     def due(self, time: float, last: float | None) -> bool:
