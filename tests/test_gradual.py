@@ -274,7 +274,7 @@ def test_failed_update(unchanged):
     """Batches that end: the error says so and the weights are as they were."""
     model = make_model()
     pruner = make(model, batches=iter(BATCHES[:3]), end=1)
-    with unchanged(model), pytest.raises(ValueError, match="batches: expected batches for more, got 3 left"):
+    with unchanged(model), pytest.raises(ValueError, match="batches: expected more batches, got an end after 3"):
         pruner.step()
     assert pruner.masks == {} and pruner.results == []
 

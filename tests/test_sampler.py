@@ -98,7 +98,7 @@ def test_samplers_that_cannot_be_copied(workers):
     assert take(stream, 2) == [[0, 1], [2, 3]] and len(caught) == 1
     stream.close()
     assert take(stream, 10) == [[i, i + 1] for i in range(4, 24, 2)]
-    with pytest.raises(ValueError, match="batches: expected batches for more, got none left"):
+    with pytest.raises(ValueError, match="batches: expected more batches, got none"):
         next(stream)
 
     class Locked(Shuffling):

@@ -15,7 +15,7 @@ from mfac.tutorial.demo import METHODS, demo
 from mfac.tutorial.dense import dense_digits, load_weights
 from mfac.tutorial.loop import evaluate
 from mfac.tutorial.models import MobileNetV1
-from mfac.tutorial.train import TrainSettings, train
+from mfac.tutorial.train import TrainSettings, _folder, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -357,3 +357,13 @@ def test_demo_in_small(tmp_path, monkeypatch, capsys):
     with Image.open(tmp_path / "out" / "comparison.png") as image:
         assert min(image.size) > 500
     assert len(list((tmp_path / "out").glob("*.csv"))) == 6
+
+
+def test_an_earlier_run_is_not_overwritten(tmp_path, capsys):
+    settings = {"save_dir": str(tmp_path), "model_tag": "run"}
+    first = _folder(TrainSettings(recipe_path="r.md", **settings), "run")
+    (first / "checkpoint.pt").touch()
+    second = _folder(TrainSettings(recipe_path="r.md", **settings), "run")
+    assert second == tmp_path / "run-2" and "holds an earlier run" in capsys.readouterr().out
+    resumed = TrainSettings(recipe_path="r.md", checkpoint_path=str(first / "checkpoint.pt"), **settings)
+    assert _folder(resumed, "run") == first

@@ -164,13 +164,15 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         "--save-dir", metavar="DIR", help=f"folder for the results of all runs (default: {TrainSettings.save_dir})"
     )
     output.add_argument(
-        "--model-tag", metavar="NAME", help="subfolder for this run, a plain name (default: the recipe's)"
+        "--model-tag",
+        metavar="NAME",
+        help="subfolder for this run, a plain name (default: the recipe's; a number is added if it holds a run)",
     )
     output.add_argument(
         "--save-best-after",
         type=int,
         metavar="EPOCH",
-        help="first epoch that can become model.pt (default: the first one at the final sparsity)",
+        help="first epoch that can become model.pt (default: the first one that begins at the final sparsity)",
     )
     output.add_argument("--logs-dir", metavar="DIR", help="folder for a CSV file of loss, accuracy and sparsity")
 

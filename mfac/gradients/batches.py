@@ -29,6 +29,8 @@ def check_functions(loss_fn: Callable[[Any, Any], Tensor] | None, forward: Forwa
     Raises:
         TypeError: If one is neither None nor a function.
     """
+    if isinstance(loss_fn, type):
+        raise TypeError(f"loss_fn: expected a function or None, got the class {loss_fn.__name__}; make an object of it")
     check_function("loss_fn", loss_fn)
     check_function("forward", forward)
 

@@ -106,11 +106,9 @@ class BatchStream:
 
     def _end_pass(self) -> None:
         if self._once or not self.taken:
-            wanted = "more" if self._announce is None else f"{self._announce} gradients or more"
             count = self._served if self._once else self.taken
-            raise ValueError(
-                f"batches: expected batches for {wanted}, got {count or 'none'} left; pass a list or DataLoader"
-            )
+            got = f"an end after {count}, and an iterator cannot start again" if count else "none"
+            raise ValueError(f"batches: expected more batches, got {got}; pass a list or DataLoader")
         if self._announce is not None and self.taken < self._announce:
             warn(f"batches: {self.taken} batches for {self._announce} gradients; they are used again")
             self._announce = None

@@ -48,7 +48,7 @@ class TrainSettings:
     seed: int = 0
     save_dir: str = "runs"
     model_tag: str | None = None  # a plain name; None: the recipe's stem
-    save_best_after: int | None = None  # None: the first epoch at the final sparsity
+    save_best_after: int | None = None  # None: the first epoch that begins at the final sparsity
     logs_dir: str | None = None
 
 
@@ -79,6 +79,20 @@ def _model_tag(settings: TrainSettings) -> str:
             f"model_tag: expected a plain folder name of at most {_MAX_TAG} bytes, without / and \\, got {tag!r:.120}"
         )
     return tag
+
+
+def _folder(settings: TrainSettings, tag: str) -> Path:
+    """Return the run's folder, made; that of an earlier run only if the run goes on from its checkpoint."""
+    wanted, number = Path(settings.save_dir) / tag, 1
+    folder = wanted
+    resumed = settings.checkpoint_path and Path(settings.checkpoint_path).resolve().parent
+    while folder.resolve() != resumed and any((folder / name).exists() for name in ("model.pt", "checkpoint.pt")):
+        number += 1
+        folder = wanted.with_name(f"{tag}-{number}")
+    if folder != wanted:
+        tqdm.write(f"{wanted} holds an earlier run; this one goes to {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _model(settings: TrainSettings, data: Data, device: torch.device) -> nn.Module:
@@ -178,8 +192,7 @@ def train(settings: TrainSettings) -> list[Measurement]:
     model = _model(settings, data, device)
     if state:
         _restore(model, state["model"], settings.checkpoint_path)
-    folder = Path(settings.save_dir) / tag
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _folder(settings, tag)
     if settings.one_shot:
         return [_one_shot(manager, model, data, folder)]
 
