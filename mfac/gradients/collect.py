@@ -50,9 +50,9 @@ def collect_gradients(
     Batches of some 32 samples give far better joint updates than single samples. The model's modes, requires_grad,
     ``.grad``, buffers and the random states of torch, random and numpy are as before when this returns or raises. So a
     loader that shuffles gives the same batches again at the next call, unless torch's random state has moved on in
-    between; pass an iterator (kept between the calls) to go on where you stopped. A DataLoader is cloned, not iterated: an epoch
-    of training under way goes on as if nothing had happened, unless there is a warning that the loader or its sampler
-    cannot be cloned (see :class:`mfac.gradients.stream.BatchStream`).
+    between; pass an iterator (kept between the calls) to go on where you stopped. A DataLoader is cloned, not iterated:
+    an epoch of training under way goes on as if nothing had happened, unless there is a warning that the loader or its
+    sampler cannot be cloned (see :class:`mfac.gradients.stream.BatchStream`).
 
     Args:
         model: Any module.
