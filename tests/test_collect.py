@@ -203,7 +203,7 @@ def broken_loss(outputs, targets):
         ({"grads_device": "gpu"}, ValueError, "grads_device: expected 'cpu', where the model is, or 'disk', got 'gpu'"),
         ({"params": ["nope"]}, ValueError, "params: expected names among .*, got 'nope'"),
         ({"batches": []}, ValueError, "batches: expected more batches, got none"),
-        ({"batches": iter(make_batches(2))}, ValueError, "got 2 left; pass a list or DataLoader"),
+        ({"batches": iter(make_batches(2))}, ValueError, "got an end after 2, .*; pass a list or DataLoader"),
         ({"batches": 5}, TypeError, "batches: expected an iterable of batches, got int"),
         (
             {"batches": [torch.ones(2, 4)]},

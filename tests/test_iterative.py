@@ -146,7 +146,7 @@ def test_result_as_text_json_and_csv(tmp_path):
         ({"refresh": 2.0}, TypeError, "refresh: expected an int, got 2.0"),
         ({"num_grads": 3, "damping": "auto"}, ValueError, "grads: expected at least 4 gradients for 'auto', got 3"),
         ({"batches": 3}, TypeError, "batches: expected an iterable of batches, got int"),
-        ({"batches": []}, ValueError, "batches: expected batches for .*, got none left"),
+        ({"batches": []}, ValueError, "batches: expected more batches, got none"),
         ({"loss_fn": None}, TypeError, "loss_fn: expected a function, got None"),
         ({"pattern": "5:4"}, ValueError, "pattern: expected N:M"),
         ({"pattern": [30, 1]}, ValueError, r"pattern: expected one that fits a parameter, .* got \[30, 1\]"),
@@ -192,7 +192,7 @@ def test_an_iterator_that_ends_early(given):
     """The model is as it was before the step for which there were no gradients."""
     model, other = make_model(), make_model()
     done = {6: 0, 9: 1, 11: 2}[given]
-    with pytest.raises(ValueError, match=r"batches: expected batches for .*; pass a list or DataLoader"):
+    with pytest.raises(ValueError, match=r"batches: expected more batches, .*; pass a list or DataLoader"):
         mfac.prune(model, iter(make_batches(given)), LOSS, 0.8, **FAST)
     masks, source, buffer = None, iter(make_batches(given)), None
     for r in range(1, done + 1):

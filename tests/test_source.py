@@ -200,7 +200,7 @@ def test_iterators_go_on_where_they_are():
     assert torch.equal(collect(source, model)[0], collect(make(make_batches()), model)[0])
     collect(source, model, 2)
     with pytest.raises(
-        ValueError, match="batches: expected more batches, got an end after 10, .*; pass a list or DataLoader"
+        ValueError, match="batches: expected more batches, got an end after 10"
     ):
         source.collect(model, NAMES)
 

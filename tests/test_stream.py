@@ -268,7 +268,7 @@ def test_position_of_an_iterator():
     with pytest.warns(UserWarning, match="an iterator cannot return to the state's position, after 3 batches"):
         stream.load_state_dict({"seed": 0, "passes": 1, "taken": 3})
     assert next(stream) == 5 and stream.taken == 4
-    with pytest.raises(ValueError, match="got 2 left"):
+    with pytest.raises(ValueError, match="got an end after 2"):
         list(stream)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
