@@ -191,7 +191,7 @@ def truncate(library, size):
     copy.replace(library)
 
 
-@pytest.mark.parametrize("size", [0, 5000, -1])
+@pytest.mark.parametrize("size", [5000, -1])
 def test_a_truncated_library_is_built_again(bench, size):
     """Loading it would kill the process."""
     bench.load()
@@ -199,24 +199,31 @@ def test_a_truncated_library_is_built_again(bench, size):
     assert bench.load() == "built" and bench.load() == "cache"
 
 
-def test_a_truncated_library_without_tools(bench):
+@pytest.mark.parametrize("manifest", ["as written", "[]", None])
+def test_a_truncated_library_without_tools(bench, manifest):
     bench.load()
     truncate(bench.home() / "_C.so", 5000)
+    path = bench.home() / "manifest.json"
+    if manifest is None:
+        path.unlink()
+    elif manifest == "[]":
+        path.write_text(manifest)
     bench.monkeypatch.setenv("CXX", "/nonexistent/g++")
-    with pytest.raises(_build.BuildError, match=rf"of 5000 bytes(.|\n)*is damaged(.|\n)*remove {bench.home()} and"):
+    with pytest.raises(
+        _build.BuildError, match=rf"its 5000 bytes are not(.|\n)*is damaged(.|\n)*remove {bench.home()} and"
+    ):
         bench.load()
 
 
-@pytest.mark.parametrize("text", ["[]", "1", "{", "\N{SNOWMAN}"])
-def test_a_damaged_manifest(bench, text):
+def test_a_damaged_manifest(bench):
     bench.load()
-    (bench.home() / "manifest.json").write_text(text, encoding="utf-16")
-    assert bench.load() == "built"
-    (bench.home() / "manifest.json").write_text(text, encoding="utf-8")
+    for data in (b"1", b"{", b"\xff\xfe", b"", b"[]"):
+        (bench.home() / "manifest.json").write_bytes(data)
+        assert not cache.fits(bench.home())
     assert bench.load() == "built" and bench.load() == "cache"
 
 
-@pytest.mark.parametrize("missing", ["compiler", "quote", "ninja", "pybind11", "manifest too"])
+@pytest.mark.parametrize("missing", ["compiler", "quote", "ninja", "pybind11"])
 def test_a_warm_cache_needs_no_tools(bench, missing):
     bench.load()
     if missing == "ninja":
@@ -226,8 +233,6 @@ def test_a_warm_cache_needs_no_tools(bench, missing):
         bench.monkeypatch.setitem(sys.modules, "pybind11", None)
     else:
         bench.monkeypatch.setenv("CXX", "'g++" if missing == "quote" else "/nonexistent/g++")
-    if missing == "manifest too":
-        (bench.home() / "manifest.json").unlink()
     assert bench.load() == "cache"
 
 

@@ -117,15 +117,15 @@ def fits(build_dir: Path) -> bool:
         return False
     check_trusted(build_dir.parent, build_dir, library)
     tools = toolchain.build_tools() if os.access(build_dir, os.W_OK) else None
+    wanted = {**(tools or {}), "library": _digest(library)}
     manifest = _read_manifest(build_dir)
+    if all(manifest.get(name) == value for name, value in wanted.items() if value is not None):
+        return True
     if tools is not None:
-        wanted = {**tools, "library": _digest(library)}
-        return all(manifest.get(name) == value for name, value in wanted.items() if value is not None)
-    if manifest.get("library", "") not in ("", _digest(library)):
-        tried = f"cache {library}: expected the file that was built, got another one of {library.stat().st_size} bytes"
-        fix = f"remove {build_dir} and try again"
-        raise BuildError(explain([tried], "the file in the cache is damaged", fix))
-    return True
+        return False
+    tried = f"cache {library}: its {library.stat().st_size} bytes are not those noted in manifest.json"
+    fix = f"remove {build_dir} and try again"
+    raise BuildError(explain([tried], "the file in the cache is damaged", fix))
 
 
 def _read_manifest(build_dir: Path) -> dict[str, Any]:
