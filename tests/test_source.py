@@ -199,9 +199,7 @@ def test_iterators_go_on_where_they_are():
         source.load_state_dict({"seed": 0, "passes": 1, "taken": 8})
     assert torch.equal(collect(source, model)[0], collect(make(make_batches()), model)[0])
     collect(source, model, 2)
-    with pytest.raises(
-        ValueError, match="batches: expected more batches, got an end after 10"
-    ):
+    with pytest.raises(ValueError, match="batches: expected more batches, got an end after 10"):
         source.collect(model, NAMES)
 
 
