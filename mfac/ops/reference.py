@@ -129,6 +129,21 @@ def joint_update(
     return loss
 
 
+def joint_step(
+    grads: Tensor,
+    weights: Tensor,
+    kept: Tensor,
+    damping: float,
+    block_size: int,
+    precision: str = "highest",
+    gram: Tensor | None = None,
+    held: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Update, then the diagonal of what is kept; see :func:`mfac.ops.compiled.joint_step`. Keeps nothing in ``gram``."""
+    loss = joint_update(grads, weights, kept, damping, block_size)
+    return loss, inverse_diagonal(grads, damping, block_size, kept)
+
+
 def independent_update(
     grads: Tensor,
     weights: Tensor,
