@@ -10,6 +10,8 @@ from mfac import fisher as fisher_module
 from mfac.ops import compiled as ops
 from mfac.ops import reference
 
+CPU = oracle.DEVICE == "cpu" and not oracle.emulated()
+
 
 def memory(m, d, block_size, elements=None):
     """`gram` and `held` with room for every matrix of the Fisher side, or for so many elements."""
@@ -39,7 +41,7 @@ def sub_steps(d, count, share, seed=0):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_two_ops_one_after_another(shape, kind, dtype, backend):
-    """The same bits, at every density; with all pruned and with nothing pruned."""
+    """The same bits on the CPU (on CUDA other batches), at every density; with all pruned and with nothing pruned."""
     (m, d, block_size), kernels = shape, BACKENDS[backend]
     generator = torch.Generator().manual_seed(1)
     grads = oracle.gradients(m, d, kind).to(dtype)
@@ -49,7 +51,10 @@ def test_the_two_ops_one_after_another(shape, kind, dtype, backend):
             exact, out = weights.clone(), weights.clone()
             right = two_ops(kernels, grads, exact, kept, damping, block_size)
             loss, diagonal = kernels.joint_step(grads, out, kept, damping, block_size)
-            assert torch.equal(out, exact) and torch.equal(diagonal, right[1]) and float(loss) == float(right[0])
+            if CPU:
+                assert torch.equal(out, exact) and torch.equal(diagonal, right[1]) and float(loss) == float(right[0])
+            assert oracle.error(out, exact) < 1e-6 and float((diagonal / right[1] - 1).abs().max()) < 1e-6
+            assert float(loss) == pytest.approx(float(right[0]), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,7 +101,7 @@ def test_held_matrices_against_none(shape, damping, dtype):
             assert float(loss) == pytest.approx(float(right), rel=1e-4, abs=1e-12)
 
 
-@pytest.mark.skipif(oracle.emulated() or oracle.DEVICE != "cpu", reason="the CUDA ops keep nothing")
+@pytest.mark.skipif(not CPU, reason="the CUDA ops keep nothing")
 def test_held_matrices_are_used():
     """Once a block is held, its gradients are not read: here they are lost."""
     grads, weights = oracle.gradients(40, 60), torch.randn(60)
@@ -166,7 +171,6 @@ def test_fisher(backend):
         fisher.joint_step(weights, kept.float())
 
 
-@pytest.mark.skipif(oracle.emulated(), reason="of the CPU ops")
 def test_memory_is_bounded(monkeypatch):
     fisher = mfac.Fisher(torch.randn(30, 100), 1e-2, 40)
     assert fisher.step_memory().gram.shape == (3, 1 + 30 * 31 // 2)
@@ -174,7 +178,6 @@ def test_memory_is_bounded(monkeypatch):
     assert fisher.step_memory().gram.nbytes <= 2000
     monkeypatch.setattr(fisher_module, "STEP_MEMORY_BYTES", 20)
     assert fisher.step_memory() is None
-    assert fisher.replace(block_size=None).step_memory() is None
     assert mfac.Fisher(torch.randn(30, 100), backend="reference").step_memory() is None
 
 

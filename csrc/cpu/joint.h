@@ -67,6 +67,7 @@ void update_from_gradients(const Block<G>& whole, HeldGram& gram, double* x, dou
   const SideBySide<G> packed(whole);
   Buffer<double> r(m);
   parallel_for(m, width, [&](int64_t i) {
+    if (!whole.last()) prefetch(whole.row(i) + width, width);
     r[i] = dot(whole.row(i), static_cast<const double*>(x), width);
     if (packed.copied()) packed.copy_row(i);
   });
