@@ -281,7 +281,7 @@ class Fisher:
         (m, d), blocks = self.grads.shape, -(-self.grads.shape[1] // self.block_size)
         if self.backend == "reference" or self.device.type != "cpu":
             return None
-        order = min(m, self.block_size)
+        order = min(5 * m // 4, self.block_size)  # the kernels keep matrices of the Fisher side
         elements = min(order * (order + 1) // 2, STEP_MEMORY_BYTES // (8 * blocks) - 1)
         if elements < 1:
             return None

@@ -1,10 +1,10 @@
 // One block of the Fisher, and what all ops do with it.
 //
-//   capacitance side (m < n)    A = mλ I + G Gᵀ, [m, m]      F⁻¹ x = (x - Gᵀ A⁻¹ G x) / λ
-//   Fisher side      (n <= m)   A = mλ I + GᵀG,  [n, n]      F⁻¹ x = m A⁻¹ x
+//   capacitance side   A = mλ I + G Gᵀ, [m, m]      F⁻¹ x = (x - Gᵀ A⁻¹ G x) / λ
+//   Fisher side        A = mλ I + GᵀG,  [n, n]      F⁻¹ x = m A⁻¹ x
 //
-// with n the number of columns in use. (At m = n the rows may span all directions, and the difference in the first line cancels
-// in each of them.) A = L Lᵀ is float64 whatever the gradients are.
+// with n the number of columns in use: the Fisher side for n <= m. (At m = n the rows may span all directions, and the difference
+// in the first line cancels in each of them.) Where the diagonal of F⁻¹ is wanted, it is for more (wider_fisher). A = L Lᵀ is float64 whatever the gradients are.
 #pragma once
 
 #include <limits>
@@ -43,7 +43,7 @@ template <typename T, typename G>
 double gram_block(const Block<G>& block, double ridge, double* a) {
   constexpr int64_t kSlices = 8, kSlice = 1 << 14;  // at least so many terms: sums and their addition cost little then
   constexpr int64_t kSmall = 512;                   // a larger matrix has work for the threads, and sums take memory
-  const int64_t n = block.order(), terms = std::max(block.grads.m, block.size());
+  const int64_t n = block.order(), terms = block.terms();
   const int64_t slices = n <= kSmall ? std::clamp<int64_t>(terms / kSlice, 1, kSlices) : 1;
   std::fill_n(a, n * n, 0.0);
   if (slices == 1) {
@@ -66,6 +66,14 @@ double gram_block(const Block<G>& block, double ridge, double* a) {
 // λ [F⁻¹]_ii = 1 - ‖L⁻¹ g_i‖² of a weight that the data constrain far more than λ does: below this, float32 leaves too few
 // digits of the difference.
 constexpr double kCancellation = 0.2;
+
+// The gradients for ops that need the diagonal of F⁻¹. It is λ [F⁻¹]_ii = 1 - m/n in the mean where λ is small: up to the n where
+// this comes to kCancellation most of it would be done twice on the capacitance side.
+template <typename G>
+Gradients<G> wider_fisher(Gradients<G> grads) {
+  grads.fisher = static_cast<int64_t>(static_cast<double>(grads.m) / (1 - kCancellation));
+  return grads;
+}
 
 // How far a condition number may go before float32 costs the fourth digit. Rounding errors of the float32 products of
 // gram_block are some 2e-8 of A's mean diagonal in each element where sums are long, kLongSum and more terms, and independent
@@ -98,7 +106,7 @@ double factor_double(const Block<G>& block, double* l, const F& made = {}) {
 template <typename G>
 double factor_single(const Block<G>& block, double trace, double* l) {
   const int64_t n = block.order();
-  const double terms = static_cast<double>(std::max(block.grads.m, block.size()));
+  const double terms = static_cast<double>(block.terms());
   const double range = kProductRange * std::sqrt(std::min(1.0, terms / kLongSum) * static_cast<double>(n));
   if (!(cholesky(l, n, n) > 0)) return 0;
   const double smallest = block.ridge() * range >= trace ? block.ridge() : smallest_eigenvalue(l, n);

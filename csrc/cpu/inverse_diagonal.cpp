@@ -6,7 +6,8 @@
 namespace mfac::cpu {
 
 template <typename G>
-void inverse_diagonal(const Gradients<G>& grads, const bool* active, float* out) {
+void inverse_diagonal(const Gradients<G>& given, const bool* active, float* out) {
+  const Gradients<G> grads = wider_fisher(given);
   for_each_block(grads, [&](int64_t index) {
     const Block<G> whole(grads, index, active);
     float* diagonal = out + whole.begin;

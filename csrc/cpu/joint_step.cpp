@@ -6,8 +6,9 @@
 namespace mfac::cpu {
 
 template <typename G>
-double joint_step(const Gradients<G>& grads, const bool* kept, float* weights, float* inverse_diagonal,
+double joint_step(const Gradients<G>& given, const bool* kept, float* weights, float* inverse_diagonal,
                   const Held& held) {
+  const Gradients<G> grads = wider_fisher(given);
   std::vector<double> losses(grads.blocks(), 0.0);
   for_each_block(grads, [&](int64_t index) {
     const int64_t begin = index * grads.block_size, width = std::min(grads.block_size, grads.d - begin);

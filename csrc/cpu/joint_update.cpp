@@ -5,7 +5,8 @@
 namespace mfac::cpu {
 
 template <typename G>
-double joint_update(const Gradients<G>& grads, const bool* kept, float* weights) {
+double joint_update(const Gradients<G>& given, const bool* kept, float* weights) {
+  const Gradients<G> grads = wider_fisher(given);
   std::vector<double> losses(grads.blocks(), 0.0);
   for_each_block(grads, [&](int64_t index) {
     HeldGram none;
