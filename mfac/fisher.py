@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,18 +12,11 @@ from mfac.checks import as_number, check_choice, check_int
 from mfac.gradients.buffer import GradientBuffer
 from mfac.ops import compiled
 from mfac.ops.backend import select_backend
+from mfac.ops.memory import StepMemory, allocate
 from mfac.ops.offload import PagedOps
 from mfac.ops.reference import check_groups
 
 PRECISIONS = ("highest", "high", "medium")
-STEP_MEMORY_BYTES = 1 << 30  # of what joint_step keeps; pages are used only as they are written
-
-
-class StepMemory(NamedTuple):
-    """What :meth:`Fisher.joint_step` keeps for the next one; see :func:`mfac.ops.compiled.joint_step`."""
-
-    gram: Tensor
-    held: Tensor
 
 
 class Fisher:
@@ -213,14 +205,15 @@ class Fisher:
                 out[where] = m * (z[left] * z[right]).sum(1) + outside
         return out
 
-    def joint_update(self, weights: Tensor, kept: Tensor) -> float:
+    def joint_update(self, weights: Tensor, kept: Tensor, memory: StepMemory | None = None) -> float:
         """Prune in place all weights that are not kept and move the others to the minimum of ½ δᵀFδ.
 
         A weight that is not active is alone in its part of F: kept, it stays as it is; pruned, it costs ½ λ w².
 
         Args:
-            weights: [d] float32, the only tensor written.
+            weights: [d] float32, written.
             kept: [d] bool.
+            memory: See :meth:`joint_step`; written.
 
         Returns:
             The predicted loss increase ½ δᵀFδ.
@@ -229,16 +222,7 @@ class Fisher:
             TypeError: If one is not a tensor of its type.
             ValueError: If a shape or device does not match; nothing is written then.
         """
-        self._check_vector("weights", weights, torch.float32)
-        self._check_vector("kept", kept, torch.bool)
-        if self._active is None:
-            return float(
-                self.kernels.joint_update(self.grads, weights, kept, self.damping, self.block_size, self.precision)
-            )
-        new, active, alone = self._split(weights, kept)
-        loss = self.kernels.joint_update(self.grads, new, active, self.damping, self.block_size, self.precision)
-        weights.copy_(torch.where(kept & ~self._active, weights, new))
-        return float(loss) + alone
+        return self._joint(weights, kept, memory, False)[0]
 
     def joint_step(self, weights: Tensor, kept: Tensor, memory: StepMemory | None = None) -> tuple[float, Tensor]:
         """:meth:`joint_update`, and the inverse diagonal of what is then left, from one factor.
@@ -250,50 +234,37 @@ class Fisher:
                 written. It saves time and changes no result by more than rounding.
 
         Returns:
-            The predicted loss increase ½ δᵀFδ, and diag(F⁻¹) of ``replace(active=kept)``, [d] float32; where this
-            Fisher has fewer active columns, of those that are kept.
+            The predicted loss increase ½ δᵀFδ, and diag(F⁻¹) [d] float32 with the active columns that are kept.
 
         Raises:
             TypeError: If one is not a tensor of its type.
             ValueError: If a shape or device does not match; nothing is written then.
-
-        Example:
-            >>> fisher, weights = Fisher(torch.randn(32, 100), damping=1e-3, block_size=50), torch.randn(100)
-            >>> kept = weights.abs() > 0.5
-            >>> loss, diagonal = fisher.joint_step(weights, kept)
-            >>> torch.allclose(diagonal, fisher.replace(active=kept).inverse_diagonal())
-            True
         """
+        return self._joint(weights, kept, memory, True)
+
+    def _joint(
+        self, weights: Tensor, kept: Tensor, memory: StepMemory | None, diagonal: bool
+    ) -> tuple[float, Tensor | None]:
         self._check_vector("weights", weights, torch.float32)
         self._check_vector("kept", kept, torch.bool)
-        gram, held = (None, None) if memory is None else (memory.gram, memory.held)
-        settings = self.damping, self.block_size, self.precision, gram, held
-        if self._active is None:
-            loss, diagonal = self.kernels.joint_step(self.grads, weights, kept, *settings)
-            return float(loss), diagonal
-        new, active, alone = self._split(weights, kept)
-        loss, diagonal = self.kernels.joint_step(self.grads, new, active, *settings)
-        weights.copy_(torch.where(kept & ~self._active, weights, new))
-        return float(loss) + alone, diagonal
+        new, alone, keep, active = weights, None, kept, self._active
+        if active is not None:
+            new, keep = torch.where(active, weights, 0), kept & active
+            alone = torch.where(active | kept, 0, weights)  # inactive weights that go
+        settings, inverse = (self.grads, new, keep, self.damping, self.block_size, self.precision), None
+        if diagonal or memory:
+            loss, inverse = self.kernels.joint_step(*settings, *(memory or (None, None)), diagonal)
+        else:
+            loss = self.kernels.joint_update(*settings)
+        if active is None:
+            return float(loss), inverse
+        weights.copy_(torch.where(kept & ~active, weights, new))
+        return float(loss) + 0.5 * self.damping * float(alone.double().square().sum()), inverse
 
     def step_memory(self) -> StepMemory | None:
-        """Return room for what :meth:`joint_step` keeps for the next one, at most 1 GiB; None where it keeps nothing."""
-        (m, d), blocks = self.grads.shape, -(-self.grads.shape[1] // self.block_size)
-        if self.backend == "reference" or self.device.type != "cpu":
-            return None
-        order = min(5 * m // 4, self.block_size)  # the kernels keep matrices of the Fisher side
-        elements = min(order * (order + 1) // 2, STEP_MEMORY_BYTES // (8 * blocks) - 1)
-        if elements < 1:
-            return None
-        gram = torch.empty(blocks, 1 + elements, dtype=torch.float64)
-        gram[:, 0] = 0
-        return StepMemory(gram, torch.zeros(d, dtype=torch.bool))
-
-    def _split(self, weights: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, float]:
-        """The active weights, which of them are kept, and the loss of inactive weights that go, each alone in F."""
-        alone = torch.where(self._active | kept, 0, weights)
-        loss = 0.5 * self.damping * float(alone.double().square().sum())
-        return torch.where(self._active, weights, 0), kept & self._active, loss
+        """Return room, at most 1 GiB, for what :meth:`joint_step` keeps for the next one; None where it keeps nothing."""
+        keeps = self.backend == "compiled" and self.device.type == "cpu"
+        return allocate(self.grads, self.block_size) if keeps else None
 
     def independent_update(self, weights: Tensor, kept: Tensor, inverse_diagonal: Tensor) -> None:
         """Prune in place as M-FAC publishes it: the sum of single-weight updates.

@@ -21,8 +21,15 @@ ARGUMENTS = {
     "inverse_product": (GRADS, reference.block_factor(GRADS, 1e-3, 8), torch.randn(2, 20), 1e-3, 8, None),
     "joint_update": (GRADS, torch.randn(20), KEPT, 1e-3, 8),
     "joint_step": (
-        GRADS, torch.randn(20), KEPT, 1e-3, 8, "highest", torch.zeros(3, 22).double(), torch.zeros(20, dtype=torch.bool),
-    ),  # fmt: skip
+        GRADS,
+        torch.randn(20),
+        KEPT,
+        1e-3,
+        8,
+        "highest",
+        torch.zeros(3, 22).double(),
+        torch.zeros(20, dtype=torch.bool),
+    ),
     "independent_update": (GRADS, torch.randn(20), KEPT, torch.rand(20) + 1, 1e-3, 8, None),
     "quadratic_form": (GRADS, torch.randn(20), 1e-3, 8),
     "group_saliency": (GRADS, torch.randn(20), torch.arange(20).view(5, 4), torch.tensor([[0, 1]]), 1e-3, 8, KEPT),

@@ -108,15 +108,15 @@ Tensor joint_update_op(const Tensor& grads, Tensor& weights, const Tensor& kept,
 
 std::tuple<Tensor, Tensor> joint_step_op(const Tensor& grads, Tensor& weights, const Tensor& kept, double damping,
                                          int64_t block_size, c10::string_view precision, const OptionalTensor& gram,
-                                         const OptionalTensor& held) {
+                                         const OptionalTensor& held, bool diagonal) {
   check_joint_step(grads, weights, kept, damping, block_size, precision, gram, held);
   const Tensor mask = kept.contiguous();
-  Tensor w = weights.contiguous(), out = at::empty({grads.size(1)}, grads.options().dtype(at::kFloat));
+  Tensor w = weights.contiguous(), out = at::empty({diagonal ? grads.size(1) : 0}, grads.options().dtype(at::kFloat));
   const Held kept_gram = gram ? Held{gram->mutable_data_ptr<double>(), gram->size(1), held->mutable_data_ptr<bool>()}
                               : Held{nullptr, 0, nullptr};
   const double loss = dispatch(grads, damping, block_size, [&](const auto& g) {
-    return joint_step(g, mask.const_data_ptr<bool>(), w.mutable_data_ptr<float>(), out.mutable_data_ptr<float>(),
-                      kept_gram);
+    return joint_step(g, mask.const_data_ptr<bool>(), w.mutable_data_ptr<float>(),
+                      diagonal ? out.mutable_data_ptr<float>() : nullptr, kept_gram);
   });
   if (!w.is_same(weights)) weights.copy_(w);
   return {at::scalar_tensor(loss, grads.options().dtype(at::kDouble)), out};

@@ -30,7 +30,7 @@ struct Held {
   bool* columns;
 };
 
-// joint_update; inverse_diagonal[d] becomes the diagonal of F⁻¹ with `kept` as the columns in use.
+// joint_update; inverse_diagonal[d], unless null, becomes the diagonal of F⁻¹ with `kept` as the columns in use.
 template <typename G>
 double joint_step(const Gradients<G>& grads, const bool* kept, float* weights, float* inverse_diagonal,
                   const Held& held);

@@ -144,13 +144,13 @@ Tensor joint_update_op(const Tensor& grads, Tensor& weights, const Tensor& kept,
 // Nothing is kept from one call to the next.
 std::tuple<Tensor, Tensor> joint_step_op(const Tensor& grads, Tensor& weights, const Tensor& kept, double damping,
                                          int64_t block_size, c10::string_view name, const OptionalTensor& gram,
-                                         const OptionalTensor& held) {
+                                         const OptionalTensor& held, bool wanted) {
   check_joint_step(grads, weights, kept, damping, block_size, name, gram, held);
   const Precision precision(std::string_view(name.data(), name.size()), grads);
   const CUDAGuard guard(grads.device());
   const Blocks blocks(grads, damping, block_size, kept);
-  Tensor diagonal = at::full({blocks.d}, 1 / damping, blocks.options(at::kFloat));
-  const Tensor loss = joint_update(blocks, precision, weights, kept, damping, &diagonal);
+  Tensor diagonal = at::full({wanted ? blocks.d : 0}, 1 / damping, blocks.options(at::kFloat));
+  const Tensor loss = joint_update(blocks, precision, weights, kept, damping, wanted ? &diagonal : nullptr);
   return {loss, diagonal};
 }
 

@@ -118,6 +118,7 @@ def joint_step(
     precision: str = "highest",
     gram: Tensor | None = None,
     held: Tensor | None = None,
+    diagonal: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """:func:`joint_update`, and :func:`inverse_diagonal` with ``kept`` as the active columns, from one factor.
 
@@ -127,14 +128,17 @@ def joint_step(
     ``weights``, ``gram`` and ``held`` are the only tensors written.
 
     Returns:
-        ½ δᵀFδ, a float64 scalar, and diag(F⁻¹) [d] float32.
+        ½ δᵀFδ, a float64 scalar, and diag(F⁻¹) [d] float32, [0] without ``diagonal``.
     """
-    return torch.ops.mfac.joint_step(grads, weights, kept, damping, block_size, precision, gram, held)
+    return torch.ops.mfac.joint_step(grads, weights, kept, damping, block_size, precision, gram, held, diagonal)
 
 
 @_fake
-def _fake_joint_step(grads, weights, kept, damping, block_size, precision="highest", gram=None, held=None):
-    return grads.new_empty((), dtype=torch.float64), grads.new_empty(grads.shape[1], dtype=torch.float32)
+def _fake_joint_step(
+    grads, weights, kept, damping, block_size, precision="highest", gram=None, held=None, diagonal=True
+):
+    size = grads.shape[1] if diagonal else 0
+    return grads.new_empty((), dtype=torch.float64), grads.new_empty(size, dtype=torch.float32)
 
 
 def independent_update(

@@ -86,7 +86,7 @@ def prune_vector(
                 increase, diagonal = restricted.joint_step(weights, kept, memory)
                 loss += increase
             elif update == "joint":
-                loss += restricted.joint_update(weights, kept)
+                loss += restricted.joint_update(weights, kept, memory)
             elif update == "independent":
                 restricted.independent_update(weights, kept, diagonal)
             if left > 1 and not torch.isfinite(weights).all():
@@ -98,9 +98,7 @@ def prune_vector(
     return kept, loss
 
 
-def _score(
-    weights: Tensor, fisher: Fisher | None, plan: Plan, diagonal: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def _score(weights: Tensor, fisher: Fisher | None, plan: Plan, diagonal: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Scores [d] or [groups, k], and diag(F⁻¹) where criterion or update need it, if it is not given."""
     single = plan.selection.positions is None
     needed = plan.update == "independent" or (single and plan.criterion.needs_diagonal)
