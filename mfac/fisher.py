@@ -230,8 +230,7 @@ class Fisher:
         Args:
             weights: [d] float32, written.
             kept: [d] bool.
-            memory: What earlier steps of the same gradients, damping and block size left, from :meth:`step_memory`;
-                written. It saves time and changes no result by more than rounding.
+            memory: From :meth:`step_memory`: what earlier steps of this F left; written. It saves time.
 
         Returns:
             The predicted loss increase ½ δᵀFδ, and diag(F⁻¹) [d] float32 with the active columns that are kept.
@@ -251,20 +250,20 @@ class Fisher:
         if active is not None:
             new, keep = torch.where(active, weights, 0), kept & active
             alone = torch.where(active | kept, 0, weights)  # inactive weights that go
-        settings, inverse = (self.grads, new, keep, self.damping, self.block_size, self.precision), None
+        settings = self.grads, new, keep, self.damping, self.block_size, self.precision
         if diagonal or memory:
             loss, inverse = self.kernels.joint_step(*settings, *(memory or (None, None)), diagonal)
         else:
-            loss = self.kernels.joint_update(*settings)
+            loss, inverse = self.kernels.joint_update(*settings), None
         if active is None:
             return float(loss), inverse
         weights.copy_(torch.where(kept & ~active, weights, new))
         return float(loss) + 0.5 * self.damping * float(alone.double().square().sum()), inverse
 
     def step_memory(self) -> StepMemory | None:
-        """Return room, at most 1 GiB, for what :meth:`joint_step` keeps for the next one; None where it keeps nothing."""
-        keeps = self.backend == "compiled" and self.device.type == "cpu"
-        return allocate(self.grads, self.block_size) if keeps else None
+        """Return room, at most 1 GiB, for what :meth:`joint_step` keeps for the next one; None where that is nothing."""
+        on_cpu = self.backend == "compiled" and self.device.type == "cpu"
+        return allocate(self.grads, self.block_size) if on_cpu else None
 
     def independent_update(self, weights: Tensor, kept: Tensor, inverse_diagonal: Tensor) -> None:
         """Prune in place as M-FAC publishes it: the sum of single-weight updates.
