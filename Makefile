@@ -53,8 +53,8 @@ sanitize: $(READY)  ## the kernels under AddressSanitizer and UndefinedBehaviorS
 	$(BIN)/python -m pytest -q tests/test_standalone.py
 
 # The tests of the ops and of what is made of them, with the CUDA ops emulated on the CPU.
-EMULATED = block_factor inverse_diagonal inverse_product joint_update independent_update quadratic_form group_saliency \
-	select_smallest ops fisher quadratic patterns step offload
+EMULATED = block_factor inverse_diagonal inverse_product joint_update joint_step independent_update quadratic_form \
+	group_saliency select_smallest ops fisher quadratic patterns step offload
 
 cuda-check: $(READY)  ## the CUDA kernels, with no GPU: nvcc for three GPUs without spills; on the CPU, under sanitizers and in all tests of the ops
 	nvcc --version

@@ -66,6 +66,42 @@ def test_prune_step(measure, step, size, update):
     restore()
 
 
+def two_ops(self, weights, kept, memory=None):
+    """Fisher.joint_step as an op after the other."""
+    return self.joint_update(weights, kept), self.replace(active=kept).inverse_diagonal()
+
+
+WAYS = {
+    "published: independent, one sub-step": {
+        "update": "independent",
+        "substeps": 1,
+        "damping": DAMPING,
+        "block_size": B,
+    },
+    "S=8, two ops": {"substeps": 8},
+    "S=8": {"substeps": 8},
+    "S=4, two ops": {"substeps": 4},
+    "S=4": {"substeps": 4},
+    "S=1": {"substeps": 1},
+}
+
+
+@pytest.mark.benchmark(group="prune_step with the defaults, dense to 80 %, a million weights")
+@pytest.mark.parametrize("way", WAYS)
+def test_default_step(measure, grads, weights, monkeypatch, way):
+    """What the sub-steps cost, sharing factors and matrices or not, against the published step."""
+    m, d = grads.shape
+    model, state = torch.nn.Linear(1000, d // 1000, bias=False), {"weight": weights.view(d // 1000, 1000)}
+    if "two ops" in way:
+        monkeypatch.setattr(mfac.Fisher, "joint_step", two_ops)
+        monkeypatch.setattr(mfac.Fisher, "step_memory", lambda self: None)
+    columns = widths(d, WAYS[way].get("block_size", 512))
+    measure(
+        lambda: mfac.prune_step(model, grads, 0.8, **WAYS[way]), setup=lambda: model.load_state_dict(state) and None,
+        flops=diagonal_flops(m, columns), bytes=4 * m * d, by=way,
+    )  # fmt: skip
+
+
 MEMORY = """
 import torch, mfac
 from conftest import random_gradients

@@ -21,8 +21,8 @@ except ImportError:
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 OPS = [f"tests/test_{name}.py" for name in (
-    "block_factor", "inverse_diagonal", "inverse_product", "joint_update", "independent_update", "quadratic_form",
-    "group_saliency", "select_smallest", "ops", "devices", "paging",
+    "block_factor", "inverse_diagonal", "inverse_product", "joint_update", "joint_step", "independent_update",
+    "quadratic_form", "group_saliency", "select_smallest", "ops", "devices", "paging",
 )]  # fmt: skip
 RESNET50 = 25_500_000  # weights of its layers
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from mfac.checks import as_number, check_choice, check_int
 from mfac.gradients.buffer import GradientBuffer
 from mfac.ops.backend import backend_name, select_backend
+from mfac.ops.memory import StepMemory, allocate
 from mfac.ops.offload import PagedOps
 from mfac.ops.reference import check_groups
 
@@ -206,14 +207,15 @@ class Fisher:
                 out[where] = m * (z[left] * z[right]).sum(1) + outside
         return out
 
-    def joint_update(self, weights: Tensor, kept: Tensor) -> float:
+    def joint_update(self, weights: Tensor, kept: Tensor, memory: StepMemory | None = None) -> float:
         """Prune in place all weights that are not kept and move the others to the minimum of ½ δᵀFδ.
 
         A weight that is not active is alone in its part of F: kept, it stays as it is; pruned, it costs ½ λ w².
 
         Args:
-            weights: [d] float32, the only tensor written.
+            weights: [d] float32, written.
             kept: [d] bool.
+            memory: See :meth:`joint_step`; written.
 
         Returns:
             The predicted loss increase ½ δᵀFδ.
@@ -222,19 +224,48 @@ class Fisher:
             TypeError: If one is not a tensor of its type.
             ValueError: If a shape or device does not match; nothing is written then.
         """
+        return self._joint(weights, kept, memory, False)[0]
+
+    def joint_step(self, weights: Tensor, kept: Tensor, memory: StepMemory | None = None) -> tuple[float, Tensor]:
+        """:meth:`joint_update`, and the inverse diagonal of what is then left, from one factor.
+
+        Args:
+            weights: [d] float32, written.
+            kept: [d] bool.
+            memory: From :meth:`step_memory`: what earlier steps of this F left; written. It saves time.
+
+        Returns:
+            The predicted loss increase ½ δᵀFδ, and diag(F⁻¹) [d] float32 with the active columns that are kept.
+
+        Raises:
+            TypeError: If one is not a tensor of its type.
+            ValueError: If a shape or device does not match; nothing is written then.
+        """
+        return self._joint(weights, kept, memory, True)
+
+    def _joint(
+        self, weights: Tensor, kept: Tensor, memory: StepMemory | None, diagonal: bool
+    ) -> tuple[float, Tensor | None]:
         self._check_vector("weights", weights, torch.float32)
         self._check_vector("kept", kept, torch.bool)
-        if self._active is None:
-            return float(
-                self.kernels.joint_update(self.grads, weights, kept, self.damping, self.block_size, self.precision)
-            )
-        new = torch.where(self._active, weights, 0)
-        alone = torch.where(self._active | kept, 0, weights)  # inactive weights that go
-        loss = self.kernels.joint_update(
-            self.grads, new, kept & self._active, self.damping, self.block_size, self.precision
-        )
-        weights.copy_(torch.where(kept & ~self._active, weights, new))
-        return float(loss) + 0.5 * self.damping * float(alone.double().square().sum())
+        new, alone, keep, active = weights, None, kept, self._active
+        if active is not None:
+            new, keep = torch.where(active, weights, 0), kept & active
+            alone = torch.where(active | kept, 0, weights)  # inactive weights that go
+        settings = self.grads, new, keep, self.damping, self.block_size, self.precision
+        if diagonal or memory:
+            loss, inverse = self.kernels.joint_step(*settings, *(memory or (None, None)), diagonal)
+        else:
+            loss, inverse = self.kernels.joint_update(*settings), None
+        if active is None:
+            return float(loss), inverse
+        weights.copy_(torch.where(kept & ~active, weights, new))
+        return float(loss) + 0.5 * self.damping * float(alone.double().square().sum()), inverse
+
+    def step_memory(self) -> StepMemory | None:
+        """Return room, at most 1 GiB, for what :meth:`joint_step` keeps for the next one; or None."""
+        on_cpu = self.backend == "compiled" and self.device.type == "cpu"
+        return allocate(self.grads, self.block_size) if on_cpu else None
 
     def independent_update(self, weights: Tensor, kept: Tensor, inverse_diagonal: Tensor) -> None:
         """Prune in place as M-FAC publishes it: the sum of single-weight updates.

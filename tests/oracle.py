@@ -34,6 +34,8 @@ class OnDevice:
                 ):
                     if parameter.alias_info is not None and given is not None:  # what the op writes
                         given.copy_(own)
+            if isinstance(out, tuple):
+                return tuple(part.cpu() for part in out)
             return out.cpu() if isinstance(out, Tensor) else out
 
         return call

@@ -8,6 +8,7 @@
 #include "../csrc/cpu/independent_update.cpp"
 #include "../csrc/cpu/inverse_diagonal.cpp"
 #include "../csrc/cpu/inverse_product.cpp"
+#include "../csrc/cpu/joint_step.cpp"
 #include "../csrc/cpu/joint_update.cpp"
 #include "../csrc/cpu/quadratic_form.cpp"
 #include "../csrc/cpu/select_smallest.cpp"
@@ -72,6 +73,13 @@ double run_joint_update(bool half, const void* data, int64_t m, int64_t d, doubl
                         const bool* kept, float* weights) {
   double loss = 0;
   dispatch(half, data, m, d, damping, block_size, [&](const auto& g) { loss = joint_update(g, kept, weights); });
+  return loss;
+}
+double run_joint_step(bool half, const void* data, int64_t m, int64_t d, double damping, int64_t block_size,
+                      const bool* kept, float* weights, float* diagonal, double* gram, int64_t stride, bool* held) {
+  double loss = 0;
+  dispatch(half, data, m, d, damping, block_size,
+           [&](const auto& g) { loss = joint_step(g, kept, weights, diagonal, Held{gram, stride, held}); });
   return loss;
 }
 void run_independent_update(bool half, const void* data, int64_t m, int64_t d, double damping, int64_t block_size,

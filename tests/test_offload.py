@@ -38,6 +38,7 @@ def test_every_op(paged, device):
         "inverse_diagonal": (damping, block_size, None),
         "inverse_product": (factor, x, damping, block_size, active),
         "joint_update": (weights, kept, damping, block_size),
+        "joint_step": (weights, kept, damping, block_size),
         "independent_update": (weights, kept, diagonal, damping, block_size, active),
         "quadratic_form": (weights, damping, block_size),
         "group_saliency": (weights, groups, subsets, damping, block_size, active),
@@ -45,7 +46,8 @@ def test_every_op(paged, device):
         results = []
         for module, g in ((kernels, whole), (pages, grads)):
             own = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-            results += [[getattr(module, name)(g, *own), *own]]
+            out = getattr(module, name)(g, *own)
+            results += [[*(out if isinstance(out, tuple) else (out,)), *own]]
         for one, other in zip(*results, strict=True):
             if isinstance(one, torch.Tensor):
                 torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-6, msg=name)

@@ -40,6 +40,7 @@ class Kernels:
     def __init__(self, path):
         self.library = ctypes.CDLL(str(path))
         self.library.run_joint_update.restype = self.library.run_quadratic_form.restype = c_double
+        self.library.run_joint_step.restype = c_double
         self.library.run_select_smallest.restype = c_int64
 
     def call(self, name, grads, damping, block_size, *rest):
@@ -101,6 +102,20 @@ def test_every_op(kernels, shape, dtype, kind):
             float(reference.joint_update(grads, exact, kept, damping, block_size)), rel=TOLERANCE["loss"]
         )
         assert oracle.error(new, exact) < TOLERANCE["update"]
+
+        s = min(m, block_size)
+        gram, held = torch.zeros(-(-d // block_size), 1 + s * (s + 1) // 2).double(), torch.zeros(d, dtype=torch.bool)
+        new, exact = weights.clone(), weights.clone()
+        for now in (torch.rand(d) < 0.8, kept, kept & active):
+            now &= torch.rand(d) < 0.9
+            for carried in ((gram, c_int64(gram.shape[1]), held), (None, c_int64(0), None)):
+                copy, right = new.clone(), exact.clone()
+                loss = kernels.call("joint_step", *arguments, now, copy, diagonal, *carried)
+                least, inverse = reference.joint_step(grads, right, now, damping, block_size)
+                assert loss == pytest.approx(float(least), rel=1e-3, abs=1e-6)
+                assert oracle.error(copy, right) < TOLERANCE["update"]
+                assert float((diagonal / inverse - 1).abs().max()) < TOLERANCE["diagonal"]
+            new, exact = copy, right
 
         groups, subsets = torch.full((-(-d // 6), 6), -1), torch.tensor([[0, 1, 2], [1, 3, 5]])
         groups.view(-1)[:d] = torch.randperm(d)

@@ -26,6 +26,8 @@ def run(name, grads, block_size):
         return [ops.inverse_product(grads, factor, torch.stack([weights] * 17), 1e-5, block_size)]
     if name == "joint_update":
         return [ops.joint_update(grads, weights, kept, 1e-5, block_size), weights]
+    if name == "joint_step":
+        return [*ops.joint_step(grads, weights, kept, 1e-5, block_size), weights]
     if name == "independent_update":
         ops.independent_update(grads, weights, kept, torch.full((d,), 1e4), 1e-5, block_size, active)
         return [weights]

@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <atomic>
+#include <tuple>
 
 #include "../checks.h"
 #include "kernels.h"
@@ -105,6 +106,22 @@ Tensor joint_update_op(const Tensor& grads, Tensor& weights, const Tensor& kept,
   return at::scalar_tensor(loss, grads.options().dtype(at::kDouble));
 }
 
+std::tuple<Tensor, Tensor> joint_step_op(const Tensor& grads, Tensor& weights, const Tensor& kept, double damping,
+                                         int64_t block_size, c10::string_view precision, const OptionalTensor& gram,
+                                         const OptionalTensor& held, bool diagonal) {
+  check_joint_step(grads, weights, kept, damping, block_size, precision, gram, held);
+  const Tensor mask = kept.contiguous();
+  Tensor w = weights.contiguous(), out = at::empty({diagonal ? grads.size(1) : 0}, grads.options().dtype(at::kFloat));
+  const Held kept_gram = gram ? Held{gram->mutable_data_ptr<double>(), gram->size(1), held->mutable_data_ptr<bool>()}
+                              : Held{nullptr, 0, nullptr};
+  const double loss = dispatch(grads, damping, block_size, [&](const auto& g) {
+    return joint_step(g, mask.const_data_ptr<bool>(), w.mutable_data_ptr<float>(),
+                      diagonal ? out.mutable_data_ptr<float>() : nullptr, kept_gram);
+  });
+  if (!w.is_same(weights)) weights.copy_(w);
+  return {at::scalar_tensor(loss, grads.options().dtype(at::kDouble)), out};
+}
+
 void independent_update_op(const Tensor& grads, Tensor& weights, const Tensor& kept, const Tensor& diagonal,
                            double damping, int64_t block_size, const OptionalTensor& active,
                            c10::string_view precision) {
@@ -172,6 +189,7 @@ TORCH_LIBRARY_IMPL(mfac, CPU, m) {
   m.impl("inverse_diagonal", inverse_diagonal_op);
   m.impl("inverse_product", inverse_product_op);
   m.impl("joint_update", joint_update_op);
+  m.impl("joint_step", joint_step_op);
   m.impl("independent_update", independent_update_op);
   m.impl("quadratic_form", quadratic_form_op);
   m.impl("group_saliency", group_saliency_op);

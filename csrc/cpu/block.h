@@ -1,10 +1,10 @@
 // One block of the Fisher, and what all ops do with it.
 //
-//   capacitance side (m < n)    A = mλ I + G Gᵀ, [m, m]      F⁻¹ x = (x - Gᵀ A⁻¹ G x) / λ
-//   Fisher side      (n <= m)   A = mλ I + GᵀG,  [n, n]      F⁻¹ x = m A⁻¹ x
+//   capacitance side   A = mλ I + G Gᵀ, [m, m]      F⁻¹ x = (x - Gᵀ A⁻¹ G x) / λ
+//   Fisher side        A = mλ I + GᵀG,  [n, n]      F⁻¹ x = m A⁻¹ x
 //
-// with n the number of columns in use. (At m = n the rows may span all directions, and the difference in the first line cancels
-// in each of them.) A = L Lᵀ is float64 whatever the gradients are.
+// with n the number of columns in use: the Fisher side for n <= m. (At m = n the rows may span all directions, and the difference
+// in the first line cancels in each of them.) Where the diagonal of F⁻¹ is wanted, it is for more (wider_fisher). A = L Lᵀ is float64 whatever the gradients are.
 #pragma once
 
 #include <limits>
@@ -43,7 +43,7 @@ template <typename T, typename G>
 double gram_block(const Block<G>& block, double ridge, double* a) {
   constexpr int64_t kSlices = 8, kSlice = 1 << 14;  // at least so many terms: sums and their addition cost little then
   constexpr int64_t kSmall = 512;                   // a larger matrix has work for the threads, and sums take memory
-  const int64_t n = block.order(), terms = std::max(block.grads.m, block.size());
+  const int64_t n = block.order(), terms = block.terms();
   const int64_t slices = n <= kSmall ? std::clamp<int64_t>(terms / kSlice, 1, kSlices) : 1;
   std::fill_n(a, n * n, 0.0);
   if (slices == 1) {
@@ -67,23 +67,50 @@ double gram_block(const Block<G>& block, double ridge, double* a) {
 // digits of the difference.
 constexpr double kCancellation = 0.2;
 
+// The gradients for ops that need the diagonal of F⁻¹. It is λ [F⁻¹]_ii = 1 - m/n in the mean where λ is small: up to the n where
+// this comes to kCancellation most of it would be done twice on the capacitance side.
+template <typename G>
+Gradients<G> wider_fisher(Gradients<G> grads) {
+  grads.fisher = static_cast<int64_t>(static_cast<double>(grads.m) / (1 - kCancellation));
+  return grads;
+}
+
 // How far a condition number may go before float32 costs the fourth digit. Rounding errors of the float32 products of
 // gram_block are some 2e-8 of A's mean diagonal in each element where sums are long, kLongSum and more terms, and independent
 // of each other, hence 2e-8 trace(A)/√n in norm, and move ‖L⁻¹ g‖² by up to that norm over the smallest eigenvalue μ. Those
 // of a float32 substitution move it by 6e-8 √(trace(A)/μ). Both bounds, over kCancellation, are 1e-4.
 constexpr double kProductRange = 1000, kSolveRange = 1e5, kLongSum = 512;
 
+// What a caller that does not look at A gives for `made`, below.
+struct Unseen {
+  void operator()(const double*, bool) const {}
+};
+
 // Factor by float64 products. Should rounding make A indefinite all the same (a condition number past 1e15), the ridge is
-// raised to the rounding error of A, the least change that can be told from none. Returns the trace of A.
-template <typename G>
-double factor_double(const Block<G>& block, double* l) {
+// raised to the rounding error of A, the least change that can be told from none. Calls made(A, true) before A becomes L;
+// not for a raised ridge. Returns the trace of A.
+template <typename G, typename F = Unseen>
+double factor_double(const Block<G>& block, double* l, const F& made = {}) {
   double raise = 0;
   for (int attempt = 0; attempt < 10; ++attempt) {
     const double trace = gram_block<double>(block, block.ridge() + raise, l);
+    if (raise == 0) made(l, true);
     if (cholesky(l, block.order(), block.order()) > 0) return trace;
     raise = std::max(raise * 10, std::numeric_limits<double>::epsilon() * trace);
   }
   throw std::runtime_error("mfac: the gradients of a block have no Cholesky factor; expected finite numbers");
+}
+
+// A of float32 products, of this trace, becomes L. Returns the smallest eigenvalue, or 0 if the products are not good enough.
+// The ridge is a lower bound of it, and mostly tells enough.
+template <typename G>
+double factor_single(const Block<G>& block, double trace, double* l) {
+  const int64_t n = block.order();
+  const double terms = static_cast<double>(block.terms());
+  const double range = kProductRange * std::sqrt(std::min(1.0, terms / kLongSum) * static_cast<double>(n));
+  if (!(cholesky(l, n, n) > 0)) return 0;
+  const double smallest = block.ridge() * range >= trace ? block.ridge() : smallest_eigenvalue(l, n);
+  return smallest * range >= trace ? smallest : 0;
 }
 
 struct Precision {
@@ -91,22 +118,19 @@ struct Precision {
   bool float_solve;   // float32 is good enough for substitutions with it
 };
 
-// Cholesky factor of A into l[n, n] (row-major, lower triangle; above it zero), from float32 products if those are good
-// enough, else from float64 ones. The ridge is a lower bound of the smallest eigenvalue, and mostly tells enough.
-template <typename G>
-Precision factor_block(const Block<G>& block, double* l) {
-  const int64_t n = block.order();
-  const double terms = static_cast<double>(std::max(block.grads.m, block.size()));
-  const double range = kProductRange * std::sqrt(std::min(1.0, terms / kLongSum) * static_cast<double>(n));
-  const double ridge = block.ridge();
-  double trace = gram_block<float>(block, ridge, l), smallest = 0;
-  if (cholesky(l, n, n) > 0) smallest = ridge * range >= trace ? ridge : smallest_eigenvalue(l, n);
-  const bool exact = !(smallest * range >= trace);
-  if (exact) {
-    trace = factor_double(block, l);
-    smallest = smallest_eigenvalue(l, n);
-  }
+inline Precision precision_of(bool exact, double smallest, double trace) {
   return {exact, smallest * kSolveRange >= trace};
+}
+
+// Cholesky factor of A into l[n, n] (row-major, lower triangle; above it zero), from float32 products if those are good
+// enough, else from float64 ones. Calls made(A, whether its products are float64) before A becomes L.
+template <typename G, typename F = Unseen>
+Precision factor_block(const Block<G>& block, double* l, const F& made = {}) {
+  double trace = gram_block<float>(block, block.ridge(), l);
+  made(l, false);
+  if (const double smallest = factor_single(block, trace, l); smallest > 0) return precision_of(false, smallest, trace);
+  trace = factor_double(block, l, made);
+  return precision_of(true, smallest_eigenvalue(l, block.order()), trace);
 }
 
 // The two passes over a block, G x and Gᵀ t, are bound by memory. The second finds the block in the cache, if it fits, and

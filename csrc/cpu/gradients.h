@@ -19,6 +19,7 @@ struct Gradients {
   int64_t m, d, stride;
   double damping;      // λ
   int64_t block_size;  // B columns per block, the last block may have fewer
+  int64_t fisher = m;  // up to so many columns in use a block is on the Fisher side
 
   int64_t blocks() const { return ceil_div(d, block_size); }
   int64_t order() const { return std::min({m, block_size, d}); }  // of the largest factor
@@ -46,8 +47,9 @@ struct Block {
   int64_t column(int64_t c) const { return dense ? c : columns[c]; }
   const G* row(int64_t r) const { return grads.data + r * grads.stride + begin; }
   bool last() const { return begin + width == grads.d; }
-  bool capacitance() const { return grads.m < size(); }
-  int64_t order() const { return std::min(grads.m, size()); }  // of A
+  bool capacitance() const { return grads.fisher < size(); }
+  int64_t order() const { return capacitance() ? grads.m : size(); }  // of A
+  int64_t terms() const { return capacitance() ? size() : grads.m; }  // of a sum that is an element of A
   double ridge() const { return static_cast<double>(grads.m) * grads.damping; }
 };
 
@@ -60,7 +62,7 @@ class SideBySide {
       : source_(block),
         copied_(!block.dense && block.grads.m * block.size() * static_cast<int64_t>(sizeof(G)) <= kMost),
         copy_(copied_ ? block.grads.m * block.size() : 0),
-        grads_{copy_, block.grads.m, block.size(), block.size(), block.grads.damping, block.size()},
+        grads_{copy_, block.grads.m, block.size(), block.size(), block.grads.damping, block.size(), block.grads.fisher},
         block_(copied_ ? Block<G>(grads_, 0) : block) {}
   SideBySide(const SideBySide&) = delete;  // block_ refers to grads_
   bool copied() const { return copied_; }

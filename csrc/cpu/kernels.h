@@ -23,6 +23,18 @@ void inverse_product(const Gradients<G>& grads, const bool* active, const double
 template <typename G>
 double joint_update(const Gradients<G>& grads, const bool* kept, float* weights);
 
+// What joint_step keeps for the next call, or null: gram[blocks, stride] and columns[d] (held_gram.h).
+struct Held {
+  double* gram;
+  int64_t stride;
+  bool* columns;
+};
+
+// joint_update; inverse_diagonal[d], unless null, becomes the diagonal of F⁻¹ with `kept` as the columns in use.
+template <typename G>
+double joint_step(const Gradients<G>& grads, const bool* kept, float* weights, float* inverse_diagonal,
+                  const Held& held);
+
 // weights[d] -= F⁻¹ u with u_i = w_i / [F⁻¹]_ii on the pruned weights, which then become zero.
 template <typename G>
 void independent_update(const Gradients<G>& grads, const bool* active, const bool* kept, const float* inverse_diagonal,

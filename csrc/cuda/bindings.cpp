@@ -1,9 +1,8 @@
 // The CUDA kernels as torch ops: checks, the order of work, and the matrix products that ATen gives to cuBLAS. The equations
-// stand in block_factor.cu, inverse_diagonal.cu, inverse_product.cu and group_saliency.cu, those of the updates below.
+// stand in block_factor.cu, inverse_diagonal.cu, inverse_product.cu and group_saliency.cu, those of the updates in joint.h and below.
 // Everything runs on torch's current stream. The host waits where it needs a number: how many columns are in use, whether a
 // factorisation failed, between the steps of a selection.
 #include <ATen/ops/arange.h>
-#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/floor_divide.h>
 #include <ATen/ops/full.h>
@@ -16,7 +15,9 @@
 #include <torch/library.h>
 
 #include <limits>
+#include <tuple>
 
+#include "joint.h"
 #include "members.h"
 #include "selection.h"
 #include "tiles.h"
@@ -64,25 +65,8 @@ Tensor inverse_diagonal_op(const Tensor& grads, double damping, int64_t block_si
   const CUDAGuard guard(grads.device());
   const Blocks blocks(grads, damping, block_size, active);
   Tensor out = at::full({blocks.d}, 1 / damping, blocks.options(at::kFloat));
-  const auto store = [&](const Tile& tile, const Tensor& solved, bool capacitance) {
-    dispatch(blocks.grads, [&](const auto& g) {
-      const auto run = [&](const auto* values) {
-        inverse_diagonal(g, blocks.layout, tile, values, solved.size(1), damping, capacitance,
-                         out.mutable_data_ptr<float>(), current_stream());
-      };
-      if (solved.scalar_type() == at::kDouble)
-        run(solved.const_data_ptr<double>());
-      else
-        run(solved.const_data_ptr<float>());
-    });
-  };
   blocks.for_each_batch({}, [&](const Batch& batch) {
-    const Tensor inverse = blocks.factor(batch, precision, true).inverse;
-    if (!batch.capacitance) return store(batch.tile, inverse, false);
-    const Terms terms = split(inverse, precision);
-    blocks.for_each_chunk(batch, [&](const Tile& chunk) {
-      store(chunk, multiply(terms, blocks.packed(blocks.layout, chunk, precision)), true);
-    });
+    write_diagonal(blocks, batch, precision, damping, blocks.factor(batch, precision, true).inverse, out);
   });
   blocks.check_factors();
   return out;
@@ -148,65 +132,26 @@ Tensor inverse_product_op(const Tensor& grads, const Tensor& factor, const Tenso
   return out;
 }
 
-// Which blocks have an element of x [d] that is not zero.
-std::vector<bool> blocks_with(const Blocks& blocks, const Tensor& x) {
-  const Tensor padded = at::constant_pad_nd(x != 0, {0, blocks.count * blocks.block_size - blocks.d});
-  const Tensor any = padded.view({blocks.count, -1}).any(1).cpu();
-  const bool* values = any.const_data_ptr<bool>();
-  return std::vector<bool>(values, values + blocks.count);
-}
-
-// Σ ‖G x‖² over some blocks, each by itself.
-Tensor squared_rows(const Blocks& blocks, const Tensor& ids, const Tensor& x) {
-  const int64_t step = std::max<int64_t>(1, blocks.limit / (16 * blocks.m * row_splits(blocks.block_size)));
-  Tensor sum = at::zeros({}, x.options());
-  for (const Tensor& some : ids.split(step)) {
-    const Tensor t = blocks.rows({some.const_data_ptr<int32_t>(), some.numel(), 0, 0}, x).flatten();
-    sum += t.dot(t);
-  }
-  return sum;
-}
-
-// The equations and names are those of csrc/cpu/joint_update.cpp.
 Tensor joint_update_op(const Tensor& grads, Tensor& weights, const Tensor& kept, double damping, int64_t block_size,
                        c10::string_view name) {
   const Precision precision = check(grads, damping, block_size, std::nullopt, name);
   check_vector(weights, "weights", at::kFloat, grads);
   check_vector(kept, "kept", at::kBool, grads);
   const CUDAGuard guard(grads.device());
+  return joint_update(Blocks(grads, damping, block_size, kept), precision, weights, kept, damping, nullptr);
+}
+
+// Nothing is kept from one call to the next.
+std::tuple<Tensor, Tensor> joint_step_op(const Tensor& grads, Tensor& weights, const Tensor& kept, double damping,
+                                         int64_t block_size, c10::string_view name, const OptionalTensor& gram,
+                                         const OptionalTensor& held, bool wanted) {
+  check_joint_step(grads, weights, kept, damping, block_size, name, gram, held);
+  const Precision precision(std::string_view(name.data(), name.size()), grads);
+  const CUDAGuard guard(grads.device());
   const Blocks blocks(grads, damping, block_size, kept);
-  const auto float64 = blocks.options(at::kDouble);
-  if (blocks.d == 0) return at::zeros({}, float64);
-  const Tensor w = weights.to(at::kDouble), x = at::where(kept, 0.0, w).unsqueeze(0);
-  Tensor step = at::zeros_like(x), scratch = at::empty_like(x), gradient_term = at::zeros({}, float64);
-  std::vector<bool> chosen = blocks_with(blocks, x[0]);
-  std::vector<int32_t> emptied;  // blocks of which no weight is kept
-  for (int64_t b = 0; b < blocks.count; ++b)
-    if (chosen[b] && blocks.in_use[b] == 0) emptied.push_back(static_cast<int32_t>(b));
-  if (!emptied.empty()) gradient_term += squared_rows(blocks, blocks.to_device(emptied), x);
-  blocks.for_each_batch(chosen, [&](const Batch& batch) {
-    Tensor r = blocks.rows(batch.tile, x);
-    const Tensor l = blocks.factor(batch, precision, false).l;
-    if (batch.capacitance) {
-      blocks.solve(l, r);
-      blocks.add_columns(batch.tile, r, step);
-      gradient_term += r.square().sum() * (blocks.ridge * blocks.ridge);
-      return;
-    }
-    Tensor z = at::empty({1, batch.tile.count, batch.order}, float64);
-    blocks.add_columns(batch.tile, r, scratch);
-    gather(blocks.layout, batch.tile, scratch.const_data_ptr<double>(), 1, z.mutable_data_ptr<double>(),
-           current_stream());
-    blocks.solve(l, z);
-    scatter(blocks.layout, batch.tile, z.const_data_ptr<double>(), 1, 1.0, step.mutable_data_ptr<double>(),
-            current_stream());
-    gradient_term += (blocks.rows(batch.tile, step) - r).square().sum();
-  });
-  blocks.check_factors();
-  step = at::where(kept, step[0], 0.0);
-  weights.copy_(at::where(kept, w + step, 0.0));
-  return (step.square().sum() + x.square().sum()) * (0.5 * damping) +
-         gradient_term / (2 * static_cast<double>(blocks.m));
+  Tensor diagonal = at::full({wanted ? blocks.d : 0}, 1 / damping, blocks.options(at::kFloat));
+  const Tensor loss = joint_update(blocks, precision, weights, kept, damping, wanted ? &diagonal : nullptr);
+  return {loss, diagonal};
 }
 
 // w <- w - F⁻¹ u with u_i = w_i / [F⁻¹]_ii where not kept (M-FAC, equation 4), then zero there.
@@ -373,6 +318,7 @@ TORCH_LIBRARY_IMPL(mfac, CUDA, m) {
   m.impl("inverse_diagonal", inverse_diagonal_op);
   m.impl("inverse_product", inverse_product_op);
   m.impl("joint_update", joint_update_op);
+  m.impl("joint_step", joint_step_op);
   m.impl("independent_update", independent_update_op);
   m.impl("quadratic_form", quadratic_form_op);
   m.impl("group_saliency", group_saliency_op);

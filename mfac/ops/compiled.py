@@ -109,6 +109,38 @@ def _fake_joint_update(grads, weights, kept, damping, block_size, precision="hig
     return grads.new_empty((), dtype=torch.float64)
 
 
+def joint_step(
+    grads: Tensor,
+    weights: Tensor,
+    kept: Tensor,
+    damping: float,
+    block_size: int,
+    precision: str = "highest",
+    gram: Tensor | None = None,
+    held: Tensor | None = None,
+    diagonal: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """:func:`joint_update`, and :func:`inverse_diagonal` with ``kept`` as the active columns, from one factor.
+
+    ``gram`` [ceil(d/B), 1 + n] float64 and ``held`` [d] bool, both or none, carry small matrices of up to n elements
+    from one call to the next, for the same gradients, damping and block size: that of fewer columns is part of that of
+    more. They start with ``gram[:, 0] = 0`` and ``held`` False, and change no result by more than rounding.
+    ``weights``, ``gram`` and ``held`` are the only tensors written.
+
+    Returns:
+        ½ δᵀFδ, a float64 scalar, and diag(F⁻¹) [d] float32, [0] without ``diagonal``.
+    """
+    return torch.ops.mfac.joint_step(grads, weights, kept, damping, block_size, precision, gram, held, diagonal)
+
+
+@_fake
+def _fake_joint_step(
+    grads, weights, kept, damping, block_size, precision="highest", gram=None, held=None, diagonal=True
+):
+    size = grads.shape[1] if diagonal else 0
+    return grads.new_empty((), dtype=torch.float64), grads.new_empty(size, dtype=torch.float32)
+
+
 def independent_update(
     grads: Tensor,
     weights: Tensor,

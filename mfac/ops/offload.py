@@ -97,6 +97,19 @@ class PagedOps:
             for page, columns, _ in self._pages(grads, block_size)
         )
 
+    def joint_step(
+        self, grads, weights, kept, damping, block_size, precision="highest", gram=None, held=None, diagonal=True
+    ):
+        """See :func:`mfac.ops.compiled.joint_step`."""
+        loss, parts = 0.0, []
+        for page, columns, blocks in self._pages(grads, block_size):
+            room = (None, None) if gram is None else (gram[blocks], held[columns])
+            part = self.kernels.joint_step(
+                page, weights[columns], kept[columns], damping, block_size, precision, *room, diagonal
+            )
+            loss, parts = loss + part[0], [*parts, part[1]]
+        return loss, torch.cat(parts)
+
     def independent_update(
         self, grads, weights, kept, inverse_diagonal, damping, block_size, active=None, precision="highest"
     ):

@@ -131,6 +131,22 @@ def joint_update(
     return loss
 
 
+def joint_step(
+    grads: Tensor,
+    weights: Tensor,
+    kept: Tensor,
+    damping: float,
+    block_size: int,
+    precision: str = "highest",
+    gram: Tensor | None = None,
+    held: Tensor | None = None,
+    diagonal: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Update, then the diagonal; see :func:`mfac.ops.compiled.joint_step`. Keeps nothing in ``gram``."""
+    loss = joint_update(grads, weights, kept, damping, block_size)
+    return loss, inverse_diagonal(grads, damping, block_size, kept) if diagonal else weights.new_empty(0)
+
+
 def independent_update(
     grads: Tensor,
     weights: Tensor,

@@ -66,21 +66,27 @@ def prune_vector(
     Returns:
         The mask [d], and ½ δᵀFδ of the whole step (None without a Fisher).
     """
-    before, kept, loss = weights.clone(), active, 0.0
+    before, kept, loss, diagonal = weights.clone(), active, 0.0, None
     seconds = {} if seconds is None else seconds
     update = "none" if fisher is None else plan.update
+    single = plan.selection.positions is None
+    joint_step = update == "joint" and single and plan.criterion.needs_diagonal  # gives the next sub-step's diagonal
+    memory = fisher.step_memory() if joint_step and plan.substeps > 2 else None
     for left in range(plan.substeps, 0, -1):
         restricted = None if fisher is None else fisher.replace(active=kept)
         with timed(seconds, "saliency"):
-            scores, diagonal = _score(weights, restricted, plan)
+            scores, diagonal = _score(weights, restricted, plan, diagonal if joint_step else None)
         with timed(seconds, "selection"):
             zeroed = weights if update == "none" else None
             share = 1 - (1 - 1 / left) ** 2
             kept = plan.selection.select(scores, kept, plan.sparsities, share, plan.kernels, zeroed, plan.dense)
             del scores
         with timed(seconds, "update"):
-            if update == "joint":
-                loss += restricted.joint_update(weights, kept)
+            if joint_step and left > 1:
+                increase, diagonal = restricted.joint_step(weights, kept, memory)
+                loss += increase
+            elif update == "joint":
+                loss += restricted.joint_update(weights, kept, memory)
             elif update == "independent":
                 restricted.independent_update(weights, kept, diagonal)
             if left > 1 and not torch.isfinite(weights).all():
@@ -92,11 +98,12 @@ def prune_vector(
     return kept, loss
 
 
-def _score(weights: Tensor, fisher: Fisher | None, plan: Plan) -> tuple[Tensor, Tensor | None]:
-    """Scores [d] or [groups, k], and diag(F⁻¹) where criterion or update need it."""
+def _score(weights: Tensor, fisher: Fisher | None, plan: Plan, diagonal: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Scores [d] or [groups, k], and diag(F⁻¹) where criterion or update need it, if it is not given."""
     single = plan.selection.positions is None
     needed = plan.update == "independent" or (single and plan.criterion.needs_diagonal)
-    diagonal = fisher.inverse_diagonal() if fisher is not None and needed else None
+    if diagonal is None and fisher is not None and needed:
+        diagonal = fisher.inverse_diagonal()
     if single:
         return plan.criterion.score_weights(weights, diagonal), diagonal
     groups = plan.selection.positions, plan.selection.subsets

@@ -1,0 +1,88 @@
+// Diagonal of F⁻¹ of one block, from its factor.
+//
+//   capacitance side   [F⁻¹]_ii = (1 - ‖L⁻¹ g_i‖²) / λ      g_i = column i of G
+//   Fisher side        [F⁻¹]_ii = m ‖L⁻¹ e_i‖²              e_i = column i of the identity
+//
+// m² flops per weight (m < B). Columns are solved kPanel at a time in a panel that stays in L1 or L2 and is never stored.
+// 1 - ‖.‖² loses digits where the data constrain a weight far more than λ does: a panel in which it falls below kCancellation
+// is done again in float64, from a float64 factor, and 1/F_ii <= [F⁻¹]_ii bounds what is left of it. On the Fisher side, where
+// nothing cancels, 1/λ is the bound.
+#pragma once
+
+#include "block.h"
+
+namespace mfac::cpu {
+
+// out[c] = [F⁻¹]_cc for columns [c0, c0 + kPanel) of the block. Returns the smallest 1 - ‖L⁻¹ g_c‖² met, 1 on the Fisher
+// side, where nothing cancels.
+template <typename T, typename G>
+double solve_panel(const Block<G>& block, const Triangle<T>& l, int64_t c0, double* out) {
+  constexpr int64_t width = kPanel<T>;
+  const int64_t n = block.order(), padded = round_up(n, kRows), columns = std::min(width, block.size() - c0);
+  const double damping = block.grads.damping, m = static_cast<double>(block.grads.m);
+  Buffer<T> panel(padded * width);
+  T norms[width];
+  if (!block.capacitance()) {
+    std::fill_n(static_cast<T*>(panel), padded * width, T(0));
+    for (int64_t c = 0; c < columns; ++c) panel[(c0 + c) * width + c] = T(1);
+    solve(l, static_cast<T*>(panel), norms, c0 / kRows);
+    for (int64_t c = 0; c < columns; ++c) out[c] = std::min(m * norms[c], 1 / damping);
+    return 1;
+  }
+  for (int64_t r = 0; r < n; ++r) {
+    if (block.dense && c0 + 2 * width <= block.width) prefetch(block.row(r) + c0 + width, width);
+    pack_row(block, r, c0, panel + r * width);
+  }
+  std::fill(panel + n * width, panel + padded * width, T(0));
+  double squares[width] = {};
+  for (int64_t r = 0; r < n; ++r)
+    for (int64_t c = 0; c < width; ++c) squares[c] += static_cast<double>(panel[r * width + c]) * panel[r * width + c];
+  solve(l, static_cast<T*>(panel), norms);
+  double smallest = 1;
+  for (int64_t c = 0; c < columns; ++c) {
+    const double rest = 1 - static_cast<double>(norms[c]), bound = 1 / (damping + squares[c] / m);
+    if (!(rest >= smallest)) smallest = rest;  // NaN too, from gradients that overflow float32
+    out[c] = rest / damping > bound ? rest / damping : bound;
+  }
+  return smallest;
+}
+
+// diagonal[c] for the columns of `whole` that are in use, which are those of `block`, side by side or not; the others are left
+// as they are. `factor` is what factor_block has made, [n, n]; it is written if a float64 factor is needed.
+template <typename G>
+void block_diagonal(const Block<G>& whole, const Block<G>& block, const Precision& precision, double* factor,
+                    float* diagonal) {
+  const int64_t n = block.order(), size = block.size();
+  if (n == 0) return;
+
+  // First all panels in float32, if the factor is good enough for that; then in float64 those that cancelled, or all.
+  constexpr int64_t width = kPanel<float>, half = kPanel<double>;
+  const int64_t panels = ceil_div(size, width);
+  std::vector<char> done(panels, 0);
+  const auto store = [&](int64_t c0, int64_t columns, const double* values) {
+    using Limits = std::numeric_limits<float>;
+    for (int64_t c = 0; c < columns; ++c)
+      diagonal[whole.column(c0 + c)] = static_cast<float>(std::clamp<double>(values[c], Limits::min(), Limits::max()));
+  };
+  if (precision.float_solve) {
+    Triangle<float> l(n);
+    l.pack(factor, n, n);
+    parallel_for(panels, n * n * width, [&](int64_t j) {
+      double values[width];
+      done[j] = solve_panel(block, l, j * width, values) >= kCancellation;
+      store(j * width, std::min(width, size - j * width), values);
+    });
+  }
+  if (std::count(done.begin(), done.end(), 1) == panels) return;
+  if (!precision.exact_factor) factor_double(block, factor);
+  Triangle<double> l(n);
+  l.pack(factor, n, n);
+  parallel_for(2 * panels, n * n * half, [&](int64_t j) {
+    double values[half];
+    if (done[j / 2] || j * half >= size) return;
+    solve_panel(block, l, j * half, values);
+    store(j * half, std::min(half, size - j * half), values);
+  });
+}
+
+}  // namespace mfac::cpu

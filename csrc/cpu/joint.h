@@ -1,0 +1,126 @@
+// Joint update of one block: with S the kept and Q the pruned weights, minimise ½ δᵀFδ subject to δ_Q = -w_Q:
+//
+//   r = G_Q w_Q
+//   |S| > m     δ_S = G_Sᵀ y,              y = (mλ I + G_S G_Sᵀ)⁻¹ r      Gδ = -mλ y
+//   |S| <= m    δ_S = (mλ I + G_SᵀG_S)⁻¹ G_Sᵀ r                           Gδ = G_S δ_S - r
+//   loss        ½ (λ ‖δ‖² + ‖Gδ‖² / m)
+//
+// (block inverse of F and the push-through identity). G comes from memory once: as a row is read for r, its surviving columns
+// are copied side by side, and the rest is done with the copy, in the cache. So the cost falls with the density: m |S|
+// min(m, |S|) flops. Weights pruned earlier are zero and drop out.
+//
+// Where A = mλ I + GᵀG is held of all columns that are not zero (HeldGram), G is not read at all:
+//
+//   |S| <= m    δ_S = A_SS⁻¹ A_SQ w_Q      loss = δᵀAδ / 2m
+#pragma once
+
+#include "diagonal.h"
+#include "held_gram.h"
+
+namespace mfac::cpu {
+
+inline double norm_squared(const double* x, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += x[i] * x[i];
+  return sum;
+}
+
+// The update from A: x [width] is w on Q and zero elsewhere, and becomes δ_S on S. False if A is not held, or not good enough,
+// with x as it was. diagonal[width], unless null: diag F⁻¹ on S.
+template <typename G>
+bool update_held(const Block<G>& survivors, const bool* keep, HeldGram& gram, double* x, double& loss,
+                 float* diagonal) {
+  std::vector<int32_t> where;
+  if (survivors.capacitance() || survivors.size() == 0 || !gram.find(keep, where)) return false;
+  const int64_t n = survivors.size(), held = gram.size();
+  Buffer<double> l(n * n), step(held), product(held), solved(n);
+  double all = 0;
+  for (int64_t c = 0; c < survivors.width; ++c) all += x[c] != 0;
+  for (int64_t i = 0; i < held; ++i) all -= (step[i] = x[gram.columns()[i]]) != 0;
+  if (all != 0) return false;  // a weight that A does not hold
+  const double trace = gram.extract(where, l);
+  double smallest = 0;
+  if (!gram.exact())
+    smallest = factor_single(survivors, trace, l);
+  else if (cholesky(l, n, n) > 0)
+    smallest = smallest_eigenvalue(l, n);
+  if (!(smallest > 0)) return false;
+  gram.multiply(step, product);
+  for (int64_t i = 0; i < n; ++i) solved[i] = product[where[i]];
+  cholesky_solve(l, n, n, solved);
+  for (int64_t i = 0; i < held; ++i) step[i] = -step[i];
+  for (int64_t i = 0; i < n; ++i) x[survivors.column(i)] = step[where[i]] = solved[i];
+  gram.multiply(step, product);
+  double form = 0;
+  for (int64_t i = 0; i < held; ++i) form += step[i] * product[i];
+  loss = 0.5 * form / static_cast<double>(survivors.grads.m);
+  gram.shrink(where);
+  if (diagonal) block_diagonal(survivors, survivors, precision_of(gram.exact(), smallest, trace), l, diagonal);
+  return true;
+}
+
+// The same from G, which leaves A in `gram` if there is room.
+template <typename G>
+void update_from_gradients(const Block<G>& whole, HeldGram& gram, double* x, double& loss, float* diagonal) {
+  const int64_t m = whole.grads.m, width = whole.width, n = whole.order(), size = whole.size();
+  const double removed = norm_squared(x, width);
+  const SideBySide<G> packed(whole);
+  Buffer<double> r(m);
+  parallel_for(m, width, [&](int64_t i) {
+    if (!whole.last()) prefetch(whole.row(i) + width, width);
+    r[i] = dot(whole.row(i), static_cast<const double*>(x), width);
+    if (packed.copied()) packed.copy_row(i);
+  });
+  const Block<G>& survivors = packed.block();
+
+  double gradient_term = norm_squared(r, m), moved = 0;
+  if (n > 0) {
+    Buffer<double> l(n * n), step(survivors.width), z(size);
+    const Precision precision =
+        factor_block(survivors, l, [&](const double* a, bool exact) { gram.store(whole, a, exact); });
+    if (survivors.capacitance()) cholesky_solve(l, n, n, r);
+    multiply_columns(survivors, r, 1, step);
+    for (int64_t c = 0; c < size; ++c) z[c] = step[survivors.column(c)];
+    if (survivors.capacitance()) {
+      gradient_term = survivors.ridge() * survivors.ridge() * norm_squared(r, m);
+    } else {
+      cholesky_solve(l, n, n, z);
+      std::fill_n(static_cast<double*>(step), survivors.width, 0.0);
+      for (int64_t c = 0; c < size; ++c) step[survivors.column(c)] = z[c];
+      Buffer<double> moved_rows(m);
+      multiply_rows(survivors, step, 1, moved_rows);
+      for (int64_t i = 0; i < m; ++i) moved_rows[i] -= r[i];
+      gradient_term = norm_squared(moved_rows, m);
+    }
+    moved = norm_squared(z, size);
+    for (int64_t c = 0; c < size; ++c) x[whole.column(c)] = z[c];
+    if (diagonal) block_diagonal(whole, survivors, precision, l, diagonal);
+  }
+  loss = 0.5 * (whole.grads.damping * (removed + moved) + gradient_term / static_cast<double>(m));
+}
+
+// Updates the weights [d] in a block, and returns the loss. `diagonal` [d], unless null, becomes diag F⁻¹ of the kept columns,
+// 1/λ elsewhere; without it a block with nothing to prune is not read at all.
+template <typename G>
+double joint_block(const Gradients<G>& grads, int64_t index, const bool* kept, float* weights, float* diagonal,
+                   HeldGram& gram) {
+  const Block<G> whole(grads, index, kept);
+  const int64_t width = whole.width;
+  float* w = weights + whole.begin;
+  const bool* keep = kept + whole.begin;
+  if (diagonal) {
+    diagonal += whole.begin;
+    std::fill_n(diagonal, width, static_cast<float>(1 / grads.damping));
+  }
+  Buffer<double> x(width);
+  for (int64_t c = 0; c < width; ++c) x[c] = keep[c] ? 0.0 : w[c];
+  const bool pruned = norm_squared(x, width) != 0;
+  if (!pruned && !diagonal) return 0;
+  double loss = 0;
+  if (!update_held(whole, keep, gram, x, loss, diagonal)) update_from_gradients(whole, gram, x, loss, diagonal);
+  if (!pruned) return 0;  // all bits stay as they are
+  for (int64_t c = 0; c < width; ++c) w[c] = keep[c] ? static_cast<float>(w[c] + x[c]) : 0.0f;
+  return loss;
+}
+
+}  // namespace mfac::cpu

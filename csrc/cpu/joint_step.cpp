@@ -1,0 +1,27 @@
+// Joint update and, from the same factor, the diagonal of F⁻¹ of the kept columns (joint.h, diagonal.h): one visit of G, one
+// Gram matrix, one factor per block. What the caller keeps of it (held_gram.h) spares the next call visit and products.
+#include "joint.h"
+#include "kernels.h"
+
+namespace mfac::cpu {
+
+template <typename G>
+double joint_step(const Gradients<G>& given, const bool* kept, float* weights, float* inverse_diagonal,
+                  const Held& held) {
+  const Gradients<G> grads = wider_fisher(given);
+  std::vector<double> losses(grads.blocks(), 0.0);
+  for_each_block(grads, [&](int64_t index) {
+    const int64_t begin = index * grads.block_size, width = std::min(grads.block_size, grads.d - begin);
+    HeldGram gram = held.gram ? HeldGram(held.gram + index * held.stride, held.stride - 1, held.columns + begin, width)
+                              : HeldGram();
+    losses[index] = joint_block(grads, index, kept, weights, inverse_diagonal, gram);
+  });
+  double loss = 0;
+  for (const double value : losses) loss += value;
+  return loss;
+}
+
+template double joint_step<float>(const Gradients<float>&, const bool*, float*, float*, const Held&);
+template double joint_step<BFloat16>(const Gradients<BFloat16>&, const bool*, float*, float*, const Held&);
+
+}  // namespace mfac::cpu
