@@ -26,10 +26,12 @@ $(READY): pyproject.toml setup.py
 demo: $(READY)  ## train, prune and compare on real handwritten digits: a table and comparison.png, in a few minutes
 	$(BIN)/mfac demo
 
+# One thread: the tensors of the tests are small, and where others use the machine too, two wait for each other. The tests of
+# threads set their number themselves.
 test: $(READY)  ## all tests, and the examples in the docstrings
 	$(BIN)/mfac doctor
-	$(BIN)/python -m pytest -q tests --ignore=tests/test_cuda_kernels.py
-	$(BIN)/python -m pytest -q --doctest-modules mfac
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests --ignore=tests/test_cuda_kernels.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --doctest-modules mfac
 
 bench: $(READY)  ## speed of textbook recursion, reference and kernels, against this machine's roofline
 	$(BIN)/python -m pytest -q benchmarks -o python_files='bench_*.py' --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
