@@ -10,8 +10,8 @@
 #include <limits>
 #include <stdexcept>
 
+#include "bf16_products.h"
 #include "cholesky.h"
-#include "gradients.h"
 
 namespace mfac::cpu {
 
@@ -38,22 +38,29 @@ void add_gram(const Block<G>& block, int64_t begin, int64_t end, double* a) {
 }
 
 // Lower triangle of a[n, n] = ridge I + Gram matrix of the smaller side. A long side is cut into up to kSlices slices, for
-// the threads, each with a sum of its own. Returns the trace, an upper bound of the largest eigenvalue.
+// the threads, each with a sum of its own. Products in T, or in `bf16_terms`. Returns the trace, an upper bound of the
+// largest eigenvalue.
 template <typename T, typename G>
-double gram_block(const Block<G>& block, double ridge, double* a) {
+double gram_block(const Block<G>& block, double ridge, double* a, int bf16_terms = 0) {
   constexpr int64_t kSlices = 8, kSlice = 1 << 14;  // at least so many terms: sums and their addition cost little then
   constexpr int64_t kSmall = 512;                   // a larger matrix has work for the threads, and sums take memory
   const int64_t n = block.order(), terms = std::max(block.grads.m, block.size());
   const int64_t slices = n <= kSmall ? std::clamp<int64_t>(terms / kSlice, 1, kSlices) : 1;
+  const auto add = [&](int64_t begin, int64_t end, double* sum) {
+    if (bf16_terms > 0)
+      add_gram_terms(block, begin, end, bf16_terms, sum);
+    else
+      add_gram<T>(block, begin, end, sum);
+  };
   std::fill_n(a, n * n, 0.0);
   if (slices == 1) {
-    add_gram<T>(block, 0, terms, a);
+    add(0, terms, a);
   } else {
-    const int64_t length = round_up(ceil_div(terms, slices), kDepth);
+    const int64_t length = round_up(ceil_div(terms, slices), bf16_terms > 0 ? kTileDepth * kTileTerms : kDepth);
     Buffer<double> sums(slices * n * n);
     parallel_for(slices, n * n * length, [&](int64_t s) {
       std::fill_n(sums + s * n * n, n * n, 0.0);
-      add_gram<T>(block, s * length, std::min(terms, (s + 1) * length), sums + s * n * n);
+      add(s * length, std::min(terms, (s + 1) * length), sums + s * n * n);
     });
     for (int64_t s = 0; s < slices; ++s)
       for (int64_t i = 0; i < n * n; ++i) a[i] += sums[s * n * n + i];
@@ -73,6 +80,9 @@ constexpr double kCancellation = 0.2;
 // of a float32 substitution move it by 6e-8 √(trace(A)/μ). Both bounds, over kCancellation, are 1e-4.
 constexpr double kProductRange = 1000, kSolveRange = 1e5, kLongSum = 512;
 
+// bfloat16 products flush denormal numbers to zero: mean squares of gradients below this are left to float32.
+constexpr double kLeastSquare = 0x1p-100;
+
 // Factor by float64 products. Should rounding make A indefinite all the same (a condition number past 1e15), the ridge is
 // raised to the rounding error of A, the least change that can be told from none. Returns the trace of A.
 template <typename G>
@@ -89,6 +99,7 @@ double factor_double(const Block<G>& block, double* l) {
 struct Precision {
   bool exact_factor;  // from float64 products
   bool float_solve;   // float32 is good enough for substitutions with it
+  int terms;          // bfloat16 terms of G that the factor is made of, 0: none
 };
 
 // Cholesky factor of A into l[n, n] (row-major, lower triangle; above it zero), from float32 products if those are good
@@ -99,14 +110,23 @@ Precision factor_block(const Block<G>& block, double* l) {
   const double terms = static_cast<double>(std::max(block.grads.m, block.size()));
   const double range = kProductRange * std::sqrt(std::min(1.0, terms / kLongSum) * static_cast<double>(n));
   const double ridge = block.ridge();
-  double trace = gram_block<float>(block, ridge, l), smallest = 0;
+  double trace = 0, smallest = 0;
+  if (const int bf16_terms = product_terms(block)) {
+    trace = gram_block<float>(block, ridge, l, bf16_terms);
+    const double mean_square = (trace - static_cast<double>(n) * ridge) / static_cast<double>(block.grads.m) / static_cast<double>(block.size());
+    if (mean_square >= kLeastSquare && cholesky(l, n, n) > 0)
+      smallest = ridge * range >= trace ? ridge : smallest_eigenvalue(l, n);
+    if (smallest * range >= trace) return {false, smallest * kSolveRange >= trace, bf16_terms};
+  }
+  trace = gram_block<float>(block, ridge, l);
+  smallest = 0;
   if (cholesky(l, n, n) > 0) smallest = ridge * range >= trace ? ridge : smallest_eigenvalue(l, n);
   const bool exact = !(smallest * range >= trace);
   if (exact) {
     trace = factor_double(block, l);
     smallest = smallest_eigenvalue(l, n);
   }
-  return {exact, smallest * kSolveRange >= trace};
+  return {exact, smallest * kSolveRange >= trace, 0};
 }
 
 // The two passes over a block, G x and Gᵀ t, are bound by memory. The second finds the block in the cache, if it fits, and

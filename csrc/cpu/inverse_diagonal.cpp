@@ -46,6 +46,20 @@ double solve_panel(const Block<G>& block, const Triangle<T>& l, int64_t c0, doub
   return smallest;
 }
 
+// The same for kSolveColumns columns by bfloat16 products; cancelled[j] for panel j of float32.
+template <typename G>
+void solve_columns(const Block<G>& block, const InverseTiles& l, int64_t c0, int terms, double* out, char* done) {
+  float norms[kSolveColumns], squares[kSolveColumns];
+  const double damping = block.grads.damping, m = static_cast<double>(block.grads.m);
+  solve_terms(block, l, c0, terms, norms, squares);
+  for (int64_t c = 0; c < std::min(kSolveColumns, block.size() - c0); ++c) {
+    const double rest = 1 - static_cast<double>(norms[c]), bound = 1 / (damping + squares[c] / m);
+    char& good = done[c / kPanel<float>];
+    good = (c % kPanel<float> == 0 || good) && rest >= kCancellation;
+    out[c] = std::max(rest / damping, bound);
+  }
+}
+
 }  // namespace
 
 template <typename G>
@@ -72,7 +86,16 @@ void inverse_diagonal(const Gradients<G>& grads, const bool* active, float* out)
             static_cast<float>(std::clamp<double>(values[c], Limits::min(), Limits::max()));
     };
     const Precision precision = factor_block(block, factor);
-    if (precision.float_solve) {
+    if (precision.float_solve && precision.terms > 0 && block.capacitance()) {
+      Triangle<float> triangle(n);
+      triangle.pack(factor, n, n);
+      const InverseTiles l(triangle, n, std::is_same_v<G, BFloat16> ? kMaxTerms : 2);
+      parallel_for(ceil_div(size, kSolveColumns), n * n * kSolveColumns, [&](int64_t j) {
+        double values[kSolveColumns];
+        solve_columns(block, l, j * kSolveColumns, precision.terms, values, &done[j * kSolveColumns / width]);
+        store(j * kSolveColumns, std::min(kSolveColumns, size - j * kSolveColumns), values);
+      });
+    } else if (precision.float_solve) {
       Triangle<float> l(n);
       l.pack(factor, n, n);
       parallel_for(panels, n * n * width, [&](int64_t j) {
