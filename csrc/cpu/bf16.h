@@ -29,10 +29,10 @@
 
 namespace mfac::cpu {
 
-constexpr int64_t kTile = 16;                 // rows or columns of a tile, and pairs
-constexpr int64_t kTileTerms = 2 * kTile;     // terms of a sum over one tile
+constexpr int64_t kTile = 16;              // rows or columns of a tile, and pairs
+constexpr int64_t kTileTerms = 2 * kTile;  // terms of a sum over one tile
 constexpr int64_t kTileWords = kTile * kTile;
-constexpr int64_t kSquare = 2 * kTile;        // rows and columns of one call of multiply_tiles: two tiles by two
+constexpr int64_t kSquare = 2 * kTile;  // rows and columns of one call of multiply_tiles: two tiles by two
 
 enum class BFloat16Path { none, avx512, amx, stand_in };
 
@@ -46,8 +46,9 @@ inline bool path_available(BFloat16Path path) {
   if (path == BFloat16Path::avx512)
     return __builtin_cpu_supports("avx512f") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
 #if defined(SYS_arch_prctl)
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA; for all threads
-  constexpr unsigned kAmx = 1u << 22 | 1u << 24;               // AMX-BF16 and AMX-TILE
+  constexpr long kRequestPermission = 0x1023,
+                 kTileData = 18;                  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA; for all threads
+  constexpr unsigned kAmx = 1u << 22 | 1u << 24;  // AMX-BF16 and AMX-TILE
   return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmx) == kAmx &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #endif
@@ -162,8 +163,8 @@ inline void amx(const TileOperands* operands, int count, int64_t left_next, int6
 }
 
 // Eight rows of two vectors: sixteen sums hide the latency, and a pair of the left side is broadcast as it is read.
-[[gnu::target("avx512f,avx512bf16")]] inline void avx512(const TileOperands& at, int64_t left_next,
-                                                         int64_t right_next, int64_t tiles, float* out) {
+[[gnu::target("avx512f,avx512bf16")]] inline void avx512(const TileOperands& at, int64_t left_next, int64_t right_next,
+                                                         int64_t tiles, float* out) {
   constexpr int rows = 8;
   for (int64_t t = 0; t < tiles; ++t)
     for (int64_t r = 0; r < kSquare; r += rows) {

@@ -89,7 +89,7 @@ void inverse_diagonal(const Gradients<G>& grads, const bool* active, float* out)
     if (precision.float_solve && precision.terms > 0 && block.capacitance()) {
       Triangle<float> triangle(n);
       triangle.pack(factor, n, n);
-      const InverseTiles l(triangle, n, std::is_same_v<G, BFloat16> ? kMaxTerms : 2);
+      const InverseTiles l(triangle, n, std::is_same_v<G, BFloat16> ? kMaxTerms : 2, precision.smallest);
       parallel_for(ceil_div(size, kSolveColumns), n * n * kSolveColumns, [&](int64_t j) {
         double values[kSolveColumns];
         solve_columns(block, l, j * kSolveColumns, precision.terms, values, &done[j * kSolveColumns / width]);

@@ -193,14 +193,14 @@ class Triangle {
     n_ = n;
     for (int64_t g = 0; g < groups(); ++g) {
       T* out = data_ + offset(g);
-      for (int64_t j = 0; j < (g + 1) * kRows; ++j)
-        for (int64_t r = 0; r < kRows; ++r, ++out) {
-          const int64_t i = g * kRows + r;
-          if (i == j)
-            *out = i < n ? static_cast<T>(1 / l[i * ldl + i]) : T(1);
-          else
-            *out = j < i && i < n ? static_cast<T>(l[i * ldl + j]) : T(0);
-        }
+      const int64_t i0 = g * kRows, rows = std::min<int64_t>(kRows, n - i0);
+      for (int64_t r = 0; r < kRows; ++r) {
+        const double* row = l + (i0 + r) * ldl;
+        const int64_t count = r < rows ? i0 + r : 0;
+        for (int64_t j = 0; j < count; ++j) out[j * kRows + r] = static_cast<T>(row[j]);
+        for (int64_t j = count; j < i0 + kRows; ++j) out[j * kRows + r] = T(0);
+        out[(i0 + r) * kRows + r] = r < rows ? static_cast<T>(1 / row[i0 + r]) : T(1);
+      }
     }
   }
   int64_t groups() const { return ceil_div(n_, kRows); }
