@@ -29,38 +29,42 @@ int product_terms(const Block<G>& block) {
   }
 }
 
-inline uint16_t round_to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest even; NaN is refused upstream
+// out[t][i], i < kTileTerms: term t of x[i], rounded to nearest even; terms are `stride` elements apart.
+inline void split(const float* x, int terms, uint16_t* out, int64_t stride) {
+  for (int64_t i = 0; i < kTileTerms; i += kTile) {
+    Floats rest;
+    std::memcpy(&rest, x + i, sizeof rest);
+    for (int t = 0; t < terms; ++t) {
+      const Words bits = (Words)rest, term = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+      const auto half = __builtin_convertvector(term, Few<uint16_t, kTile>);
+      std::memcpy(out + t * stride + i, &half, sizeof half);
+      rest -= (Floats)(term << 16);
+    }
+  }
 }
 
-// out[t][i], i < kTileTerms: term t of x[i]; terms are `stride` elements apart.
-inline void split(const float* x, int terms, uint16_t* out, int64_t stride) {
-  float rest[kTileTerms];
-  std::copy_n(x, kTileTerms, rest);
-  for (int t = 0; t < terms; ++t, out += stride)
-    for (int64_t i = 0; i < kTileTerms; ++i) {
-      const BFloat16 term{round_to_bf16(rest[i])};
-      out[i] = term.bits;
-      rest[i] -= term;
-    }
+template <typename G>
+[[gnu::noinline]] void gather(const Block<G>& block, int64_t r, int64_t c0, G (&out)[kTileTerms]) {
+  std::memset(out, 0, sizeof out);
+  if (r < block.grads.m)
+    for (int64_t c = 0; c < std::min(block.size() - c0, kTileTerms); ++c) out[c] = block.row(r)[block.column(c0 + c)];
 }
 
 // Terms of G[r, column c0 + i], i < kTileTerms, 0 outside of the block: term t is at t * kTileTerms of what is returned, which is
 // G itself or `scratch`.
 template <typename G>
-const uint16_t* load_terms(const Block<G>& block, int64_t r, int64_t c0, int terms, uint16_t* scratch) {
-  const G* row = block.row(r);
+[[gnu::always_inline]] inline const uint16_t* load_terms(const Block<G>& block, int64_t r, int64_t c0, int terms,
+                                                         uint16_t* scratch) {
   const bool whole = block.dense && r < block.grads.m && c0 + kTileTerms <= block.width;
-  G gathered[kTileTerms] = {};
-  if (!whole && r < block.grads.m)
-    for (int64_t c = 0; c < std::min(block.size() - c0, kTileTerms); ++c) gathered[c] = row[block.column(c0 + c)];
   if constexpr (std::is_same_v<G, BFloat16>) {
-    if (whole) return &row[c0].bits;
-    std::memcpy(scratch, gathered, sizeof gathered);
+    if (whole) return &block.row(r)[c0].bits;
+    gather(block, r, c0, reinterpret_cast<G(&)[kTileTerms]>(*scratch));
+  } else if (whole) {
+    split(block.row(r) + c0, terms, scratch, kTileTerms);
   } else {
-    split(whole ? row + c0 : gathered, terms, scratch, kTileTerms);
+    G gathered[kTileTerms];
+    gather(block, r, c0, gathered);
+    split(gathered, terms, scratch, kTileTerms);
   }
   return scratch;
 }
