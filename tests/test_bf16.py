@@ -17,7 +17,7 @@ from mfac.ops import reference
 PATHS = ["amx", "avx512", "stand_in"]
 TERMS = {"high": 2, "medium": 1}
 # Both sides; one and several tiles and blocks; a last block of one column and one of many; no multiple of a tile.
-SHAPES = [(17, 100, 33), (65, 101, 50), (97, 99, 99), (150, 701, 300)]
+SHAPES = [(33, 100, 35), (65, 101, 50), (97, 99, 99), (64, 129, 64), (150, 701, 300)]
 
 
 BUILDS = {"native": "-march=native", "portable": ""}  # with and without the compiler's leave to use the instructions

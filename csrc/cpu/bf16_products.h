@@ -14,19 +14,22 @@ constexpr int kMaxTerms = 3;
 using Words = Few<uint32_t, kTile>;  // a row of a tile
 using Floats = Few<float, kTile>;
 
-// Terms per gradient in bfloat16 products, 0 if there are none: they would not be faster than float32 ones.
+// Terms per gradient in bfloat16 products, 0 where they would not be faster than float32 ones: small matrices, which fill no tiles,
+// and float32 gradients where splitting them costs more than the products save (measured with AMX).
 template <typename G>
 int product_terms(const Block<G>& block) {
-  const int terms = std::is_same_v<G, BFloat16> ? 1 : block.grads.terms;
-  if (block.order() < kTile) return 0;
-  switch (bf16_path()) {
-    case BFloat16Path::none:
-      return 0;
-    case BFloat16Path::avx512:  // twice the rate of float32 at best
-      return terms == 1 ? 1 : 0;
-    default:
-      return terms;
-  }
+  constexpr bool exact = std::is_same_v<G, BFloat16>;
+  const int terms = exact ? 1 : block.grads.terms;
+  if (bf16_path() == BFloat16Path::none || block.order() < (exact ? 32 : 64)) return 0;
+  if (terms > 1 && (bf16_path() == BFloat16Path::avx512 || !block.capacitance())) return 0;
+  return terms;
+}
+
+// Whether L⁻¹ G is to be a product of bfloat16 too: with two terms of L⁻¹, which is twice the work, only AMX is faster than a
+// float32 substitution.
+template <typename G>
+bool inverse_by_products(const Block<G>& block) {
+  return block.capacitance() && bf16_path() != BFloat16Path::avx512;
 }
 
 // out[t][i], i < kTileTerms: term t of x[i], rounded to nearest even; terms are `stride` elements apart.

@@ -86,7 +86,7 @@ void inverse_diagonal(const Gradients<G>& grads, const bool* active, float* out)
             static_cast<float>(std::clamp<double>(values[c], Limits::min(), Limits::max()));
     };
     const Precision precision = factor_block(block, factor);
-    if (precision.float_solve && precision.terms > 0 && block.capacitance()) {
+    if (precision.float_solve && precision.terms > 0 && inverse_by_products(block)) {
       Triangle<float> triangle(n);
       triangle.pack(factor, n, n);
       const InverseTiles l(triangle, n, std::is_same_v<G, BFloat16> ? kMaxTerms : 2, precision.smallest);
