@@ -17,7 +17,7 @@ from mfac.ops import reference
 PATHS = ["amx", "avx512", "stand_in"]
 TERMS = {"high": 2, "medium": 1}
 # Both sides; one and several tiles and blocks; a last block of one column and one of many; no multiple of a tile.
-SHAPES = [(33, 100, 35), (65, 101, 50), (97, 99, 99), (64, 129, 64), (150, 701, 300)]
+SHAPES = [(33, 100, 35), (65, 101, 50), (97, 99, 99), (64, 129, 64), (150, 701, 300), (133, 1030, 515)]
 
 
 BUILDS = {"native": "-march=native", "portable": ""}  # with and without the compiler's leave to use the instructions
@@ -169,12 +169,12 @@ def test_ops(kernels, shape, dtype):
 @pytest.mark.parametrize("terms", [1, 2])
 def test_highest_is_float32(kernels, terms):
     """Products of bfloat16 stand in for float32 gradients only where they are asked for."""
-    grads = oracle.gradients(64, 300)
-    out = diagonal(kernels, grads, 1e-2, 150)
+    grads = oracle.gradients(130, 600)
+    out = diagonal(kernels, grads, 1e-2, 300)
     path = kernels.path
     kernels.set_products(path, terms)
-    lower = diagonal(kernels, grads, 1e-2, 150)
+    lower = diagonal(kernels, grads, 1e-2, 300)
     kernels.set_products("none")
-    assert torch.equal(out, diagonal(kernels, grads, 1e-2, 150))
+    assert torch.equal(out, diagonal(kernels, grads, 1e-2, 300))
     used = path in ("amx", "stand_in") or (path == "avx512" and terms == 1)
     assert torch.equal(out, lower) != used

@@ -20,7 +20,7 @@ template <typename G>
 int product_terms(const Block<G>& block) {
   constexpr bool exact = std::is_same_v<G, BFloat16>;
   const int terms = exact ? 1 : block.grads.terms;
-  if (bf16_path() == BFloat16Path::none || block.order() < (exact ? 32 : 64)) return 0;
+  if (bf16_path() == BFloat16Path::none || block.order() < (exact ? 32 : 64 * terms)) return 0;
   if (terms > 1 && (bf16_path() == BFloat16Path::avx512 || !block.capacitance())) return 0;
   return terms;
 }
