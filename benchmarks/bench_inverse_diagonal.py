@@ -46,13 +46,34 @@ def test_saliency(measure, grads, weights, way):
     )  # fmt: skip
 
 
-@pytest.mark.benchmark(group="saliency")
-def test_saliency_bfloat16(measure, grads, weights):
-    """The error is against the float32 gradients: what rounding them to bfloat16 costs."""
-    half, (m, d) = grads.bfloat16(), grads.shape
+LOWER = {  # type of the gradients and precision; the instructions are those of build_config()["cpu_bf16"]
+    "bfloat16": (torch.bfloat16, "highest"),
+    "high": (torch.float32, "high"),
+    "medium": (torch.float32, "medium"),
+}
+
+
+@pytest.mark.parametrize(
+    ("block_size", "name"),
+    [
+        pytest.param(block_size, name, marks=pytest.mark.benchmark(group=group), id=f"{name}, B={block_size}")
+        for block_size, group in ((B, "saliency"), (512, "saliency, B=512"))
+        for name in [*LOWER, *["float32"] * (block_size != B)]
+    ],
+)
+def test_lower_precision(measure, grads, weights, name, block_size):
+    """Damping 3e-2 times the mean square, the default; the error is against float64 of the float32 gradients."""
+    dtype, precision = LOWER.get(name, (torch.float32, "highest"))
+    given, (m, d) = grads.to(dtype), grads.shape
+    damping = 3e-2 * float(grads[:, :10_000].square().mean())
+    some = max(1, 2000 // block_size) * block_size
+    right = reference.inverse_diagonal(grads[:, :some].double(), damping, block_size)
+    error = ops.inverse_diagonal(given[:, :some], damping, block_size, None, precision) / right - 1
     measure(
-        lambda: saliency("compiled", half, weights, B), flops=diagonal_flops(m, widths(d, B)), bytes=2 * m * d,
-        dtype=torch.bfloat16, by="compiled, bfloat16", error=saliency_error("compiled", half, weights, B, grads),
+        lambda: weights.square() / (2 * ops.inverse_diagonal(given, damping, block_size, None, precision)),
+        flops=diagonal_flops(m, widths(d, block_size)), bytes=given.element_size() * m * d,
+        dtype=torch.float32 if name == "float32" else torch.bfloat16, by=f"compiled, {name}",
+        error=float(error.abs().max()),
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@
 //   d   prunable weights    damping     λ > 0 of F = λ I + (1/m) Gᵀ G; never 1/λ
 //   B   block_size >= 1     active      [d] bool: columns that take part, the others as if their gradients were zero
 //   s   min(m, B, d)        kept        [d] bool: False = pruned
-//                           precision   "highest", "high" or "medium": how much of it large products may give up (ops.py)
+//                           precision   "highest", "high" or "medium": how much of it large products may give up (mfac/ops)
 //
 // F is block-diagonal with blocks of B columns, the last one shorter; B >= d is the full matrix.
 #include <torch/library.h>

@@ -1,5 +1,8 @@
-// The Python module itself. The ops register themselves with torch; the module is only asked how it was built.
+// The Python module itself. The ops register themselves with torch; the module is only asked how it was built, and which
+// bfloat16 instructions the CPU kernels use.
 #include <pybind11/pybind11.h>
+
+#include "cpu/bf16.h"
 
 namespace py = pybind11;
 
@@ -50,6 +53,7 @@ py::dict build_config() {
   config["flags"] = MFAC_FLAGS;
   config["cxx_standard"] = static_cast<long>(__cplusplus);
   config["simd"] = simd();
+  config["cpu_bf16"] = mfac::cpu::kPathNames[static_cast<int>(mfac::cpu::bf16_path())];  // chosen at run time
   config["openmp"] = kOpenMP;
   config["cuda"] = MFAC_CUDA;  // GPU architectures, ';' between them
   config["ahead_of_time"] = static_cast<bool>(MFAC_AHEAD_OF_TIME);
@@ -63,5 +67,6 @@ py::dict build_config() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of mfac. Importing it registers torch.ops.mfac.";
   m.def("build_config", &build_config,
-        "Return how this module was compiled: compiler, flags, C++ standard, SIMD sets, OpenMP, torch version.");
+        "Return how this module was compiled: compiler, flags, C++ standard, SIMD sets, bfloat16 instructions in use, "
+        "OpenMP, torch version.");
 }

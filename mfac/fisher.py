@@ -37,7 +37,7 @@ class Fisher:
             in every method (in :meth:`group_saliency` they cost nothing).
         backend: ``"auto"``, ``"compiled"`` or ``"reference"``.
         precision: ``"highest"``, ``"high"`` or ``"medium"``: what the large matrix products may give up for speed on a
-            GPU; see :mod:`mfac.ops`. No effect on the CPU.
+            GPU, or on a CPU with AMX; see :mod:`mfac.ops`.
         device: Where the work is done and all vectors are; default where the gradients are. For gradients on the CPU
             it may be a GPU: they go there page by page (:mod:`mfac.ops.offload`).
 

@@ -17,6 +17,7 @@ namespace mfac::cpu {
 
 static int threads = 1;
 static thread_local bool inside = false;
+static int terms = 0;  // of float32 gradients in bfloat16 products
 
 int num_threads() { return threads; }
 
@@ -44,9 +45,9 @@ template <typename F>
 void dispatch(bool half, const void* data, int64_t m, int64_t d, double damping, int64_t block_size, const F& f) {
   block_size = std::min(block_size, d);
   if (half)
-    f(Gradients<BFloat16>{static_cast<const BFloat16*>(data), m, d, d, damping, block_size});
+    f(Gradients<BFloat16>{static_cast<const BFloat16*>(data), m, d, d, damping, block_size, terms});
   else
-    f(Gradients<float>{static_cast<const float*>(data), m, d, d, damping, block_size});
+    f(Gradients<float>{static_cast<const float*>(data), m, d, d, damping, block_size, terms});
 }
 
 }  // namespace
@@ -55,6 +56,24 @@ extern "C" {
 
 void set_threads(int count) { threads = count; }
 int vector_bytes() { return kVectorBytes; }
+
+// The bfloat16 instructions by name, and terms for float32 gradients. False if this machine does not have them.
+bool set_products(const char* name, int count) {
+  terms = count;
+  for (int i = 0; i < 4; ++i)
+    if (!std::strcmp(name, kPathNames[i])) {
+      const auto path = static_cast<BFloat16Path>(i);
+      if (path_available(path)) bf16_path() = path;
+      return path_available(path);
+    }
+  return false;
+}
+// Two strips of `tiles` tiles on either side.
+void run_multiply_tiles(const uint32_t* left, const uint32_t* right, int64_t tiles, float* out) {
+  const TileRegisters registers;
+  const TileOperands operands{left, right};
+  multiply_tiles(&operands, 1, tiles * kTileWords, tiles * kTileWords, tiles, out);
+}
 
 void run_block_factor(bool half, const void* data, int64_t m, int64_t d, double damping, int64_t block_size,
                       const bool* active, double* factor) {

@@ -14,6 +14,7 @@ def test_doctor_reports_success(capsys):
         "cache  ",
         "kernels          loaded",
         "openmp",
+        "cpu_bf16",
     ):
         assert part in report
 

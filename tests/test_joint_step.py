@@ -105,15 +105,16 @@ def test_held_matrices_against_none(shape, damping, dtype):
 
 
 @pytest.mark.skipif(not CPU, reason="the CUDA ops keep nothing")
-def test_held_matrices_are_used():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_held_matrices_are_used(dtype):
     """Once a block is held, its gradients are not read: here they are lost."""
-    grads, weights = oracle.gradients(40, 60), torch.randn(60)
-    carried, masks = room(40, 60, 30), list(sub_steps(60, 3, 0.7))
-    ops.joint_step(grads, weights, masks[0], 1e-2, 30, "highest", *carried)
+    grads, weights = oracle.gradients(120, 200).to(dtype), torch.randn(200)
+    carried, masks = room(120, 200, 100), list(sub_steps(200, 3, 0.7))
+    ops.joint_step(grads, weights, masks[0], 1.0, 100, "highest", *carried)
     assert torch.equal(carried[1], masks[0]) and bool((carried[0][:, 0] > 0).all())
     expected = weights.clone()
-    ops.joint_step(grads, expected, masks[1], 1e-2, 30)
-    ops.joint_step(torch.full_like(grads, torch.nan), weights, masks[1], 1e-2, 30, "highest", *carried)
+    ops.joint_step(grads, expected, masks[1], 1.0, 100)
+    ops.joint_step(torch.full_like(grads, torch.nan), weights, masks[1], 1.0, 100, "highest", *carried)
     assert oracle.error(weights, expected) < 1e-6
 
 

@@ -82,7 +82,7 @@ def test_wrong_arguments(change, error, message):
 @pytest.mark.parametrize("shape", [(50, 301, 100), (65, 101, 50), (5, 20_000, 20_000)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_precision(shape, dtype, precision):
-    """A lower one costs no more than the table says; on the CPU nothing."""
+    """A lower one costs no more than the table says."""
     (m, d, block_size), damping = shape, 1e-1
     grads, weights, kept = torch.randn(m, d).to(dtype), torch.randn(d), torch.rand(d) < 0.4
     groups, subsets = torch.randperm(d)[: d // 4 * 4].view(-1, 4), torch.tensor([[0, 1], [2, 3]])

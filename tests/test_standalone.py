@@ -3,22 +3,18 @@
 `make sanitize` runs this file with the kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
-import ctypes
-import os
 import platform
-import subprocess
-from ctypes import c_bool, c_double, c_int64, c_void_p
+from ctypes import c_int64, c_void_p
 from pathlib import Path
 
 import oracle
 import pytest
 import torch
 from oracle import TOLERANCE
+from standalone import Kernels
 
 from mfac.ops import reference
 
-SOURCE = Path(__file__).with_name("standalone.cpp")
-SANITIZE = os.environ.get("MFAC_SANITIZE", "")  # what -fsanitize is given
 X86 = platform.machine() in ("x86_64", "AMD64")
 BUILDS = {  # flags, bytes of a vector
     "SSE2": ("-march=x86-64", 16),
@@ -34,35 +30,15 @@ NEEDS = {
 SHAPES = [(1, 5, 3), (50, 301, 100), (65, 101, 50), (99, 97, 97), (260, 301, 300), (140, 131, 131), (5, 40_000, 40_000)]
 
 
-class Kernels:
-    """The functions of standalone.cpp with torch tensors in and out."""
-
-    def __init__(self, path):
-        self.library = ctypes.CDLL(str(path))
-        self.library.run_joint_update.restype = self.library.run_quadratic_form.restype = c_double
-        self.library.run_joint_step.restype = c_double
-        self.library.run_select_smallest.restype = c_int64
-
-    def call(self, name, grads, damping, block_size, *rest):
-        assert grads.is_contiguous()
-        head = (c_bool(grads.dtype == torch.bfloat16), c_void_p(grads.data_ptr()), *map(c_int64, grads.shape))
-        tail = [a if isinstance(a, c_int64) else c_void_p(None if a is None else a.data_ptr()) for a in rest]
-        return getattr(self.library, f"run_{name}")(*head, c_double(damping), c_int64(block_size), *tail)
-
-
 @pytest.fixture(scope="module", params=BUILDS if X86 else ["native"])
 def kernels(request, tmp_path_factory):
     arch, width = BUILDS.get(request.param, ("-march=native", 16))
-    library = tmp_path_factory.mktemp("standalone") / "kernels.so"
-    flags = ["-std=c++20", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-pthread"]
-    flags += ["-O1", "-g", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else ["-O2"]
-    command = [os.environ.get("CXX", "g++"), *flags, *arch.split(), str(SOURCE), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    library = Kernels.build(tmp_path_factory.mktemp("standalone"), arch)
     available = set(Path("/proc/cpuinfo").read_text().split()) if X86 else set()
     if missing := NEEDS.get(request.param, set()) - available:
         pytest.skip(f"compiled; this processor cannot run it: no {', '.join(sorted(missing))}")
     out = Kernels(library)
+    out.set_products("none")  # test_bf16.py has them
     assert out.library.vector_bytes() == width
     return out
 

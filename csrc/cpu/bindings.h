@@ -41,14 +41,16 @@ OptionalTensor contiguous(const OptionalTensor& mask) {
 
 // Calls f with the gradients as the kernels see them. Rows may be apart (a slice of a larger matrix), elements may not.
 template <typename F>
-auto dispatch(const Tensor& given, double damping, int64_t block_size, const F& f) {
+auto dispatch(const Tensor& given, double damping, int64_t block_size, const F& f,
+              c10::string_view precision = "highest") {
+  const int terms = precision == "highest" ? 0 : precision == "high" ? 2 : 1;
   const Tensor grads = given.stride(1) == 1 || given.size(1) <= 1 ? given : given.contiguous();
   const int64_t m = grads.size(0), d = grads.size(1);
   block_size = std::min(block_size, std::max<int64_t>(d, 1));
   if (grads.scalar_type() == at::kBFloat16)
     return f(Gradients<BFloat16>{static_cast<const BFloat16*>(grads.const_data_ptr()), m, d, grads.stride(0), damping,
-                                 block_size});
-  return f(Gradients<float>{grads.const_data_ptr<float>(), m, d, grads.stride(0), damping, block_size});
+                                 block_size, terms});
+  return f(Gradients<float>{grads.const_data_ptr<float>(), m, d, grads.stride(0), damping, block_size, terms});
 }
 
 Tensor block_factor_op(const Tensor& grads, double damping, int64_t block_size, const OptionalTensor& active) {
@@ -63,7 +65,6 @@ Tensor block_factor_op(const Tensor& grads, double damping, int64_t block_size, 
   });
 }
 
-// A lower precision is leave, not an order: here all are the highest, which costs nothing but time.
 Tensor inverse_diagonal_op(const Tensor& grads, double damping, int64_t block_size, const OptionalTensor& active,
                            c10::string_view precision) {
   check_grads(grads, damping, block_size);
@@ -71,8 +72,9 @@ Tensor inverse_diagonal_op(const Tensor& grads, double damping, int64_t block_si
   check_active(active, grads);
   const OptionalTensor mask = contiguous(active);
   Tensor out = at::empty({grads.size(1)}, grads.options().dtype(at::kFloat));
-  dispatch(grads, damping, block_size,
-           [&](const auto& g) { inverse_diagonal(g, mask_pointer(mask), out.mutable_data_ptr<float>()); });
+  dispatch(
+      grads, damping, block_size,
+      [&](const auto& g) { inverse_diagonal(g, mask_pointer(mask), out.mutable_data_ptr<float>()); }, precision);
   return out;
 }
 
@@ -99,9 +101,10 @@ Tensor joint_update_op(const Tensor& grads, Tensor& weights, const Tensor& kept,
   check_vector(kept, "kept", at::kBool, grads);
   const Tensor mask = kept.contiguous();
   Tensor w = weights.contiguous();
-  const double loss = dispatch(grads, damping, block_size, [&](const auto& g) {
-    return joint_update(g, mask.const_data_ptr<bool>(), w.mutable_data_ptr<float>());
-  });
+  const double loss = dispatch(
+      grads, damping, block_size,
+      [&](const auto& g) { return joint_update(g, mask.const_data_ptr<bool>(), w.mutable_data_ptr<float>()); },
+      precision);
   if (!w.is_same(weights)) weights.copy_(w);
   return at::scalar_tensor(loss, grads.options().dtype(at::kDouble));
 }
@@ -114,10 +117,13 @@ std::tuple<Tensor, Tensor> joint_step_op(const Tensor& grads, Tensor& weights, c
   Tensor w = weights.contiguous(), out = at::empty({diagonal ? grads.size(1) : 0}, grads.options().dtype(at::kFloat));
   const Held kept_gram = gram ? Held{gram->mutable_data_ptr<double>(), gram->size(1), held->mutable_data_ptr<bool>()}
                               : Held{nullptr, 0, nullptr};
-  const double loss = dispatch(grads, damping, block_size, [&](const auto& g) {
-    return joint_step(g, mask.const_data_ptr<bool>(), w.mutable_data_ptr<float>(),
-                      diagonal ? out.mutable_data_ptr<float>() : nullptr, kept_gram);
-  });
+  const double loss = dispatch(
+      grads, damping, block_size,
+      [&](const auto& g) {
+        return joint_step(g, mask.const_data_ptr<bool>(), w.mutable_data_ptr<float>(),
+                          diagonal ? out.mutable_data_ptr<float>() : nullptr, kept_gram);
+      },
+      precision);
   if (!w.is_same(weights)) weights.copy_(w);
   return {at::scalar_tensor(loss, grads.options().dtype(at::kDouble)), out};
 }
@@ -134,10 +140,13 @@ void independent_update_op(const Tensor& grads, Tensor& weights, const Tensor& k
   const Tensor keep = kept.contiguous(), inverse = diagonal.contiguous();
   const OptionalTensor mask = contiguous(active);
   Tensor w = weights.contiguous();
-  dispatch(grads, damping, block_size, [&](const auto& g) {
-    independent_update(g, mask_pointer(mask), keep.const_data_ptr<bool>(), inverse.const_data_ptr<float>(),
-                       w.mutable_data_ptr<float>());
-  });
+  dispatch(
+      grads, damping, block_size,
+      [&](const auto& g) {
+        independent_update(g, mask_pointer(mask), keep.const_data_ptr<bool>(), inverse.const_data_ptr<float>(),
+                           w.mutable_data_ptr<float>());
+      },
+      precision);
   if (!w.is_same(weights)) weights.copy_(w);
 }
 
@@ -162,9 +171,12 @@ Tensor group_saliency_op(const Tensor& grads, const Tensor& weights, const Tenso
   Tensor out = at::empty({groups.size(0), subsets.size(0)}, grads.options().dtype(at::kFloat));
   const Groups described{positions.const_data_ptr<int64_t>(), groups.size(0),  groups.size(1),
                          members.const_data_ptr<int64_t>(),   subsets.size(0), subsets.size(1)};
-  dispatch(grads, damping, block_size, [&](const auto& g) {
-    group_saliency(g, mask_pointer(mask), w.const_data_ptr<float>(), described, out.mutable_data_ptr<float>());
-  });
+  dispatch(
+      grads, damping, block_size,
+      [&](const auto& g) {
+        group_saliency(g, mask_pointer(mask), w.const_data_ptr<float>(), described, out.mutable_data_ptr<float>());
+      },
+      precision);
   return out;
 }
 

@@ -13,10 +13,11 @@ constexpr int64_t kCholesky = 48, kDiagonal = round_up(12, kRows);
 
 // A = L Lᵀ in place: the lower triangle of A[n, n] (row stride lda) becomes L; the rest is not touched. Returns the smallest
 // pivot min L_ii², or a value <= 0 (or NaN) at the first pivot that is not positive, with A then in no useful state.
-// Right-looking, kStep columns at a time; their diagonal block is done the same way by smaller steps.
-template <int64_t kStep = kCholesky>
+// Right-looking, kStep columns at a time; their diagonal block is done the same way by smaller steps. The columns below it are
+// solved and multiplied in T, and what they change is added up in float64.
+template <typename T = double, int64_t kStep = kCholesky>
 double cholesky(double* a, int64_t n, int64_t lda) {
-  constexpr int64_t width = kPanel<double>;
+  constexpr int64_t width = kPanel<T>;
   double smallest = INFINITY;
   if constexpr (kStep == 1) {
     for (int64_t j = 0; j < n; ++j) {
@@ -33,25 +34,37 @@ double cholesky(double* a, int64_t n, int64_t lda) {
     return smallest;
   } else {
     static_assert(kStep % kRows == 0);
-    Buffer<double> panels(round_up(n, width) * kStep);
-    Triangle<double> diagonal(kStep);
+    Buffer<T> panels(round_up(n, width) * kStep);
+    Triangle<T> diagonal(kStep);
     for (int64_t k = 0; k < n; k += kStep) {
       const int64_t end = std::min(n, k + kStep), depth = end - k, below = n - end;
-      const double pivot = cholesky<kStep == kCholesky ? kDiagonal : 1>(a + k * lda + k, depth, lda);
+      const double pivot = cholesky<double, kStep == kCholesky ? kDiagonal : 1>(a + k * lda + k, depth, lda);
       if (!(pivot > 0)) return pivot;
       smallest = std::min(smallest, pivot);
       if (below == 0) break;  // from here on depth is kStep
       diagonal.pack(a + k * lda + k, depth, lda);
       // Rows below the diagonal block, transposed into panels, are solved there and are then the operand of the update.
       parallel_for(ceil_div(below, width), width * depth * depth, [&](int64_t j) {
-        double *panel = panels + j * depth * width, *rows = a + (end + j * width) * lda + k;
+        T* panel = panels + j * depth * width;
+        double* rows = a + (end + j * width) * lda + k;
         const int64_t columns = std::min(width, below - j * width);
-        if (columns < width) std::fill_n(panel, depth * width, 0.0);
-        transpose_copy(rows, lda, columns, depth, panel, width);
-        solve<double>(diagonal, panel, nullptr);
-        transpose_copy(panel, width, depth, columns, rows, lda);
+        if (columns < width) std::fill_n(panel, depth * width, T(0));
+        if constexpr (std::is_same_v<T, double>) {
+          transpose_copy(rows, lda, columns, depth, panel, width);
+          solve<T>(diagonal, panel, static_cast<T*>(nullptr));
+          transpose_copy(panel, width, depth, columns, rows, lda);
+        } else {
+          alignas(64) T square[width * kStep];
+          for (int64_t c = 0; c < columns; ++c)
+            for (int64_t r = 0; r < depth; ++r) square[c * kStep + r] = static_cast<T>(rows[c * lda + r]);
+          transpose_copy<T>(square, kStep, columns, depth, panel, width);
+          solve<T>(diagonal, panel, static_cast<T*>(nullptr));
+          transpose_copy<T>(panel, width, depth, columns, square, kStep);
+          for (int64_t c = 0; c < columns; ++c)
+            for (int64_t r = 0; r < depth; ++r) rows[c * lda + r] = square[c * kStep + r];
+        }
       });
-      gram<double>(panels, below, depth, -1.0, a + end * lda + end, lda);
+      gram<T>(panels, below, depth, -1.0, a + end * lda + end, lda);
     }
     return smallest;
   }

@@ -3,7 +3,8 @@
 //   capacitance side   [F⁻¹]_ii = (1 - ‖L⁻¹ g_i‖²) / λ      g_i = column i of G
 //   Fisher side        [F⁻¹]_ii = m ‖L⁻¹ e_i‖²              e_i = column i of the identity
 //
-// m² flops per weight (m < B). Columns are solved kPanel at a time in a panel that stays in L1 or L2 and is never stored.
+// m² flops per weight (m < B). Columns are solved kPanel at a time in a panel that stays in L1 or L2 and is never stored; or L⁻¹ G is a
+// product of bfloat16 (bf16_products.h).
 // 1 - ‖.‖² loses digits where the data constrain a weight far more than λ does: a panel in which it falls below kCancellation
 // is done again in float64, from a float64 factor, and 1/F_ii <= [F⁻¹]_ii bounds what is left of it. On the Fisher side, where
 // nothing cancels, 1/λ is the bound.
@@ -47,6 +48,20 @@ double solve_panel(const Block<G>& block, const Triangle<T>& l, int64_t c0, doub
   return smallest;
 }
 
+// The same for kSolveColumns columns by bfloat16 products; done[j], for panel j of float32: nothing in it cancelled.
+template <typename G>
+void solve_columns(const Block<G>& block, const InverseTiles& l, int64_t c0, int terms, double* out, char* done) {
+  float norms[kSolveColumns], squares[kSolveColumns];
+  const double damping = block.grads.damping, m = static_cast<double>(block.grads.m);
+  solve_terms(block, l, c0, terms, norms, squares);
+  for (int64_t c = 0; c < std::min(kSolveColumns, block.size() - c0); ++c) {
+    const double rest = 1 - static_cast<double>(norms[c]), bound = 1 / (damping + squares[c] / m);
+    char& good = done[c / kPanel<float>];
+    good = (c % kPanel<float> == 0 || good) && rest >= kCancellation;
+    out[c] = std::max(rest / damping, bound);
+  }
+}
+
 // diagonal[c] for the columns of `whole` that are in use, which are those of `block`, side by side or not; the others are left
 // as they are. `factor` is what factor_block has made, [n, n]; it is written if a float64 factor is needed.
 template <typename G>
@@ -64,7 +79,16 @@ void block_diagonal(const Block<G>& whole, const Block<G>& block, const Precisio
     for (int64_t c = 0; c < columns; ++c)
       diagonal[whole.column(c0 + c)] = static_cast<float>(std::clamp<double>(values[c], Limits::min(), Limits::max()));
   };
-  if (precision.float_solve) {
+  if (precision.float_solve && precision.terms > 0 && inverse_by_products(block)) {
+    Triangle<float> triangle(n);
+    triangle.pack(factor, n, n);
+    const InverseTiles l(triangle, n, std::is_same_v<G, BFloat16> ? kMaxTerms : 2, precision.smallest);
+    parallel_for(ceil_div(size, kSolveColumns), n * n * kSolveColumns, [&](int64_t j) {
+      double values[kSolveColumns];
+      solve_columns(block, l, j * kSolveColumns, precision.terms, values, &done[j * kSolveColumns / width]);
+      store(j * kSolveColumns, std::min(kSolveColumns, size - j * kSolveColumns), values);
+    });
+  } else if (precision.float_solve) {
     Triangle<float> l(n);
     l.pack(factor, n, n);
     parallel_for(panels, n * n * width, [&](int64_t j) {

@@ -19,6 +19,7 @@ struct Gradients {
   int64_t m, d, stride;
   double damping;      // λ
   int64_t block_size;  // B columns per block, the last block may have fewer
+  int terms = 0;       // bfloat16 terms that may stand for a float32 gradient in large products; 0: none, float32
   int64_t fisher = m;  // up to so many columns in use a block is on the Fisher side
 
   int64_t blocks() const { return ceil_div(d, block_size); }
@@ -62,7 +63,8 @@ class SideBySide {
       : source_(block),
         copied_(!block.dense && block.grads.m * block.size() * static_cast<int64_t>(sizeof(G)) <= kMost),
         copy_(copied_ ? block.grads.m * block.size() : 0),
-        grads_{copy_, block.grads.m, block.size(), block.size(), block.grads.damping, block.size(), block.grads.fisher},
+        grads_{copy_,        block.grads.m,     block.size(),      block.size(), block.grads.damping,
+               block.size(), block.grads.terms, block.grads.fisher},
         block_(copied_ ? Block<G>(grads_, 0) : block) {}
   SideBySide(const SideBySide&) = delete;  // block_ refers to grads_
   bool copied() const { return copied_; }

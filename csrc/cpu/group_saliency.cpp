@@ -30,8 +30,8 @@ struct Part {
 namespace {
 
 // A pivot of [F⁻¹]_QQ below this part of the numbers it is a difference of is not left to float32, whose elements are good to
-// some 1e-7 of them.
-constexpr double kGroupCancellation = 0.01;
+// some 1e-7 of them; nor below kGroupTerms if the factor is made of bfloat16 products, good to some 1e-5.
+constexpr double kGroupCancellation = 0.01, kGroupTerms = 0.1;
 
 // elements[i][j], j <= i, of F⁻¹ for `count` members of a block. Returns the smallest 1 - ‖L⁻¹ g_i‖² met, as in
 // inverse_diagonal.cpp.
@@ -124,7 +124,7 @@ double subset_saliency(const Elements& elements, const double* w, const std::vec
 // values[slot][k] for the parts [first, last) of a block, from elements of T's precision. False if those cancelled.
 template <typename T, typename G>
 bool score_parts(const Block<G>& block, const Triangle<T>& l, const std::vector<Member>& members, const Part* first,
-                 const Part* last, const float* weights, const Groups& groups, float* values) {
+                 const Part* last, const float* weights, const Groups& groups, double least_pivot, float* values) {
   const int64_t start = first->begin, count = last[-1].end - start;
   std::vector<double> w(count), scratch;
   std::vector<int32_t> chosen, member(groups.size);
@@ -144,7 +144,7 @@ bool score_parts(const Block<G>& block, const Triangle<T>& l, const std::vector<
         if (at >= 0) chosen.push_back(at);
       }
       const double value = subset_saliency(elements, w.data(), chosen, scratch, smallest);
-      if (sizeof(T) == sizeof(float) && !(smallest >= kGroupCancellation)) return false;
+      if (sizeof(T) == sizeof(float) && !(smallest >= least_pivot)) return false;
       values[part->slot * groups.subsets + k] =
           static_cast<float>(std::min<double>(value, std::numeric_limits<float>::max()));
     }
@@ -209,12 +209,13 @@ void group_saliency(const Gradients<G>& grads, const bool* active, const float* 
     const int64_t count = static_cast<int64_t>(strips.size());
     strips.push_back(static_cast<int64_t>(parts.size()));
     std::vector<char> done(count, 0);
-    const auto score = [&](const auto& l, int64_t s) {
-      return score_parts(block, l, members, &parts[strips[s]], parts.data() + strips[s + 1], weights, groups,
-                         values.data());
-    };
     Buffer<double> factor(n * n);
     const Precision precision = factor_block(block, factor);
+    const double least_pivot = precision.terms > 0 ? kGroupTerms : kGroupCancellation;
+    const auto score = [&](const auto& l, int64_t s) {
+      return score_parts(block, l, members, &parts[strips[s]], parts.data() + strips[s + 1], weights, groups,
+                         least_pivot, values.data());
+    };
     if (precision.float_solve) {
       Triangle<float> l(n);
       l.pack(factor, n, n);

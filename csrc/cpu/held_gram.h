@@ -8,10 +8,10 @@ namespace mfac::cpu {
 
 class HeldGram {
  public:
-  // values[1 + capacity]: how A was made (0: there is none), then its lower triangle, row after row; held[width]: its columns.
+  // values[1 + capacity]: its products (0: there is none), then its lower triangle, row after row; held[width]: its columns.
   HeldGram(double* values, int64_t capacity, bool* held, int64_t width)
       : values_(values), capacity_(capacity), held_(held), width_(width) {
-    if (values[0] == kNone) return;
+    if (products() == Products::none) return;
     for (int64_t c = 0; c < width; ++c)
       if (held[c]) columns_.push_back(static_cast<int32_t>(c));
     if (!fits(size())) columns_.clear();
@@ -19,7 +19,7 @@ class HeldGram {
   HeldGram() = default;  // has no room
   int64_t size() const { return static_cast<int64_t>(columns_.size()); }
   const std::vector<int32_t>& columns() const { return columns_; }
-  bool exact() const { return values_[0] == kDouble; }  // from float64 products
+  Products products() const { return static_cast<Products>(static_cast<int>(values_[0])); }
 
   // Whether A holds all these columns; `where` becomes their positions in it.
   bool find(const bool* kept, std::vector<int32_t>& where) const {
@@ -78,21 +78,19 @@ class HeldGram {
 
   // A of a block's columns in use, if there is room and it is of the Fisher side; else none.
   template <typename G>
-  void store(const Block<G>& block, const double* a, bool exact) {
+  void store(const Block<G>& block, const double* a, Products products) {
     const int64_t n = block.size();
     if (!values_) return;
     std::fill_n(held_, width_, false);
-    values_[0] = kNone;
+    values_[0] = static_cast<double>(Products::none);
     if (block.capacitance() || !fits(n)) return;
     double* out = values_ + 1;
     for (int64_t i = 0; i < n; ++i) out = std::copy_n(a + i * n, i + 1, out);
     for (int64_t c = 0; c < n; ++c) held_[block.column(c)] = true;
-    values_[0] = exact ? kDouble : kFloat;
+    values_[0] = static_cast<double>(products);
   }
 
  private:
-  static constexpr double kNone = 0, kFloat = 1, kDouble = 2;
-
   bool fits(int64_t n) const { return n * (n + 1) / 2 <= capacity_; }
   const double* row(int64_t i) const { return values_ + 1 + i * (i + 1) / 2; }
 

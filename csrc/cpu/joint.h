@@ -32,6 +32,8 @@ bool update_held(const Block<G>& survivors, const bool* keep, HeldGram& gram, do
                  float* diagonal) {
   std::vector<int32_t> where;
   if (survivors.capacitance() || survivors.size() == 0 || !gram.find(keep, where)) return false;
+  const Products products = gram.products();
+  if (products == Products::terms && product_terms(survivors) == 0) return false;
   const int64_t n = survivors.size(), held = gram.size();
   Buffer<double> l(n * n), step(held), product(held), solved(n);
   double all = 0;
@@ -40,11 +42,13 @@ bool update_held(const Block<G>& survivors, const bool* keep, HeldGram& gram, do
   if (all != 0) return false;  // a weight that A does not hold
   const double trace = gram.extract(where, l);
   double smallest = 0;
-  if (!gram.exact())
-    smallest = factor_single(survivors, trace, l);
-  else if (cholesky(l, n, n) > 0)
+  if (products == Products::exact) {
+    if (!(cholesky(l, n, n) > 0)) return false;
     smallest = smallest_eigenvalue(l, n);
-  if (!(smallest > 0)) return false;
+  } else {
+    if (products == Products::terms && !above_denormal(survivors, trace)) return false;
+    if (!factor_products(survivors, products, trace, l, smallest)) return false;
+  }
   gram.multiply(step, product);
   for (int64_t i = 0; i < n; ++i) solved[i] = product[where[i]];
   cholesky_solve(l, n, n, solved);
@@ -55,7 +59,7 @@ bool update_held(const Block<G>& survivors, const bool* keep, HeldGram& gram, do
   for (int64_t i = 0; i < held; ++i) form += step[i] * product[i];
   loss = 0.5 * form / static_cast<double>(survivors.grads.m);
   gram.shrink(where);
-  if (diagonal) block_diagonal(survivors, survivors, precision_of(gram.exact(), smallest, trace), l, diagonal);
+  if (diagonal) block_diagonal(survivors, survivors, precision_of(survivors, products, smallest, trace), l, diagonal);
   return true;
 }
 
@@ -77,7 +81,7 @@ void update_from_gradients(const Block<G>& whole, HeldGram& gram, double* x, dou
   if (n > 0) {
     Buffer<double> l(n * n), step(survivors.width), z(size);
     const Precision precision =
-        factor_block(survivors, l, [&](const double* a, bool exact) { gram.store(whole, a, exact); });
+        factor_block(survivors, l, [&](const double* a, Products products) { gram.store(whole, a, products); });
     if (survivors.capacitance()) cholesky_solve(l, n, n, r);
     multiply_columns(survivors, r, 1, step);
     for (int64_t c = 0; c < size; ++c) z[c] = step[survivors.column(c)];

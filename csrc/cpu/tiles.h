@@ -49,21 +49,59 @@ constexpr int64_t kPartial = 32;  // terms summed in one register before the sum
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// Memory that a thread has given back and may take again: malloc returns large pieces to the system, and fetching them anew for
+// every block, page by page, costs as much as a factorisation.
+class Scratch {
+ public:
+  static void* take(size_t bytes) {
+    Scratch& own = of_thread();
+    for (Piece& piece : own.pieces_)
+      if (piece.data && piece.bytes >= bytes && piece.bytes <= 2 * bytes) return std::exchange(piece.data, nullptr);
+    return std::aligned_alloc(64, bytes);
+  }
+  static void give(void* data, size_t bytes) {
+    if (bytes > kMost) return std::free(data);
+    Scratch& own = of_thread();
+    const auto free = std::find_if(own.pieces_, own.pieces_ + kPieces, [](const Piece& piece) { return !piece.data; });
+    Piece& place = free < own.pieces_ + kPieces ? *free : own.pieces_[own.next_++ % kPieces];
+    std::free(std::exchange(place, {data, bytes}).data);
+  }
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  ~Scratch() {
+    for (const Piece& piece : pieces_) std::free(piece.data);
+  }
+
+ private:
+  static constexpr int kPieces = 16;
+  static constexpr size_t kMost = 2 << 20;  // bytes of a piece that is kept
+  struct Piece {
+    void* data = nullptr;
+    size_t bytes = 0;
+  };
+  static Scratch& of_thread() {
+    thread_local Scratch scratch;
+    return scratch;
+  }
+  Piece pieces_[kPieces];
+  unsigned next_ = 0;
+};
+
 // Uninitialised, 64-byte aligned scratch memory.
 template <typename T>
 class Buffer {
  public:
   explicit Buffer(int64_t count)
-      : data_(static_cast<T*>(std::aligned_alloc(64, round_up(std::max<int64_t>(count, 1) * sizeof(T), 64)))) {
+      : bytes_(round_up(std::max<int64_t>(count, 1) * sizeof(T), 64)), data_(static_cast<T*>(Scratch::take(bytes_))) {
     if (!data_) throw std::bad_alloc();
   }
-  operator T*() const { return data_.get(); }
+  ~Buffer() { Scratch::give(data_, bytes_); }
+  Buffer(const Buffer&) = delete;
+  operator T*() const { return data_; }
 
  private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> data_;
+  size_t bytes_;
+  T* data_;
 };
 
 // out[r][v] = sum_p a[p * stride + r] * panel[p][v], p < depth, for the first kUsed vectors v of the panel. In sums of
@@ -155,14 +193,14 @@ class Triangle {
     n_ = n;
     for (int64_t g = 0; g < groups(); ++g) {
       T* out = data_ + offset(g);
-      for (int64_t j = 0; j < (g + 1) * kRows; ++j)
-        for (int64_t r = 0; r < kRows; ++r, ++out) {
-          const int64_t i = g * kRows + r;
-          if (i == j)
-            *out = i < n ? static_cast<T>(1 / l[i * ldl + i]) : T(1);
-          else
-            *out = j < i && i < n ? static_cast<T>(l[i * ldl + j]) : T(0);
-        }
+      const int64_t i0 = g * kRows, rows = std::min<int64_t>(kRows, n - i0);
+      for (int64_t r = 0; r < kRows; ++r) {
+        const double* row = l + (i0 + r) * ldl;
+        const int64_t count = r < rows ? i0 + r : 0;
+        for (int64_t j = 0; j < count; ++j) out[j * kRows + r] = static_cast<T>(row[j]);
+        for (int64_t j = count; j < i0 + kRows; ++j) out[j * kRows + r] = T(0);
+        out[(i0 + r) * kRows + r] = r < rows ? static_cast<T>(1 / row[i0 + r]) : T(1);
+      }
     }
   }
   int64_t groups() const { return ceil_div(n_, kRows); }

@@ -8,6 +8,8 @@ bool, columns that take part, the others counting as zero gradients; ``kept`` [d
 arguments raise ValueError or TypeError from the op itself.
 
 ``precision`` of the large matrix products: ``"highest"``, the results of the reference to four digits at least;
-``"high"``, numbers as sums of two bfloat16 on the tensor cores of a GPU, some three digits at a moderate damping;
-``"medium"``, one bfloat16, some two. A lower precision is permitted, not required: CPU kernels always give the highest.
+``"high"``, numbers as sums of two bfloat16 on the tensor cores of a GPU or the AMX unit of a CPU, some three digits at
+a moderate damping; ``"medium"``, one bfloat16, some two. A lower precision is permitted, not required: CPUs without AMX
+(``mfac doctor``: cpu_bf16), the reference, and blocks that are too ill-conditioned give the highest. bfloat16 gradients
+are exact numbers, and their products take the fast instructions in any precision.
 """

@@ -135,8 +135,7 @@ class MethodSettings(CommonSettings, total=False):
         Setting(
             "highest",
             one_of(PRECISIONS),
-            '``"highest"``, or, for speed on a GPU, ``"high"`` or ``"medium"``; see :mod:`mfac.ops`. No effect on the '
-            "CPU.",
+            '``"highest"``, or, for speed on a GPU or a CPU with AMX, ``"high"`` or ``"medium"``; see :mod:`mfac.ops`.',
         ),
     ]
 
