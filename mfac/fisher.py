@@ -261,7 +261,7 @@ class Fisher:
         return float(loss) + 0.5 * self.damping * float(alone.double().square().sum()), inverse
 
     def step_memory(self) -> StepMemory | None:
-        """Return room, at most 1 GiB, for what :meth:`joint_step` keeps for the next one; None where that is nothing."""
+        """Return room, at most 1 GiB, for what :meth:`joint_step` keeps for the next one; or None."""
         on_cpu = self.backend == "compiled" and self.device.type == "cpu"
         return allocate(self.grads, self.block_size) if on_cpu else None
 
