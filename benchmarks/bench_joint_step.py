@@ -11,7 +11,6 @@ from conftest import DENSITY, diagonal_flops, widths
 from mfac.ops import compiled as ops
 from mfac.ops import memory, reference
 
-
 B, DAMPING = 512, 3e-6  # the defaults for these gradients, whose mean square is 1e-4
 
 
