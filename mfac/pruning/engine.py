@@ -1,4 +1,8 @@
-"""The engine that every entry point drives: a model, its masks, and steps under the quadratic model of the loss."""
+"""The engine that every entry point drives: a model, its masks, and steps under the quadratic model of the loss.
+
+One file, somewhat long: all that changes the state of a model being pruned is in one place, so that one can see that
+what an error leaves behind is whole.
+"""
 
 from __future__ import annotations
 

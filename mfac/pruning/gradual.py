@@ -1,4 +1,4 @@
-"""Gradual pruning, used like an optimizer."""
+"""Gradual pruning, used like an optimizer. One class, half of it docstrings: somewhat long."""
 
 from __future__ import annotations
 
