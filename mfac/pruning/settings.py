@@ -94,8 +94,8 @@ class MethodSettings(CommonSettings, total=False):
             8,
             count_from(1, _MAX_ROUNDS),
             "S: a step is made in S sub-steps of selection and update under the same gradients, so that each selection "
-            "accounts for the weights already removed. Takes S times as long. (1 where scores do not change between "
-            "them, as for magnitude.)",
+            "accounts for the weights already removed. Each costs less than the one before, and all together keep up "
+            "to 1 GiB of small matrices meanwhile. (1 where scores do not change between them, as for magnitude.)",
         ),
     ]
     damping: Annotated[
