@@ -1,4 +1,4 @@
-// Schemas of every op. The bindings of each device register its kernels (cpu/bindings.h); mfac/ops.py has the Python
+// Schemas of every op. The bindings of each device register its kernels (cpu/bindings.h); mfac/ops/ has the Python
 // names, the fake kernels and the docstrings.
 //
 //   m   gradients           grads       [m, d] float32 or bfloat16, rows contiguous, never written
@@ -28,9 +28,10 @@ TORCH_LIBRARY(mfac, m) {
   m.def(
       "joint_update(Tensor grads, Tensor(a!) weights, Tensor kept, float damping, int block_size, str "
       "precision='highest') -> Tensor");
-  // joint_update, and, if asked for, [d] float32: diagonal of F⁻¹ with kept as the columns in use, 1/λ elsewhere; else [0]. gram [ceil(d/B), 1 + n] float64
-  // and held [d] bool, if given, are written: what a call leaves there of the small matrices spares the next one, of the same
-  // gradients, damping and blocks, to make them again. At first gram[:, 0] = 0 and held = False. Layout: cpu/held_gram.h.
+  // joint_update, and, if asked for, [d] float32: diagonal of F⁻¹ with kept as the columns in use, 1/λ elsewhere; else [0].
+  // gram [ceil(d/B), 1 + n] float64 and held [d] bool, if given, are written: what a call leaves there of the small matrices
+  // spares the next one, of the same gradients, damping and blocks, to make them again. At first gram[:, 0] = 0 and held =
+  // False. Layout: cpu/held_gram.h.
   m.def(
       "joint_step(Tensor grads, Tensor(a!) weights, Tensor kept, float damping, int block_size, str "
       "precision='highest', Tensor(b!)? gram=None, Tensor(c!)? held=None, bool diagonal=True) -> (Tensor, Tensor)");

@@ -9,7 +9,6 @@
 #include "../csrc/cpu/inverse_diagonal.cpp"
 #include "../csrc/cpu/inverse_product.cpp"
 #include "../csrc/cpu/joint_step.cpp"
-#include "../csrc/cpu/joint_update.cpp"
 #include "../csrc/cpu/quadratic_form.cpp"
 #include "../csrc/cpu/select_smallest.cpp"
 
@@ -91,7 +90,8 @@ void run_inverse_product(bool half, const void* data, int64_t m, int64_t d, doub
 double run_joint_update(bool half, const void* data, int64_t m, int64_t d, double damping, int64_t block_size,
                         const bool* kept, float* weights) {
   double loss = 0;
-  dispatch(half, data, m, d, damping, block_size, [&](const auto& g) { loss = joint_update(g, kept, weights); });
+  dispatch(half, data, m, d, damping, block_size,
+           [&](const auto& g) { loss = joint_step(g, kept, weights, nullptr, Held{nullptr, 0, nullptr}); });
   return loss;
 }
 double run_joint_step(bool half, const void* data, int64_t m, int64_t d, double damping, int64_t block_size,

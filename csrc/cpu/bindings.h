@@ -93,22 +93,6 @@ Tensor inverse_product_op(const Tensor& grads, const Tensor& factor, const Tenso
   return out;
 }
 
-Tensor joint_update_op(const Tensor& grads, Tensor& weights, const Tensor& kept, double damping, int64_t block_size,
-                       c10::string_view precision) {
-  check_grads(grads, damping, block_size);
-  check_precision(precision);
-  check_vector(weights, "weights", at::kFloat, grads);
-  check_vector(kept, "kept", at::kBool, grads);
-  const Tensor mask = kept.contiguous();
-  Tensor w = weights.contiguous();
-  const double loss = dispatch(
-      grads, damping, block_size,
-      [&](const auto& g) { return joint_update(g, mask.const_data_ptr<bool>(), w.mutable_data_ptr<float>()); },
-      precision);
-  if (!w.is_same(weights)) weights.copy_(w);
-  return at::scalar_tensor(loss, grads.options().dtype(at::kDouble));
-}
-
 std::tuple<Tensor, Tensor> joint_step_op(const Tensor& grads, Tensor& weights, const Tensor& kept, double damping,
                                          int64_t block_size, c10::string_view precision, const OptionalTensor& gram,
                                          const OptionalTensor& held, bool diagonal) {
@@ -126,6 +110,12 @@ std::tuple<Tensor, Tensor> joint_step_op(const Tensor& grads, Tensor& weights, c
       precision);
   if (!w.is_same(weights)) weights.copy_(w);
   return {at::scalar_tensor(loss, grads.options().dtype(at::kDouble)), out};
+}
+
+Tensor joint_update_op(const Tensor& grads, Tensor& weights, const Tensor& kept, double damping, int64_t block_size,
+                       c10::string_view precision) {
+  return std::get<0>(
+      joint_step_op(grads, weights, kept, damping, block_size, precision, std::nullopt, std::nullopt, false));
 }
 
 void independent_update_op(const Tensor& grads, Tensor& weights, const Tensor& kept, const Tensor& diagonal,

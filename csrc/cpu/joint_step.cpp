@@ -1,5 +1,6 @@
-// Joint update and, from the same factor, the diagonal of F⁻¹ of the kept columns (joint.h, diagonal.h): one visit of G, one
-// Gram matrix, one factor per block. What the caller keeps of it (held_gram.h) spares the next call visit and products.
+// Joint update and, if wanted, from the same factor, the diagonal of F⁻¹ of the kept columns (joint.h, diagonal.h): one visit
+// of G, one Gram matrix, one factor per block. What the caller keeps of it (held_gram.h) spares the next call visit and
+// products. Without the diagonal a block with nothing to prune is not read at all.
 #include "joint.h"
 #include "kernels.h"
 

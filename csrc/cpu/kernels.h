@@ -19,10 +19,6 @@ template <typename G>
 void inverse_product(const Gradients<G>& grads, const bool* active, const double* factor, const float* x, int64_t k,
                      float* out);
 
-// weights[d]: pruned weights become zero, kept ones move to the minimum of ½ δᵀFδ. Returns that minimum.
-template <typename G>
-double joint_update(const Gradients<G>& grads, const bool* kept, float* weights);
-
 // What joint_step keeps for the next call, or null: gram[blocks, stride] and columns[d] (held_gram.h).
 struct Held {
   double* gram;
@@ -30,7 +26,8 @@ struct Held {
   bool* columns;
 };
 
-// joint_update; inverse_diagonal[d], unless null, becomes the diagonal of F⁻¹ with `kept` as the columns in use.
+// weights[d]: pruned weights become zero, kept ones move to the minimum of ½ δᵀFδ. Returns that minimum. inverse_diagonal[d],
+// unless null, becomes the diagonal of F⁻¹ with `kept` as the columns in use.
 template <typename G>
 double joint_step(const Gradients<G>& grads, const bool* kept, float* weights, float* inverse_diagonal,
                   const Held& held);

@@ -132,15 +132,6 @@ Tensor inverse_product_op(const Tensor& grads, const Tensor& factor, const Tenso
   return out;
 }
 
-Tensor joint_update_op(const Tensor& grads, Tensor& weights, const Tensor& kept, double damping, int64_t block_size,
-                       c10::string_view name) {
-  const Precision precision = check(grads, damping, block_size, std::nullopt, name);
-  check_vector(weights, "weights", at::kFloat, grads);
-  check_vector(kept, "kept", at::kBool, grads);
-  const CUDAGuard guard(grads.device());
-  return joint_update(Blocks(grads, damping, block_size, kept), precision, weights, kept, damping, nullptr);
-}
-
 // Nothing is kept from one call to the next.
 std::tuple<Tensor, Tensor> joint_step_op(const Tensor& grads, Tensor& weights, const Tensor& kept, double damping,
                                          int64_t block_size, c10::string_view name, const OptionalTensor& gram,
@@ -152,6 +143,11 @@ std::tuple<Tensor, Tensor> joint_step_op(const Tensor& grads, Tensor& weights, c
   Tensor diagonal = at::full({wanted ? blocks.d : 0}, 1 / damping, blocks.options(at::kFloat));
   const Tensor loss = joint_update(blocks, precision, weights, kept, damping, wanted ? &diagonal : nullptr);
   return {loss, diagonal};
+}
+
+Tensor joint_update_op(const Tensor& grads, Tensor& weights, const Tensor& kept, double damping, int64_t block_size,
+                       c10::string_view name) {
+  return std::get<0>(joint_step_op(grads, weights, kept, damping, block_size, name, std::nullopt, std::nullopt, false));
 }
 
 // w <- w - F⁻¹ u with u_i = w_i / [F⁻¹]_ii where not kept (M-FAC, equation 4), then zero there.

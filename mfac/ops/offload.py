@@ -92,10 +92,7 @@ class PagedOps:
 
     def joint_update(self, grads, weights, kept, damping, block_size, precision="highest"):
         """See :func:`mfac.ops.compiled.joint_update`."""
-        return sum(
-            self.kernels.joint_update(page, weights[columns], kept[columns], damping, block_size, precision)
-            for page, columns, _ in self._pages(grads, block_size)
-        )
+        return self.joint_step(grads, weights, kept, damping, block_size, precision, diagonal=False)[0]
 
     def joint_step(
         self, grads, weights, kept, damping, block_size, precision="highest", gram=None, held=None, diagonal=True
