@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mfac.interrupts import write_whole
+
 Gradients = tuple[Tensor, Sequence[Tensor | None]]
 
 
@@ -108,11 +110,7 @@ def _kept_grads(tensors: Iterable[Tensor]) -> Iterator[None]:
                 tensor._post_accumulate_grad_hooks = OrderedDict()  # None would leave them in place
         yield
     finally:
-        try:
-            restore()
-        except BaseException:  # Ctrl-C in the middle: half of it must not stay
-            restore()
-            raise
+        write_whole(restore)
 
 
 def _count(grads: Sequence[Tensor | None]) -> int:

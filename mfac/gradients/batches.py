@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mfac.checks import check_function, check_instance
+from mfac.interrupts import write_whole
 
 MODES = ("eval", "train")
 Forward = Callable[[nn.Module, Any], Any]
@@ -225,11 +226,7 @@ def evaluation(
                 p.requires_grad_(True)
             yield
         finally:
-            try:
-                restore()
-            except BaseException:  # Ctrl-C in the middle: half of it must not stay
-                restore()
-                raise
+            write_whole(restore)
 
 
 def _is_writable(b: Tensor | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from mfac.checks import check_instance, check_int
 from mfac.gradients.arguments import check_dtype, check_grads_device, check_real, check_scale, check_state
 from mfac.gradients.memory import allocate_rows
+from mfac.interrupts import write_whole
 from mfac.model.names import NameTable, named_parameters, shorten
 
 
@@ -260,12 +262,7 @@ class GradientBuffer:
         if not _finite([part for part in parts if part is not None]):
             self.skipped += 1
             return False
-        index = self._next
-        try:
-            self._store(index, parts)
-        except KeyboardInterrupt:  # in the middle of the copy: the row would mix two gradients
-            self._store(index, parts)
-            raise
+        write_whole(partial(self._store, self._next, parts))  # half of a copy would mix two gradients
         return True
 
     def _store(self, index: int, parts: Sequence[Tensor | None]) -> None:

@@ -19,6 +19,7 @@ from mfac.checks import warn
 from mfac.fisher import Fisher
 from mfac.gradients.buffer import GradientBuffer, check_grads_device
 from mfac.gradients.source import GradientSource
+from mfac.interrupts import write_whole
 from mfac.model.distributed import refuse_distributed, refuse_sharded
 from mfac.model.names import NameTable, named_parameters, shorten
 from mfac.model.targets import prunable_parameters
@@ -26,7 +27,7 @@ from mfac.ops.backend import backend_name, select_backend
 from mfac.pruning.auto import Candidate, choose_settings
 from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.gradients import Gradients, check_grads
-from mfac.pruning.masks import check_masks, complete_masks, flatten_masks, sparsity_of
+from mfac.pruning.masks import check_masks, complete_masks, count_kept, flatten_masks, sparsity_of
 from mfac.pruning.quadratic import Plan, prune_vector, timed
 from mfac.pruning.result import PruneResult, PruneStep
 from mfac.pruning.schedule import interpolate_sparsities
@@ -269,7 +270,7 @@ class Engine:
             masks = {name: part.view(params[name].shape).clone() for name, part in parts}
             result = PruneResult(
                 masks=masks,
-                layers=[(name, mask.numel(), int(mask.sum())) for name, mask in masks.items()],
+                layers=count_kept(masks),
                 sparsity=sparsity_of(masks),
                 predicted_loss_increase=loss,
                 damping=None if fisher is None else fisher.damping,
@@ -311,11 +312,7 @@ class Engine:
                 params[name].detach().copy_(x)
             self.masks, self.reached, self.result = dict(result.masks), dict(sparsities), result
 
-        try:
-            write()
-        except BaseException:  # Ctrl-C in the middle: half of a step must not stay
-            write()
-            raise
+        write_whole(write)
 
     def _warn_of_empty_layers(self, layers: list[tuple[str, int, int]], sparsities: Sparsities) -> None:
         """Warn of parameters that a global ranking has emptied; none of those whose sparsity was to be 1."""
@@ -428,7 +425,7 @@ class Engine:
         """
         result = self.result or PruneResult(
             masks=dict(self.masks),
-            layers=[(name, mask.numel(), int(mask.sum())) for name, mask in self.masks.items()],
+            layers=count_kept(self.masks),
             sparsity=self.sparsity,
             backend=backend_name(self.kernels),
         )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from mfac.checks import check_instance
 from mfac.model.names import NameTable, named_parameters, shorten
 
 
@@ -55,8 +56,7 @@ def check_masks(
         TypeError: If it is not a mapping.
         ValueError: If a name, type or shape does not fit.
     """
-    if not isinstance(masks, Mapping):
-        raise TypeError(f"{name}: expected name -> bool tensor, got {type(masks).__name__}")
+    check_instance(name, masks, Mapping, "name -> bool tensor")
     checked = (table or NameTable(params)).translate(name, masks)
     for key, mask in checked.items():
         if key not in params:
@@ -74,6 +74,11 @@ def sparsity_of(masks: Mapping[str, Tensor]) -> float:
     """Return the sparsity of masks; 0 if there are none."""
     total = sum(mask.numel() for mask in masks.values())
     return 1 - sum(int(mask.sum()) for mask in masks.values()) / total if total else 0.0
+
+
+def count_kept(masks: Mapping[str, Tensor]) -> list[tuple[str, int, int]]:
+    """Return (name, weights, weights kept) of each mask."""
+    return [(name, mask.numel(), int(mask.sum())) for name, mask in masks.items()]
 
 
 def complete_masks(masks: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
