@@ -8,7 +8,7 @@ import re
 import torch
 from torch import Tensor
 
-from mfac.checks import as_number, check_choice, check_int
+from mfac.checks import as_number, check_choice, check_instance, check_int
 from mfac.gradients.buffer import GradientBuffer
 from mfac.ops.backend import backend_name, select_backend
 from mfac.ops.memory import StepMemory, allocate
@@ -149,8 +149,7 @@ class Fisher:
             TypeError: If x is not a tensor.
             ValueError: If the shape or the device of x does not match.
         """
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+        check_instance("x", x, Tensor, "a tensor")
         d = self.grads.shape[1]
         if x.dim() not in (1, 2) or x.shape[-1] != d or x.device != self.device:
             raise ValueError(f"x: expected shape [{d}] or [k, {d}] on {self.device}, got {list(x.shape)} on {x.device}")
@@ -243,9 +242,7 @@ class Fisher:
         """
         return self._joint(weights, kept, memory, True)
 
-    def _joint(
-        self, weights: Tensor, kept: Tensor, memory: StepMemory | None, diagonal: bool
-    ) -> tuple[float, Tensor | None]:
+    def _joint(self, weights: Tensor, kept: Tensor, memory: StepMemory | None, diagonal: bool) -> tuple[float, Tensor]:
         self._check_vector("weights", weights, torch.float32)
         self._check_vector("kept", kept, torch.bool)
         new, alone, keep, active = weights, None, kept, self._active
@@ -253,10 +250,7 @@ class Fisher:
             new, keep = torch.where(active, weights, 0), kept & active
             alone = torch.where(active | kept, 0, weights)  # inactive weights that go
         settings = self.grads, new, keep, self.damping, self.block_size, self.precision
-        if diagonal or memory:
-            loss, inverse = self.kernels.joint_step(*settings, *(memory or (None, None)), diagonal)
-        else:
-            loss, inverse = self.kernels.joint_update(*settings), None
+        loss, inverse = self.kernels.joint_step(*settings, *(memory or (None, None)), diagonal)
         if active is None:
             return float(loss), inverse
         weights.copy_(torch.where(kept & ~active, weights, new))
@@ -329,8 +323,7 @@ class Fisher:
 
     def _check_vector(self, name: str, x: Tensor, dtype: torch.dtype) -> None:
         d, device = self.grads.shape[1], self.device
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        check_instance(name, x, Tensor, "a tensor")
         if x.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype}, got {x.dtype}")
         if x.shape != (d,) or x.device != device:
@@ -350,8 +343,7 @@ def check_gradients(grads: Tensor) -> float:
         TypeError: If it is not a tensor of float32 or bfloat16.
         ValueError: If the shape is wrong or a row is not finite.
     """
-    if not isinstance(grads, Tensor):
-        raise TypeError(f"grads: expected a tensor or GradientBuffer, got {type(grads).__name__}")
+    check_instance("grads", grads, Tensor, "a tensor or GradientBuffer")
     if grads.dim() != 2 or 0 in grads.shape:
         raise ValueError(
             f"grads: expected [m, d] with m >= 1 gradients and d >= 1 weights, got shape {list(grads.shape)}"

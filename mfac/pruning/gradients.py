@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mfac.checks import check_instance
 from mfac.gradients.buffer import GradientBuffer
 from mfac.model.names import NameTable, shorten
 
@@ -38,8 +39,8 @@ def check_grads(grads: Gradients, params: Mapping[str, Tensor], device: torch.de
             )
         if len(grads) == 0:
             raise ValueError("grads: expected at least one gradient, got an empty GradientBuffer")
-    elif not isinstance(grads, Tensor):
-        raise TypeError(f"grads: expected a GradientBuffer, a tensor or a list of dicts, got {type(grads).__name__}")
+    else:
+        check_instance("grads", grads, Tensor, "a GradientBuffer, a tensor or a list of dicts")
     if grads.device not in (device, torch.device("cpu")):
         raise ValueError(f"grads: expected on {device} like the model, or on the CPU, got {grads.device}")
     shape = tuple(grads.shape)
@@ -51,8 +52,7 @@ def check_grads(grads: Gradients, params: Mapping[str, Tensor], device: torch.de
 def _buffer_of_rows(rows: Sequence[Mapping[str, Tensor]], params: Mapping[str, Tensor]) -> GradientBuffer:
     buffer = GradientBuffer(max(len(rows), 1), params)
     for index, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise TypeError(f"grads[{index}]: expected a dict name -> gradient, got {type(row).__name__}")
+        check_instance(f"grads[{index}]", row, Mapping, "a dict name -> gradient")
         row = NameTable(params).translate(f"grads[{index}]", row)
         missing = [name for name in params if name not in row]
         if missing:

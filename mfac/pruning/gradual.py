@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mfac.checks import check_int, check_number, warn
+from mfac.checks import check_instance, check_int, check_number, warn
 from mfac.model.names import shorten
 from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.engine import Engine
@@ -277,8 +277,7 @@ class Pruner:
             >>> pruner.sparsity
             0.5
         """
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        check_instance("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
         self.check_optimizer(optimizer)
         if self._handle is not None and self._handle.id in (self._handle.hooks_dict_ref() or {}):
             raise ValueError(
