@@ -7,7 +7,7 @@ import mfac
 
 PACKAGE = Path(mfac.__file__).parent
 LAYERS = [
-    {"checks", "extras"},
+    {"checks", "extras", "interrupts"},
     {"settings", "_build"},
     {"ops"},
     {"model"},
