@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ("0.75", "{0.75: [2.weight]}", "needs `params: \\[\\]`"),
         ("linear", "linear\n    mask_type: 4:2", "mask_type: expected N:M with 1 <= N < M .*, got '4:2'"),
         ("linear", "linear\n    mask_type: filter", "mask_type: expected 'unstructured', .*, got 'filter'; tensorrt"),
-        ("linear", "linear\n    substeps: 0", "substeps: expected an int 1 to 10000, got 0"),
+        ("linear", "linear\n    substeps: 0", "substeps: expected an int 1 to 10000 or 'auto', got 0"),
         ("linear", "linear\n    damp: 1*men", "damping: expected a number in .* got '1[*]men'"),
         ("linear", "linear\n    leave_enabled: false", "leave_enabled: expected True"),
         ("linear", "linear\n    damp: 0", "damping: expected a number in .*, got 0"),

@@ -63,6 +63,41 @@ def test_substeps_become_smaller(monkeypatch):
     assert counts == [120 - 2 * 12, 120 - 2 * 15]
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "pattern", "expected"),
+    [
+        (0, 0.1, "unstructured", 1),
+        (0, 0.5, "unstructured", 2),
+        (0, 0.8, "unstructured", 5),
+        (0, 0.9, "unstructured", 7),
+        (0.8, 0.9, "unstructured", 2),
+        (0.5, 0.55, "unstructured", 1),
+        (0, 1, "unstructured", 16),
+        (0.5, 0.5, "unstructured", 1),
+        (0, 0.5, "2:4", 4),
+        (0, 0.75, "1:4", 8),
+        (0, 0.5, "block4", 8),
+        (0, 0.8, [2, 2], 16),
+    ],
+)
+def test_auto_substeps_follow_the_halvings(start, end, pattern, expected):
+    options = {"pattern": pattern, "block_size": 128, "damping": "3e-2*mean"}
+    model, grads, masks = linear(40, 20), oracle.gradients(24, 800), None
+    if start:
+        masks = mfac.prune_step(model, grads, start, **options).masks
+    result = mfac.prune_step(model, grads, end, masks=masks, **options)
+    assert result.substeps == expected
+    assert f"sub-steps {expected}" in str(result)
+
+
+def test_auto_substeps_of_several_sparsities():
+    """The segment with the longest way counts; magnitudes do not change, so they take one."""
+    model = torch.nn.Sequential(linear(20, 10), linear(10, 20))
+    sparsities = {"0.weight": 0.2, "1.weight": 0.75}
+    assert mfac.prune_step(model, oracle.gradients(24, 400), sparsities).substeps == 4
+    assert mfac.prune_step(model, None, 0.9, masks="nonzero", criterion="magnitude").substeps == 1
+
+
 def test_more_substeps_than_weights():
     model = linear(3, 2)
     assert mfac.prune_step(model, oracle.gradients(8, 6), 0.5, substeps=50).sparsity == 0.5

@@ -139,7 +139,7 @@ CASES |= {
     "huge float": ("modifiers:\n  - !MFACPruningModifier {params: [a], final_sparsity: 0.5, num_grads: 1.0e+300}\n",
                    None, r"num_grads: expected an int, got 1e\+300"),
     "substeps": ("modifiers:\n  - !MFACPruningModifier {params: [a], final_sparsity: 0.5, substeps: 1000000000}\n",
-                 None, "substeps: expected an int 1 to 10000, got 1000000000"),
+                 None, "substeps: expected an int 1 to 10000 or 'auto', got 1000000000"),
     "recomputations": ("modifiers:\n  - !MFACPruningModifier {params: [a], final_sparsity: 0.5, "
                        "recomputations: 1000000000}\n", None, "recomputations: expected an int 1 to 10000, got"),
     "infinite": ("modifiers:\n  - !MFACPruningModifier {params: [a], final_sparsity: 0.5, num_grads: .inf}\n", None,

@@ -384,6 +384,6 @@ def test_result_as_text():
     ]
     assert len({len(line) for line in lines[:4]}) == 1
     assert lines[4] == f"predicted loss increase {result.predicted_loss_increase:.4g}"
-    assert lines[5] == f"damping {result.damping:.2e}, block size 512"
+    assert lines[5] == f"damping {result.damping:.2e}, block size 512, sub-steps 4"
     assert lines[6].endswith("s (reference)") and "total" in lines[6] and len(lines) == 7
     assert "predicted" not in str(prune_step(model, None, 0.9, criterion="magnitude"))

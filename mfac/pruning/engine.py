@@ -183,12 +183,15 @@ class Engine:
         weights = torch.cat([p.detach().reshape(-1).to(device, torch.float32) for p in params.values()])
         if active is not None:
             weights.masked_fill_(~active, 0)
+        substeps = settings["substeps"]
         plan = Plan(
             selection=selection,
             sparsities=sparsities,
             criterion=criterion,
             update=settings["update"],
-            substeps=criterion.num_substeps(settings["substeps"]),
+            substeps=criterion.num_substeps(
+                selection.num_substeps(active, sparsities) if substeps == "auto" else substeps
+            ),
             kernels=self.kernels,
             dense=frozenset(grads.unreached if isinstance(grads, GradientBuffer) else ()),
         )
@@ -275,6 +278,7 @@ class Engine:
                 predicted_loss_increase=loss,
                 damping=None if fisher is None else fisher.damping,
                 block_size=None if fisher is None else fisher.block_size,
+                substeps=plan.substeps,
                 candidates=candidates,
                 seconds=seconds,
                 backend=backend_name(plan.kernels),

@@ -53,6 +53,13 @@ class Pattern:
         return sparsity <= self.max_sparsity + 1e-9
 
     @property
+    def substeps_per_halving(self) -> int:
+        """Sub-steps of ``"auto"`` for each halving of the weights: the more go together, the more choices interact."""
+        if self.size == 1:
+            return 2
+        return 8 if self.pruned == self.size else 4
+
+    @property
     def num_subsets(self) -> int:
         """k, the number of subsets of a group that may be pruned."""
         return math.comb(self.size, self.pruned)

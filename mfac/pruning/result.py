@@ -25,6 +25,7 @@ class PruneStep:
         sparsity: Reached by it, over all chosen parameters.
         damping: λ.
         block_size: B.
+        substeps: S, of selection and update.
         new_gradients: How many gradients were collected for it.
         loss_before: Mean loss of the batches that gave those; NaN if not known.
         predicted_loss_increase: ½ δᵀFδ, times the samples of a batch, by which gradients of batches fall short; None
@@ -37,6 +38,7 @@ class PruneStep:
     sparsity: float
     damping: float | None
     block_size: int | None
+    substeps: int
     new_gradients: int
     loss_before: float
     predicted_loss_increase: float | None
@@ -63,6 +65,7 @@ class PruneStep:
             sparsity=result.sparsity,
             damping=result.damping,
             block_size=result.block_size,
+            substeps=result.substeps,
             new_gradients=new_gradients,
             loss_before=math.nan if buffer is None else buffer.loss,
             predicted_loss_increase=increase,
@@ -82,6 +85,7 @@ class PruneResult:
         predicted_loss_increase: ½ δᵀFδ of the step (of the last one, if there were several); None without gradients.
         damping: λ that was used (last); None without gradients.
         block_size: B that was used (last); None without gradients.
+        substeps: S that was used (last).
         candidates: Settings that ``"auto"`` tried, with their scores.
         steps: One for each recomputation; empty after ``prune_step``.
         seconds: Wall time by stage.
@@ -94,6 +98,7 @@ class PruneResult:
     predicted_loss_increase: float | None = None
     damping: float | None = None
     block_size: int | None = None
+    substeps: int = 1
     candidates: list[Candidate] = field(default_factory=list)
     steps: list[PruneStep] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -120,7 +125,7 @@ class PruneResult:
             lines.append(f"predicted loss increase {self.predicted_loss_increase:.4g}")
         if self.damping is not None:
             tried = f", chosen among {len(self.candidates)}" if self.candidates else ""
-            lines.append(f"damping {self.damping:.2e}, block size {self.block_size}{tried}")
+            lines.append(f"damping {self.damping:.2e}, block size {self.block_size}, sub-steps {self.substeps}{tried}")
         lines.append(", ".join(f"{stage} {s:.3f} s" for stage, s in self.seconds.items()) + f" ({self.backend})")
         return "\n".join(lines)
 

@@ -15,6 +15,7 @@ from mfac.model.targets import PrunableParameters
 from mfac.pruning.patterns import parse_pattern
 from mfac.pruning.schedule import interpolate_sparsity
 
+_MAX_SUBSTEPS = 16  # of "auto"
 _MAX_SCORE_BYTES = 8e9  # of the scores of all subsets of all groups
 
 Segment = tuple[str | None, list[str]]  # key and names of parameters that are ranked together
@@ -176,6 +177,22 @@ class Selection:
             total[key] += sum(self._units[name] for name in names)
             held[key] += sum(int(done[name].sum()) for name in names) if done else 0
         return {key: self.pattern.max_sparsity * held[key] / max(total[key], 1) for key in held}
+
+    def num_substeps(self, active: Tensor | None, sparsities: Sparsities) -> int:
+        """Return the sub-steps of ``"auto"``: in proportion to how often the weights of a segment are halved.
+
+        Args:
+            active: [d] bool: the weights not pruned before.
+            sparsities: Key -> sparsity after the step.
+
+        Returns:
+            A number in [1, 16]: 2, 4 or 8 for each halving, by the pattern.
+        """
+        reached, most = self.reached(active), 1.0
+        for key, sparsity in sparsities.items():
+            left = max(1 - sparsity, 1e-9)
+            most = max(most, self.pattern.substeps_per_halving * math.log2(max(1 - reached[key], left) / left))
+        return min(round(most), _MAX_SUBSTEPS)
 
     def _by_name(self, units: Tensor | None) -> dict[str, Tensor]:
         """Views of the part of each parameter; empty without a tensor."""

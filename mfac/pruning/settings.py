@@ -5,7 +5,7 @@ from typing import Annotated, Any, TypedDict
 
 from torch import Tensor
 
-from mfac.checks import check_choice, check_sparsity
+from mfac.checks import check_choice, check_int, check_sparsity
 from mfac.fisher import DEFAULT_BLOCK_SIZE, DEFAULT_DAMPING, PRECISIONS, check_block_size, check_damping
 from mfac.gradients.buffer import GradientBuffer
 from mfac.gradients.settings import CommonSettings, SourceSettings
@@ -33,6 +33,12 @@ def _block_size(name: str, value: Any) -> int | str | None:
             raise ValueError(f"{name}: expected an int, None or 'auto', got {value!r}")
         return value
     return check_block_size(name, value, also=", None or 'auto'")
+
+
+def _substeps(name: str, value: Any) -> int | str:
+    if isinstance(value, str):
+        return check_choice(name, value, ("auto",))
+    return check_int(name, value, 1, _MAX_ROUNDS, also=" or 'auto'")
 
 
 def _pattern(name: str, value: Any) -> Any:
@@ -89,13 +95,15 @@ class MethodSettings(CommonSettings, total=False):
         ),
     ]
     substeps: Annotated[
-        int,
+        int | str,
         Setting(
-            8,
-            count_from(1, _MAX_ROUNDS),
+            "auto",
+            _substeps,
             "S: a step is made in S sub-steps of selection and update under the same gradients, so that each selection "
             "accounts for the weights already removed. Each costs less than the one before, and all together keep up "
-            "to 1 GiB of small matrices meanwhile. (1 where scores do not change between them, as for magnitude.)",
+            'to 1 GiB of small matrices meanwhile. ``"auto"``: 2 for each halving of the weights, 4 for N:M and 8 for '
+            "blocks, at least 1 and at most 16: 5 from dense to 0.8, 1 for each of 16 recomputations to 0.9. (Always 1 "
+            "where scores do not change between them, as for magnitude.)",
         ),
     ]
     damping: Annotated[

@@ -180,7 +180,7 @@ class GlobalMagnitudePruning(MagnitudePruning):
 class MFACPruning(MagnitudePruning):
     """Prune by the empirical Fisher (M-FAC), updating the remaining weights.
 
-    Beyond the format's own arguments it takes settings of :class:`mfac.Pruner` by their names. Four of them have other
+    Beyond the format's own arguments it takes settings of :class:`mfac.Pruner` by their names. Three of them have other
     defaults here: the published damping and block size, and new gradients 8 times on the way of an update, all of
     them new, since a single jump from 35 % to 95 % leaves the range in which a quadratic model of the loss is
     accurate.
@@ -193,7 +193,7 @@ class MFACPruning(MagnitudePruning):
         "fisher_block_size": "block_size",
         "available_gpus": "available_devices",
     }
-    defaults: ClassVar[dict[str, Any]] = {"damping": 1e-5, "block_size": 2000, "recomputations": 8, "substeps": 4}
+    defaults: ClassVar[dict[str, Any]] = {"damping": 1e-5, "block_size": 2000, "recomputations": 8}
     not_taken: ClassVar[tuple[str, ...]] = _BY_THE_FORMAT
 
     num_pages: Any = None  # above 1: the same as `grads_device: cpu`; the actual number follows from the memory
