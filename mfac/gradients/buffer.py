@@ -129,6 +129,24 @@ class GradientBuffer:
             return math.nan
         return float(self._norms[: self._filled].square().sum() / self.tensor.numel())
 
+    def mean(self, newest: int | None = None) -> Tensor:
+        """Return the mean of the newest rows.
+
+        Args:
+            newest: How many; None: all.
+
+        Returns:
+            [d] float32, where the rows are.
+
+        Raises:
+            ValueError: If there are fewer.
+        """
+        count = check_int("newest", self._filled if newest is None else newest, 1, self._filled)
+        total = torch.zeros(self.shape[1], device=self.device)
+        for back in range(1, count + 1):
+            total += self._rows[(self._next - back) % self.num_grads]
+        return total / count
+
     @property
     def unreached(self) -> list[str]:
         """Names of the parameters that have never had a gradient, in the order of the columns."""

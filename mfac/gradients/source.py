@@ -80,13 +80,16 @@ class GradientSource:
         self.batches = BatchStream(batches, torch.initial_seed(), self.num_grads if announce else None)
         self._buffer: GradientBuffer | None = None
 
-    def collect(self, model: nn.Module, params: Iterable[str], progress: bool = False) -> GradientBuffer:
-        """Return the buffer after renewing its rows: all at first, then ``refresh``.
+    def collect(
+        self, model: nn.Module, params: Iterable[str], progress: bool = False, count: int | None = None
+    ) -> GradientBuffer:
+        """Return the buffer after renewing its rows: all at first, then ``count``.
 
         Args:
             model: The model as it is now.
             params: Names of its parameters.
             progress: Show a progress bar.
+            count: Rows to renew, at most ``num_grads``; None: ``refresh``.
 
         Returns:
             A full buffer, the same one each time.
@@ -95,7 +98,7 @@ class GradientSource:
             ValueError: If the buffer is for other parameters.
         """
         chosen = prunable_parameters(model, params)
-        count = self.refresh
+        count = self.refresh if count is None else count
         if self._buffer is None:
             self._buffer = GradientBuffer(self.num_grads, chosen, self.dtype, self.device)
         if self._buffer.names != list(chosen):
@@ -128,6 +131,23 @@ class GradientSource:
             )  # fmt: skip
         finally:
             self.batches.close()
+
+    def hold(self, model: nn.Module, num_batches: int) -> Callable[[], float]:
+        """Return a function that measures the mean loss over the same new batches at each call.
+
+        Args:
+            model: It is measured as it is at each call.
+            num_batches: How many; they are kept in memory, as the loader gives them, as long as the function is.
+
+        Returns:
+            The function.
+        """
+        try:
+            held = [copy.deepcopy(next(self.batches)) for _ in range(num_batches)]  # some loaders reuse their memory
+        finally:
+            self.batches.close()
+        settings = {"seed": self._seed(SeedKind.MEASURE), "mode": self._mode, "forward": self._forward}
+        return lambda: mean_loss(model, iter(held), self._loss_fn, num_batches, **settings)
 
     def _seed(self, kind: SeedKind) -> int:
         state = self.batches.state_dict()

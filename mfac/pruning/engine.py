@@ -6,14 +6,13 @@ what an error leaves behind is whole.
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from mfac.checks import warn
 from mfac.fisher import Fisher
@@ -25,12 +24,12 @@ from mfac.model.names import NameTable, named_parameters, shorten
 from mfac.model.targets import prunable_parameters
 from mfac.ops.backend import backend_name, select_backend
 from mfac.pruning.auto import Candidate, choose_settings
+from mfac.pruning.correction import FIRST_LENGTH, Correction, correct
 from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.gradients import Gradients, check_grads
 from mfac.pruning.masks import check_masks, complete_masks, count_kept, flatten_masks, sparsity_of
 from mfac.pruning.quadratic import Plan, prune_vector, timed
 from mfac.pruning.result import PruneResult, PruneStep
-from mfac.pruning.schedule import interpolate_sparsities
 from mfac.pruning.selection import Selection, Sparsities, parse_sparsity
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -360,65 +359,41 @@ class Engine:
             announce=announce,
         )
 
-    def run(
+    def correct(
         self,
-        grads: GradientSource | GradientBuffer | None,
-        sparsities: Sparsities,
-        recomputations: int,
-        *,
-        finish: Callable[[], float] | None = None,
+        grads: GradientBuffer,
+        newest: int,
+        measure: Callable[[], float],
+        step_length: float | None = None,
         progress: bool = False,
-    ) -> PruneResult:
-        """Prune in R steps at equal ratios of the remaining weights, with new gradients at each.
+    ) -> Correction:
+        """Move the kept weights S by -η F_SS⁻¹ ḡ_S, the linear term that the last step's model left out.
 
         Args:
-            grads: Where gradients come from; a buffer serves for all steps.
-            sparsities: Key -> sparsity at the end.
-            recomputations: R.
-            finish: Called after the last step; returns the loss then.
-            progress: Show progress bars.
+            grads: The gradients of that step.
+            newest: ḡ is the mean of so many newest ones.
+            measure: Returns the loss that judges a step length.
+            step_length: The first η that is tried; None: one that moves the weights by a hundredth of their length.
+            progress: Show a progress bar.
 
         Returns:
-            The result of the last step, with all steps of this run; also ``self.result``.
-
-        Raises:
-            BaseException: Whatever a step, the model or the batches raise, with the result so far as
-                ``error.result``. The model is pruned as far as the masks say: call again to go on.
+            What was done.
         """
-        self.apply_masks()
-        began, origin, settings = time.perf_counter(), dict(self.reached), self.settings
-        steps: list[PruneStep] = []
-        candidates: list[Candidate] = []
-        seconds = {"gradients": 0.0}
-        self.result = None
-        try:
-            with tqdm(total=recomputations, desc="pruning", disable=not progress) as bar:
-                for r in range(1, recomputations + 1):
-                    start = time.perf_counter()
-                    with timed(seconds, "gradients"):
-                        buffer, fresh = _collect(grads, self.model, self.names, r, progress)
-                    if steps and buffer is not None:
-                        steps[-1].loss_after = buffer.loss
-                    if r == 1 and buffer is not None and "auto" in (settings["damping"], settings["block_size"]):
-                        with timed(seconds, "settings"):
-                            self.settings, candidates = self._settled(buffer, sparsities, progress)
-                    result = self.step(buffer, interpolate_sparsities(origin, sparsities, r / recomputations))
-                    for stage, value in result.seconds.items():
-                        seconds[stage] = seconds.get(stage, 0.0) + value
-                    steps.append(PruneStep.of(result, buffer, fresh, time.perf_counter() - start))
-                    result.steps, result.candidates, result.seconds = steps, candidates or result.candidates, seconds
-                    loss = f"{steps[-1].loss_before:.3f}"
-                    bar.set_postfix(sparsity=f"{result.sparsity:.1%}", loss=loss, refresh=False)
-                    bar.update()
-            if finish is not None:
-                steps[-1].loss_after = finish()
-        except BaseException as error:
-            self.leave_result(error, steps)
-            raise
-        finally:
-            self.settings, self._fisher = settings, None  # "auto" as the user wrote it; the gradients may go
-        seconds["total"] = time.perf_counter() - began
-        return self.result
+        with torch.no_grad():
+            params, result = self.params, self.result
+            kept = flatten_masks(self.masks, params)
+            fisher = self.fisher(grads).replace(active=kept, damping=result.damping, block_size=result.block_size)
+            direction = fisher.inverse_product(grads.mean(newest).to(self.device)).masked_fill_(~kept, 0)
+            length = float(direction.norm())
+            if not 0 < length < math.inf:
+                return Correction(0.0, math.nan, math.nan, 0)
+            if step_length is None:
+                step_length = FIRST_LENGTH * math.hypot(*(float(p.norm()) for p in params.values())) / length
+            return correct(params, direction, measure, step_length, progress)
+
+    def release(self) -> None:
+        """Let the gradients of the last step go."""
+        self._fisher = None
 
     def leave_result(self, error: BaseException, steps: Sequence[PruneStep] = ()) -> None:
         """Put what the masks say into ``error.result``, and a note about it into its traceback.
@@ -440,25 +415,6 @@ class Engine:
                 f"mfac: the model is pruned to {result.sparsity:.1%}, as error.result.masks says; "
                 "masks=error.result.masks goes on from there"
             )
-
-    def _settled(
-        self, buffer: GradientBuffer, sparsities: Sparsities, progress: bool
-    ) -> tuple[dict[str, Any], list[Candidate]]:
-        """Return the settings with what "auto" chooses for the end of a run in its place, and the candidates."""
-        fisher, candidates = self.choose(buffer, sparsities, progress)
-        settings = {**self.settings, "block_size": fisher.block_size}
-        if settings["damping"] == "auto":
-            settings["damping"] = f"{fisher.damping / fisher.mean_square!r}*mean"
-        return settings, candidates
-
-
-def _collect(
-    grads: GradientSource | GradientBuffer | None, model: nn.Module, names: list[str], r: int, progress: bool
-) -> tuple[GradientBuffer | None, int]:
-    """Return the gradients of the r-th step of a run, and how many of them are new."""
-    if isinstance(grads, GradientSource):
-        return grads.collect(model, names, progress), grads.num_grads if r == 1 else grads.refresh
-    return grads, 0 if grads is None else len(grads)
 
 
 def _sparsity_of_weights(params: Mapping[str, Tensor]) -> float:

@@ -18,6 +18,7 @@ from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.engine import Engine
 from mfac.pruning.masks import check_masks
 from mfac.pruning.result import PruneResult
+from mfac.pruning.run import run
 from mfac.pruning.schedule import Schedule
 from mfac.pruning.settings import PrunerSettings
 from mfac.settings import accepts, definitions
@@ -119,6 +120,10 @@ class Pruner:
             raise ValueError(
                 "recomputations: expected 1 with a buffer (new gradients need batches), got "
                 f"{settings['recomputations']}"
+            )
+        if batches is None and settings["corrections"]:
+            raise ValueError(
+                f"corrections: expected 0 with a buffer (batches judge them), got {settings['corrections']}"
             )
         self._engine = Engine(model, sparsity, settings, None if buffer is None else buffer.names, only_keys=True)
         if buffer is not None and self._engine.names != buffer.names:
@@ -240,7 +245,8 @@ class Pruner:
         if buffer is not None and len(buffer) < buffer.num_grads:
             warn(f"buffer: only {len(buffer)} of {buffer.num_grads} gradients so far")
         try:
-            return self._engine.run(
+            return run(
+                self._engine,
                 buffer if self._source is None else self._source,
                 sparsities,
                 settings["recomputations"],

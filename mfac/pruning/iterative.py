@@ -13,6 +13,7 @@ from mfac.gradients.source import GradientSource
 from mfac.pruning.batchnorm import reestimate_batchnorm
 from mfac.pruning.engine import Engine
 from mfac.pruning.result import PruneResult
+from mfac.pruning.run import run
 from mfac.pruning.settings import PruneSettings
 from mfac.settings import accepts
 
@@ -71,8 +72,8 @@ def prune(
     def finish() -> float:
         return _finish(model, source, settings["batchnorm_batches"], settings["forward"])
 
-    return engine.run(
-        source, engine.sparsities, settings["recomputations"], finish=finish, progress=settings["progress"]
+    return run(
+        engine, source, engine.sparsities, settings["recomputations"], finish=finish, progress=settings["progress"]
     )
 
 

@@ -19,7 +19,7 @@ from mfac.pruning.masks import apply_masks
 
 @dataclass
 class PruneStep:
-    """One of the steps of :func:`mfac.prune`, or of an update of :class:`mfac.Pruner`.
+    """One of the steps of :func:`mfac.prune`, or of an update of :class:`mfac.Pruner`; or a final correction.
 
     Attributes:
         sparsity: Reached by it, over all chosen parameters.
@@ -29,10 +29,11 @@ class PruneStep:
         new_gradients: How many gradients were collected for it.
         loss_before: Mean loss of the batches that gave those; NaN if not known.
         predicted_loss_increase: ½ δᵀFδ, times the samples of a batch, by which gradients of batches fall short; None
-            without gradients.
+            without gradients, and for a final correction.
         loss_after: Mean loss of the batches that gave the next ones, or were drawn for this after the last step of
             ``prune``; NaN if not measured.
-        seconds: Wall time, gradients included.
+        step_length: η of the natural-gradient correction after it, 0 if none lowered the loss; None if there was none.
+        seconds: Wall time, gradients and corrections included.
     """
 
     sparsity: float
@@ -42,23 +43,26 @@ class PruneStep:
     new_gradients: int
     loss_before: float
     predicted_loss_increase: float | None
-    loss_after: float
-    seconds: float
+    loss_after: float = math.nan
+    step_length: float | None = None
+    seconds: float = math.nan
 
     @classmethod
-    def of(cls, result: PruneResult, buffer: GradientBuffer | None, new_gradients: int, seconds: float) -> PruneStep:
+    def of(
+        cls, result: PruneResult, buffer: GradientBuffer | None, new_gradients: int, pruned: bool = True
+    ) -> PruneStep:
         """Return the record of a step.
 
         Args:
-            result: What the step did.
+            result: What the step did, or the last one before a final correction.
             buffer: Its gradients.
             new_gradients: How many of them were new.
-            seconds: Wall time, gradients included.
+            pruned: False for a final correction.
 
         Returns:
-            The record; ``loss_after`` is not known yet.
+            The record; loss after it, step length and time are not known yet.
         """
-        increase = result.predicted_loss_increase
+        increase = result.predicted_loss_increase if pruned else None
         if increase is not None and buffer is not None and math.isfinite(buffer.samples):
             increase *= buffer.samples
         return cls(
@@ -69,8 +73,6 @@ class PruneStep:
             new_gradients=new_gradients,
             loss_before=math.nan if buffer is None else buffer.loss,
             predicted_loss_increase=increase,
-            loss_after=math.nan,
-            seconds=seconds,
         )
 
 
@@ -113,13 +115,15 @@ class PruneResult:
             lines.append(f"{name:<{width}} {n:>12,} {k:>12,} {1 - k / n if n else 0:>9.2%}")
         if self.steps:
             lines.append(
-                f"{'step':>4} {'sparsity':>9} {'new gradients':>14} {'loss':>8} {'predicted':>10} {'after':>8}"
+                f"{'step':>4} {'sparsity':>9} {'new gradients':>14} {'loss':>8} {'predicted':>10} {'corrected':>10} "
+                f"{'after':>8}"
             )
         for i, step in enumerate(self.steps, 1):
             predicted = "" if step.predicted_loss_increase is None else f"+{step.predicted_loss_increase:.3g}"
+            length = "" if step.step_length is None else f"{step.step_length:.1e}" if step.step_length else "0"
             lines.append(
                 f"{i:>4} {step.sparsity:>9.2%} {step.new_gradients:>14} {step.loss_before:>8.4f} {predicted:>10} "
-                f"{step.loss_after:>8.4f}"
+                f"{length:>10} {step.loss_after:>8.4f}"
             )
         if self.predicted_loss_increase is not None and not self.steps:
             lines.append(f"predicted loss increase {self.predicted_loss_increase:.4g}")

@@ -190,7 +190,35 @@ class GradientSettings(TypedDict, total=False):
     ]
 
 
-class PruneSettings(StepSettings, GradientSettings, SourceSettings, total=False):
+class CorrectionSettings(TypedDict, total=False):
+    """The linear term of the quadratic model: natural-gradient corrections of the kept weights."""
+
+    corrections: Annotated[
+        int,
+        Setting(
+            0,
+            count_from(0, _MAX_ROUNDS),
+            "Natural-gradient corrections at each recomputation. The quadratic model assumes that the gradient is "
+            "zero, which pruning makes false; so the kept weights S are moved by -η F_SS⁻¹ ḡ_S, with ḡ the mean of the "
+            "newest gradients and η the best of a few by the loss of ``correction_batches``, or 0 if none lowers it. "
+            "With more than one, the ``refresh`` new gradients come in as many parts, each followed by a correction. "
+            "0: none.",
+        ),
+    ]
+    final_corrections: Annotated[
+        int,
+        Setting(
+            0,
+            count_from(0, _MAX_ROUNDS),
+            "As many more at the end, under the final masks, each with new gradients, as many as a part has.",
+        ),
+    ]
+    correction_batches: Annotated[
+        int, Setting(16, count_from(), "Batches, new ones each time, whose mean loss judges a correction.")
+    ]
+
+
+class PruneSettings(StepSettings, GradientSettings, CorrectionSettings, SourceSettings, total=False):
     """The settings of :func:`mfac.prune`."""
 
     batchnorm_batches: Annotated[
@@ -201,7 +229,7 @@ class PruneSettings(StepSettings, GradientSettings, SourceSettings, total=False)
     ]
 
 
-class PrunerSettings(StepSettings, GradientSettings, SourceSettings, total=False):
+class PrunerSettings(StepSettings, GradientSettings, CorrectionSettings, SourceSettings, total=False):
     """The settings of :class:`mfac.Pruner`."""
 
     initial_sparsity: Annotated[float, Setting(0.0, check_sparsity, "Sparsity at the first update.")]

@@ -1,0 +1,108 @@
+"""Natural-gradient corrections: the linear term that the quadratic model of a pruning step leaves out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mfac.interrupts import write_whole
+
+FIRST_LENGTH = 0.01  # of the weights' own length: the first step that is tried
+_FACTOR = 3.0  # between two lengths that are tried
+_MAX_UP, _MAX_DOWN = 9, 5  # trials
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What a correction did.
+
+    Attributes:
+        step_length: η; 0 if no step lowered the loss.
+        loss_before: Mean loss of the batches that judge it, without it.
+        loss_after: The same with it.
+        evaluations: Step lengths that were tried, 0 included.
+    """
+
+    step_length: float
+    loss_before: float
+    loss_after: float
+    evaluations: int
+
+
+def search_step_length(loss: Callable[[float], float], start: float) -> tuple[float, dict[float, float]]:
+    """Find a step length of low loss: brackets a minimum by factors of 3, then tries that of a parabola.
+
+    Args:
+        loss: Loss at a step length; called once for each.
+        start: The first that is tried, > 0.
+
+    Returns:
+        The best length, 0 if none is better than 0, and the loss at all that were tried.
+    """
+    losses: dict[float, float] = {}
+
+    def at(length: float) -> float:
+        if length not in losses:
+            value = loss(length)
+            losses[length] = value if math.isfinite(value) else math.inf
+        return losses[length]
+
+    nothing, middle = at(0.0), start
+    if nothing == math.inf:  # the model is broken, and no step can be judged
+        return 0.0, losses
+    for _ in range(_MAX_UP if at(middle) < nothing else 0):
+        if at(middle * _FACTOR) >= at(middle):
+            break
+        middle *= _FACTOR
+    for _ in range(_MAX_DOWN):
+        if at(middle / _FACTOR) >= at(middle) and at(middle) < nothing:
+            break
+        middle /= _FACTOR
+    left, right = losses.get(middle / _FACTOR, math.inf), losses.get(middle * _FACTOR, math.inf)
+    bend = left + right - 2 * at(middle)
+    if at(middle) < nothing and 0 < bend < math.inf:
+        at(middle * _FACTOR ** (0.5 * (left - right) / bend))
+    best = min(losses, key=lambda length: (losses[length], length))
+    return best, losses
+
+
+def correct(
+    params: Mapping[str, Tensor], direction: Tensor, measure: Callable[[], float], start: float, progress: bool = False
+) -> Correction:
+    """Move the weights by -η times a direction, η being the best of a few by the measured loss.
+
+    Args:
+        params: Name to parameter, in the order of the direction; written. As they were after an error.
+        direction: [d] float32, zero where pruned.
+        measure: Returns the loss of the model as it is.
+        start: The first η that is tried.
+        progress: Show a progress bar.
+
+    Returns:
+        What was done; the loss is never higher than before.
+    """
+    before = {name: p.detach().clone() for name, p in params.items()}
+    parts = dict(zip(params, direction.split([p.numel() for p in params.values()]), strict=True))
+
+    def move(length: float) -> None:
+        for name, p in params.items():
+            old = before[name]
+            p.detach().copy_(old if length == 0 else old.float() - length * parts[name].view(old.shape))
+
+    best = 0.0
+    with tqdm(desc="correction", unit=" losses", disable=not progress, leave=False) as bar:
+
+        def loss(length: float) -> float:
+            move(length)
+            bar.update()
+            return measure()
+
+        try:
+            best, losses = search_step_length(loss, start)
+        finally:
+            write_whole(lambda: move(best))
+    return Correction(best, losses[0.0], losses[best], len(losses))

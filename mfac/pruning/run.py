@@ -1,0 +1,152 @@
+"""Recomputations: steps and corrections of one model, with new gradients at each."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from mfac.gradients.buffer import GradientBuffer
+from mfac.gradients.source import GradientSource
+from mfac.pruning.auto import Candidate
+from mfac.pruning.engine import Engine
+from mfac.pruning.quadratic import timed
+from mfac.pruning.result import PruneResult, PruneStep
+from mfac.pruning.schedule import interpolate_sparsities
+from mfac.pruning.selection import Sparsities
+
+
+def run(
+    engine: Engine,
+    grads: GradientSource | GradientBuffer | None,
+    sparsities: Sparsities,
+    recomputations: int,
+    *,
+    finish: Callable[[], float] | None = None,
+    progress: bool = False,
+) -> PruneResult:
+    """Prune in R steps at equal ratios of the remaining weights, with new gradients at each.
+
+    Args:
+        engine: The model, its masks and settings.
+        grads: Where gradients come from; a buffer serves for all steps, and there are no corrections then.
+        sparsities: Key -> sparsity at the end.
+        recomputations: R.
+        finish: Called after the last step; returns the loss then.
+        progress: Show progress bars.
+
+    Returns:
+        The result of the last step, with all steps of this run; also ``engine.result``.
+
+    Raises:
+        BaseException: Whatever a step, the model or the batches raise, with the result so far as ``error.result``. The
+            model is pruned as far as the masks say: call again to go on.
+    """
+    engine.apply_masks()
+    began, origin, settings = time.perf_counter(), dict(engine.reached), engine.settings
+    engine.result = None
+    this = _Run(engine, grads, progress)
+    final = settings["final_corrections"] if this.parts else 0
+    try:
+        with tqdm(total=recomputations + final, desc="pruning", disable=not progress) as bar:
+            for r in range(1, recomputations + 1):
+                this.step(sparsities, interpolate_sparsities(origin, sparsities, r / recomputations))
+                this.show(bar)
+            for _ in range(final):
+                this.correct_again()
+                this.show(bar)
+        if finish is not None:
+            this.steps[-1].loss_after = finish()
+    except BaseException as error:
+        engine.leave_result(error, this.steps)
+        raise
+    finally:
+        engine.settings = settings  # "auto" as the user wrote it
+        engine.release()
+    this.seconds["total"] = time.perf_counter() - began
+    return engine.result
+
+
+class _Run:
+    """What has been done so far.
+
+    Attributes:
+        parts: New gradients of a step after the first, in the order in which they come; empty without corrections.
+    """
+
+    def __init__(self, engine: Engine, grads: GradientSource | GradientBuffer | None, progress: bool) -> None:
+        self.engine, self.grads, self.progress = engine, grads, progress
+        self.steps: list[PruneStep] = []
+        self.candidates: list[Candidate] = []
+        self.seconds: dict[str, float] = {"gradients": 0.0}
+        self.parts: list[int] = []
+        self._step_length: float | None = None
+        if isinstance(grads, GradientSource) and engine.settings["corrections"]:
+            count = min(engine.settings["corrections"], grads.refresh)
+            self.parts = [grads.refresh * (i + 1) // count - grads.refresh * i // count for i in range(count)]
+
+    def _collect(self, count: int | None = None) -> tuple[GradientBuffer | None, int]:
+        """Return the gradients, and how many are new."""
+        if not isinstance(self.grads, GradientSource):
+            return self.grads, 0 if self.grads is None else len(self.grads)
+        with timed(self.seconds, "gradients"):
+            buffer = self.grads.collect(self.engine.model, self.engine.names, self.progress, count)
+        if self.steps:
+            self.steps[-1].loss_after = buffer.loss
+            return buffer, self.grads.refresh if count is None else count
+        return buffer, self.grads.num_grads
+
+    def _correct(self, buffer: GradientBuffer, newest: int) -> float:
+        """Return the step length."""
+        with timed(self.seconds, "corrections"):
+            measure = self.grads.hold(self.engine.model, self.engine.settings["correction_batches"])
+            done = self.engine.correct(buffer, newest, measure, self._step_length, self.progress)
+        self._step_length = done.step_length or self._step_length
+        self.steps[-1].loss_after = done.loss_after
+        return done.step_length
+
+    def step(self, end: Sparsities, sparsities: Sparsities) -> None:
+        """Make one step: new gradients, in parts with corrections between them, the pruning step, and a correction."""
+        start, engine, fresh, steps = time.perf_counter(), self.engine, 0, self.steps
+        for count in self.parts[:-1] if steps else ():
+            buffer, new = self._collect(count)
+            fresh += new
+            self._correct(buffer, new)
+        buffer, newest = self._collect(self.parts[-1] if self.parts and steps else None)
+        if not steps and buffer is not None and "auto" in (engine.settings["damping"], engine.settings["block_size"]):
+            with timed(self.seconds, "settings"):
+                engine.settings, self.candidates = self._settled(buffer, end)
+        result = engine.step(buffer, sparsities)
+        for stage, value in result.seconds.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + value
+        steps.append(PruneStep.of(result, buffer, fresh + newest))
+        result.steps, result.candidates, result.seconds = steps, self.candidates or result.candidates, self.seconds
+        if self.parts and buffer is not None:
+            steps[-1].step_length = self._correct(buffer, newest)
+        steps[-1].seconds = time.perf_counter() - start
+
+    def correct_again(self) -> None:
+        """Make one more correction, with new gradients."""
+        start = time.perf_counter()
+        buffer, newest = self._collect(self.parts[-1])
+        self.steps.append(PruneStep.of(self.engine.result, buffer, newest, pruned=False))
+        self.steps[-1].step_length = self._correct(buffer, newest)
+        self.steps[-1].seconds = time.perf_counter() - start
+
+    def show(self, bar: Any) -> None:
+        """Move the progress bar on by one step."""
+        last = self.steps[-1]
+        loss = last.loss_before if math.isnan(last.loss_after) else last.loss_after
+        bar.set_postfix(sparsity=f"{last.sparsity:.1%}", loss=f"{loss:.3f}", refresh=False)
+        bar.update()
+
+    def _settled(self, buffer: GradientBuffer, sparsities: Sparsities) -> tuple[dict[str, Any], list[Candidate]]:
+        """Return the settings with what "auto" chooses for the end of a run in its place, and the candidates."""
+        fisher, candidates = self.engine.choose(buffer, sparsities, self.progress)
+        settings = {**self.engine.settings, "block_size": fisher.block_size}
+        if settings["damping"] == "auto":
+            settings["damping"] = f"{fisher.damping / fisher.mean_square!r}*mean"
+        return settings, candidates

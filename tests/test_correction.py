@@ -1,0 +1,232 @@
+"""Natural-gradient corrections: the search for a step length, the direction, and what they do to a run."""
+
+import math
+
+import oracle
+import pytest
+import torch
+from torch import nn
+
+import mfac
+from mfac.pruning.correction import correct, search_step_length
+
+LOSS = nn.functional.cross_entropy
+FAST = {"num_grads": 8, "refresh": 4, "recomputations": 3, "progress": False, "damping": 1e-3, "block_size": 50}
+
+
+def make_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(10, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 5))
+
+
+def make_batches(count=60, size=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, size, 10, generator=generator)
+    return [(a, a[:, :5].argmax(1)) for a in x]
+
+
+@pytest.mark.parametrize("start", [1e-4, 0.03, 1.0, 50.0])
+def test_the_minimum_of_a_parabola(start):
+    calls = []
+
+    def loss(length):
+        calls.append(length)
+        return (length - 1) ** 2
+
+    best, losses = search_step_length(loss, start)
+    assert len(calls) == len(set(calls)) == len(losses) <= 20
+    assert losses[best] == min(losses.values()) < 0.25
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda length: length,
+        lambda length: 0.0,
+        lambda length: math.inf if length else 1.0,
+        lambda length: math.nan if length else 1.0,
+        lambda length: math.nan,
+        lambda length: math.inf,
+    ],
+)
+def test_no_step_that_does_not_lower_the_loss(loss):
+    best, losses = search_step_length(loss, 0.1)
+    assert best == 0.0 and len(losses) <= 9
+
+
+def test_a_step_that_is_always_better():
+    best, losses = search_step_length(lambda length: -length, 1.0)
+    assert best == max(losses) and len(losses) <= 11
+
+
+def test_overflow_beyond_the_minimum():
+    best, losses = search_step_length(lambda length: math.inf if length > 2 else (length - 1) ** 2, 1.0)
+    assert losses[best] < 0.25
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_the_direction_is_the_natural_gradient_of_the_kept_weights(monkeypatch, pattern):
+    """-η F_SS⁻¹ ḡ_S with F and ḡ from the rows, in float64, S the kept weights and ḡ the mean of the newest rows."""
+    model, batches, seen = make_model(), make_batches(), {}
+
+    def spy(params, direction, measure, start, progress):
+        seen.update(direction=direction.clone(), before=torch.cat([p.detach().flatten() for p in params.values()]))
+        seen["done"] = correct(params, direction, measure, start, progress)
+        return seen["done"]
+
+    monkeypatch.setattr("mfac.pruning.engine.correct", spy)
+    result = mfac.prune(model, batches, LOSS, 0.4, pattern=pattern, corrections=1, **{**FAST, "recomputations": 1})
+    other = make_model()
+    rows = mfac.collect_gradients(other, iter(batches), LOSS, 8, progress=False).tensor.double()
+    kept = torch.cat([mask.flatten() for mask in result.masks.values()])
+    expected = torch.zeros(len(kept), dtype=torch.float64)
+    for begin in range(0, len(kept), 50):
+        block = torch.arange(begin, min(begin + 50, len(kept)))
+        block = block[kept[block]]
+        g = rows[:, block]
+        fisher = 1e-3 * torch.eye(len(block), dtype=torch.float64) + g.T @ g / len(rows)
+        expected[block] = torch.linalg.solve(fisher, g.mean(0))
+    assert oracle.error(seen["direction"], expected) < 1e-4
+    weights = torch.cat([p.detach().flatten() for name, p in model.named_parameters() if name in result.masks])
+    done = seen["done"]
+    assert done.step_length > 0 and done.loss_after < done.loss_before
+    moved = seen["before"] - done.step_length * seen["direction"]
+    assert torch.allclose(weights, moved, atol=1e-7) and not weights[~kept].any()
+
+
+def test_they_lower_the_loss():
+    losses = {}
+    for corrections in (0, 1):
+        model = make_model()
+        mfac.prune(model, make_batches(), LOSS, 0.7, corrections=corrections, **FAST)
+        losses[corrections] = sum(LOSS(model(x), y).item() for x, y in make_batches(seed=1))
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("corrections", "final", "expected"),
+    [(0, 0, [8, 4, 4]), (0, 3, [8, 4, 4]), (1, 0, [8, 4, 4]), (3, 2, [8, 4, 4, 2, 2]), (9, 1, [8, 4, 4, 1])],
+)
+def test_new_gradients_and_steps(monkeypatch, corrections, final, expected):
+    calls = []
+    monkeypatch.setattr("mfac.pruning.engine.correct", lambda *args: calls.append(1) or correct(*args))
+    result = mfac.prune(
+        make_model(), make_batches(), LOSS, 0.5, corrections=corrections, final_corrections=final,
+        correction_batches=2, **FAST,
+    )  # fmt: skip
+    assert [step.new_gradients for step in result.steps] == expected
+    assert len(calls) == (0 if corrections == 0 else 1 + 2 * min(corrections, 4) + final)
+    assert [step.step_length is None for step in result.steps] == [corrections == 0] * len(expected)
+    assert [step.predicted_loss_increase is None for step in result.steps] == [False] * 3 + [True] * (len(expected) - 3)
+    assert result.sparsity == pytest.approx(0.5, abs=0.01) and "corrections" in result.seconds or not corrections
+    assert len(str(result).splitlines()) == 4 + 1 + len(expected) + 2
+    assert mfac.PruneResult.from_dict(result.to_dict()).steps == result.steps
+
+
+def test_the_same_seed_gives_the_same_bits():
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.randn(200, 10), torch.randint(5, (200,))), 10, shuffle=True
+    )
+    states = []
+    for _ in range(2):
+        model = make_model()
+        torch.manual_seed(3)
+        mfac.prune(model, loader, LOSS, 0.7, corrections=2, final_corrections=2, **FAST)
+        states.append(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("of the model")])
+@pytest.mark.parametrize("call", [0, 1, 2, 4])
+def test_interrupted_while_it_is_judged(monkeypatch, error, call):
+    """The weights are those of before the correction; the masks hold."""
+    model, before, count = make_model(), {}, [0]
+
+    def interrupted(params, direction, measure, start, progress):
+        before.update({name: p.detach().clone() for name, p in params.items()})
+
+        def loss():
+            count[0] += 1
+            if count[0] > call:
+                raise error
+            return 1.0 / count[0]
+
+        return correct(params, direction, loss, start, progress)
+
+    monkeypatch.setattr("mfac.pruning.engine.correct", interrupted)
+    with pytest.raises((KeyboardInterrupt, RuntimeError)) as info:
+        mfac.prune(model, make_batches(), LOSS, 0.7, corrections=1, **FAST)
+    params = dict(model.named_parameters())
+    assert all(torch.equal(params[name], x) for name, x in before.items())
+    masks = info.value.result.masks
+    assert masks and all(not params[name][~mask].any() for name, mask in masks.items())
+
+
+def test_batches_that_end():
+    batches, model = iter(make_batches(8 + 3)), make_model()
+    with pytest.raises(ValueError, match="batches") as info:
+        mfac.prune(model, batches, LOSS, 0.7, corrections=1, **FAST)
+    assert 0 < info.value.result.sparsity < 0.7
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_types(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 12), nn.ReLU(), nn.Linear(12, 5)).to(dtype)
+    batches = [(x.to(dtype), y) for x, y in make_batches()]
+    result = mfac.prune(model, batches, LOSS, 0.5, corrections=1, final_corrections=1, **FAST)
+    assert model[0].weight.dtype == dtype and result.sparsity == pytest.approx(0.5, abs=0.01)
+    assert any(step.step_length for step in result.steps)
+    assert all(not p[~result.masks[name]].any() for name, p in model.named_parameters() if name in result.masks)
+
+
+def test_batches_whose_memory_is_reused():
+    """The judging batches are copies."""
+    batches = make_batches(40)
+    x, y = batches[0][0].clone(), batches[0][1].clone()
+
+    def reusing():
+        while True:
+            for a, b in batches:
+                x.copy_(a), y.copy_(b)
+                yield x, y
+
+    def plain():
+        while True:
+            yield from batches
+
+    results = []
+    for source in (reusing, plain):
+        model = make_model()
+        mfac.prune(model, source(), LOSS, 0.6, corrections=1, **FAST)
+        results.append(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(results[0].values(), results[1].values(), strict=True))
+
+
+def test_a_zero_gradient_is_no_direction():
+    model = nn.Linear(6, 2, bias=False)
+    result = mfac.prune(
+        model, [(torch.randn(4, 6), torch.zeros(4, 2))] * 8, lambda output, target: 0 * output.sum(), 0.5,
+        corrections=1, **FAST,
+    )  # fmt: skip
+    assert all(step.step_length == 0 for step in result.steps)
+
+
+def test_pruner():
+    model, losses = make_model(), {}
+    for corrections in (0, 1):
+        model = make_model()
+        pruner = mfac.Pruner(model, make_batches(), LOSS, sparsity=0.7, end=2, corrections=corrections, **FAST)
+        for _ in range(2):
+            pruner.step()
+        losses[corrections] = sum(LOSS(model.eval()(x), y).item() for x, y in make_batches(seed=1))
+        lengths = [step.step_length for _, result in pruner.results for step in result.steps]
+        assert len(lengths) >= 3 and all((length is None) == (corrections == 0) for length in lengths)
+    assert losses[1] < losses[0]
+
+
+def test_a_buffer_has_no_batches_to_judge_by():
+    model = make_model()
+    buffer = mfac.GradientBuffer(4, mfac.prunable_parameters(model))
+    with pytest.raises(ValueError, match="corrections: expected 0 with a buffer"):
+        mfac.Pruner(model, buffer=buffer, sparsity=0.5, end=1, corrections=1)
