@@ -118,7 +118,7 @@ def test_new_gradients_and_steps(monkeypatch, corrections, final, expected):
     assert len(calls) == (0 if corrections == 0 else 1 + 2 * min(corrections, 4) + final)
     assert [step.step_length is None for step in result.steps] == [corrections == 0] * len(expected)
     assert [step.predicted_loss_increase is None for step in result.steps] == [False] * 3 + [True] * (len(expected) - 3)
-    assert result.sparsity == pytest.approx(0.5, abs=0.01) and "corrections" in result.seconds or not corrections
+    assert (result.sparsity == pytest.approx(0.5, abs=0.01) and "corrections" in result.seconds) or not corrections
     assert len(str(result).splitlines()) == 4 + 1 + len(expected) + 2
     assert mfac.PruneResult.from_dict(result.to_dict()).steps == result.steps
 
