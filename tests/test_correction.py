@@ -230,3 +230,59 @@ def test_a_buffer_has_no_batches_to_judge_by():
     buffer = mfac.GradientBuffer(4, mfac.prunable_parameters(model))
     with pytest.raises(ValueError, match="corrections: expected 0 with a buffer"):
         mfac.Pruner(model, buffer=buffer, sparsity=0.5, end=1, corrections=1)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "tensor", "dicts"])
+def test_prune_step_with_batches(kind):
+    """The same step, then -η F_SS⁻¹ ḡ_S with the mean of all rows."""
+    batches, plain, model = make_batches(), make_model(), make_model()
+    grads = mfac.collect_gradients(plain, batches[:20], LOSS, 20, progress=False)
+    given = {"buffer": grads, "tensor": grads.tensor}.get(kind)
+    if given is None:
+        params = mfac.prunable_parameters(plain)
+        sizes = [p.numel() for p in params.values()]
+        given = [
+            {name: part.view(p.shape) for (name, p), part in zip(params.items(), row.split(sizes), strict=True)}
+            for row in grads.tensor
+        ]
+    without = mfac.prune_step(plain, given, 0.6, damping=1e-3, block_size=50)
+    result = mfac.prune_step(model, given, 0.6, batches=batches[20:], loss_fn=LOSS, damping=1e-3, block_size=50)
+    assert without.step_length is None and result.step_length > 0 and "correction" in result.seconds
+    assert all(torch.equal(without.masks[name], mask) for name, mask in result.masks.items())
+    kept = torch.cat([mask.flatten() for mask in result.masks.values()])
+    fisher = mfac.Fisher(grads, result.damping, 50, active=kept)
+    direction = fisher.inverse_product(grads.mean()) * kept
+    weights = [torch.cat([m.get_parameter(name).detach().flatten() for name in result.masks]) for m in (plain, model)]
+    assert torch.allclose(weights[0] - result.step_length * direction, weights[1], atol=1e-6)
+    losses = [sum(LOSS(m.eval()(x), y).item() for x, y in batches[20:28]) for m in (plain, model)]
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"grads": None, "criterion": "magnitude"}, ValueError, "batches: expected None without gradients"),
+        ({"batches": 3}, TypeError, "batches: expected an iterable of batches, got int"),
+        ({"loss_fn": 3}, TypeError, "loss_fn: expected"),
+        ({"correction_batches": 0}, ValueError, "correction_batches: expected an int >= 1, got 0"),
+        ({"mode": "test"}, ValueError, "mode: expected"),
+    ],
+)
+def test_prune_step_refuses(unchanged, options, error, message):
+    model = make_model()
+    grads = torch.randn(8, 180)
+    with unchanged(model), pytest.raises(error, match=message):
+        mfac.prune_step(model, **{"grads": grads, "batches": make_batches(), "loss_fn": LOSS, **options})
+
+
+def test_mean_of_the_newest_rows():
+    buffer = mfac.GradientBuffer(3, {"w": torch.zeros(2)})
+    with pytest.raises(ValueError, match="newest: expected an int 1 to 0, got 1"):
+        buffer.mean(1)
+    for value in range(1, 6):
+        buffer.append_gradients([torch.full((2,), float(value))])
+    assert (
+        buffer.mean().tolist() == [4, 4] and buffer.mean(1).tolist() == [5, 5] and buffer.mean(2).tolist() == [4.5] * 2
+    )
+    with pytest.raises(ValueError, match="newest: expected an int 1 to 3, got 4"):
+        buffer.mean(4)

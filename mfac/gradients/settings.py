@@ -31,16 +31,17 @@ class CommonSettings(TypedDict, total=False):
     progress: Annotated[bool, Setting(True, check_flag, "Show progress bars.")]
 
 
-class SourceSettings(TypedDict, total=False):
-    """How gradients are computed and where they are kept."""
+class ForwardSettings(TypedDict, total=False):
+    """How the model is run."""
 
     mode: Annotated[
         str,
         Setting(
             "eval",
             one_of(MODES),
-            '``"eval"``, or ``"train"``: modules are in training mode while gradients are collected (batch statistics, '
-            "the running ones staying as they are), which recurrent layers on cuDNN and detection models need.",
+            '``"eval"``, or ``"train"``: modules are in training mode while gradients are collected and losses '
+            "measured (batch statistics, the running ones staying as they are), which recurrent layers on cuDNN and "
+            "detection models need.",
         ),
     ]
     forward: Annotated[
@@ -52,6 +53,11 @@ class SourceSettings(TypedDict, total=False):
             "targets) for ``loss_fn`` or, without one, the loss or an output that has a ``.loss``.",
         ),
     ]
+
+
+class SourceSettings(ForwardSettings, total=False):
+    """How gradients are computed and where they are kept."""
+
     dtype: Annotated[
         torch.dtype | str,
         Setting(torch.float32, check_dtype, "Type of the gradients, torch.float32 or torch.bfloat16."),

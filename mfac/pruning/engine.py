@@ -361,9 +361,9 @@ class Engine:
 
     def correct(
         self,
-        grads: GradientBuffer,
-        newest: int,
+        grads: Gradients,
         measure: Callable[[], float],
+        newest: int | None = None,
         step_length: float | None = None,
         progress: bool = False,
     ) -> Correction:
@@ -371,8 +371,8 @@ class Engine:
 
         Args:
             grads: The gradients of that step.
-            newest: ḡ is the mean of so many newest ones.
             measure: Returns the loss that judges a step length.
+            newest: ḡ is the mean of so many newest rows of a buffer; None: of all rows.
             step_length: The first η that is tried; None: one that moves the weights by a hundredth of their length.
             progress: Show a progress bar.
 
@@ -383,7 +383,8 @@ class Engine:
             params, result = self.params, self.result
             kept = flatten_masks(self.masks, params)
             fisher = self.fisher(grads).replace(active=kept, damping=result.damping, block_size=result.block_size)
-            direction = fisher.inverse_product(grads.mean(newest).to(self.device)).masked_fill_(~kept, 0)
+            mean = fisher.grads.float().mean(0) if newest is None else grads.mean(newest)
+            direction = fisher.inverse_product(mean.to(self.device)).masked_fill_(~kept, 0)
             length = float(direction.norm())
             if not 0 < length < math.inf:
                 return Correction(0.0, math.nan, math.nan, 0)

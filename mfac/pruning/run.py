@@ -103,9 +103,10 @@ class _Run:
         """Return the step length."""
         with timed(self.seconds, "corrections"):
             measure = self.grads.hold(self.engine.model, self.engine.settings["correction_batches"])
-            done = self.engine.correct(buffer, newest, measure, self._step_length, self.progress)
+            done = self.engine.correct(buffer, measure, newest, self._step_length, self.progress)
         self._step_length = done.step_length or self._step_length
         self.steps[-1].loss_after = done.loss_after
+        self.engine.result.step_length = done.step_length
         return done.step_length
 
     def step(self, end: Sparsities, sparsities: Sparsities) -> None:

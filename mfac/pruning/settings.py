@@ -8,7 +8,7 @@ from torch import Tensor
 from mfac.checks import check_choice, check_int, check_sparsity
 from mfac.fisher import DEFAULT_BLOCK_SIZE, DEFAULT_DAMPING, PRECISIONS, check_block_size, check_damping
 from mfac.gradients.buffer import GradientBuffer
-from mfac.gradients.settings import CommonSettings, SourceSettings
+from mfac.gradients.settings import CommonSettings, ForwardSettings, SourceSettings
 from mfac.ops.backend import BACKENDS
 from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.patterns import parse_pattern
@@ -190,7 +190,15 @@ class GradientSettings(TypedDict, total=False):
     ]
 
 
-class CorrectionSettings(TypedDict, total=False):
+class JudgeSettings(TypedDict, total=False):
+    """What judges a natural-gradient correction."""
+
+    correction_batches: Annotated[
+        int, Setting(8, count_from(), "Batches, new ones each time, whose mean loss judges a correction.")
+    ]
+
+
+class CorrectionSettings(JudgeSettings, total=False):
     """The linear term of the quadratic model: natural-gradient corrections of the kept weights."""
 
     corrections: Annotated[
@@ -213,9 +221,10 @@ class CorrectionSettings(TypedDict, total=False):
             "As many more at the end, under the final masks, each with new gradients, as many as a part has.",
         ),
     ]
-    correction_batches: Annotated[
-        int, Setting(16, count_from(), "Batches, new ones each time, whose mean loss judges a correction.")
-    ]
+
+
+class PruneStepSettings(StepSettings, JudgeSettings, ForwardSettings, total=False):
+    """The settings of :func:`mfac.prune_step`."""
 
 
 class PruneSettings(StepSettings, GradientSettings, CorrectionSettings, SourceSettings, total=False):

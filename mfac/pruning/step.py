@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from mfac.gradients.buffer import GradientBuffer
+from mfac.gradients.source import GradientSource
 from mfac.pruning.engine import Engine
+from mfac.pruning.quadratic import timed
 from mfac.pruning.result import PruneResult
-from mfac.pruning.settings import StepSettings
+from mfac.pruning.settings import PruneStepSettings
 from mfac.settings import accepts
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@accepts(StepSettings)
+@accepts(PruneStepSettings)
 def prune_step(
     model: nn.Module,
     grads: GradientBuffer | Tensor | Sequence[Mapping[str, Tensor]] | None = None,
     sparsity: float | Mapping[str, float] = 0.5,
-    **settings: Unpack[StepSettings],
+    batches: Iterable[Any] | None = None,
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    **settings: Unpack[PruneStepSettings],
 ) -> PruneResult:
     """Prune the model's weights in place to the given sparsity, by Optimal Brain Surgeon with an empirical Fisher.
 
@@ -40,7 +44,11 @@ def prune_step(
         sparsity: Sparsity in [0, 1]; or a dict of sparsities by name or ``"re:<regex>"``, parameters that no key
             matches staying dense (the update may move them: leave them out of ``params`` if it must not). Weights that
             no gradient of a buffer reaches stay dense and do not count.
-        settings: The fields of :class:`StepSettings`.
+        batches: Batches as for :func:`collect_gradients`, other ones than gave the gradients: a natural-gradient
+            correction follows then (see ``corrections`` of :func:`prune`), with the mean of all rows of ``grads``, and
+            these judge it. None: no correction.
+        loss_fn: Loss of (outputs, targets) for ``batches``; None for models whose output has a ``.loss``.
+        settings: The fields of :class:`PruneStepSettings`.
 
     Returns:
         Masks, sparsity reached, counts, settings, predicted loss increase and timings.
@@ -64,8 +72,18 @@ def prune_step(
     engine = Engine(model, sparsity, settings, names)
     engine.check_reached()
     engine.warn_of_zeros()
+    judges = None
+    if batches is not None:
+        if grads is None:
+            raise ValueError("batches: expected None without gradients, which a correction needs, got batches")
+        judges = GradientSource(batches, loss_fn, num_grads=1, mode=settings["mode"], forward=settings["forward"])
     try:
-        return engine.step(grads, engine.sparsities, settings["progress"])
+        result = engine.step(grads, engine.sparsities, settings["progress"])
+        if judges is not None:
+            with timed(result.seconds, "correction"):
+                measure = judges.hold(model, settings["correction_batches"])
+                result.step_length = engine.correct(grads, measure, progress=settings["progress"]).step_length
+        return result
     except BaseException as error:
         engine.leave_result(error)
         raise
