@@ -88,7 +88,7 @@ class PruneResult:
         damping: λ that was used (last); None without gradients.
         block_size: B that was used (last); None without gradients.
         substeps: S that was used (last).
-        step_length: η of the natural-gradient correction (the last), 0 if none lowered the loss; None if there was none.
+        step_length: η of the (last) natural-gradient correction, 0 if none lowered the loss; None if there was none.
         candidates: Settings that ``"auto"`` tried, with their scores.
         steps: One for each recomputation; empty after ``prune_step``.
         seconds: Wall time by stage.
