@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,8 +60,24 @@ def load_model(checkpoint: Path) -> ResNet20:
     return model.to(memory_format=torch.channels_last).eval()
 
 
-def load_images(folder: Path) -> tuple[Tensor, Tensor]:
-    """Return images [n, 3, height, width] uint8 and targets [n] of a tree <folder>/<class>/<file>."""
+def load_images(data: Path, train: bool) -> tuple[Tensor, Tensor]:
+    """Return images [n, 3, height, width] uint8 and targets [n] of one half of a dataset.
+
+    Args:
+        data: A tree train/<class>/<file>, val/<class>/<file>; or CIFAR-10's python version as it is distributed and as
+            torchvision unpacks it: ``cifar-10-batches-py`` or the folder that holds it.
+        train: The training images, or those for validation (test).
+    """
+    batches = data if data.name == "cifar-10-batches-py" else data / "cifar-10-batches-py"
+    if batches.is_dir():
+        images, targets = [], []
+        for name in [f"data_batch_{i}" for i in range(1, 6)] if train else ["test_batch"]:
+            with (batches / name).open("rb") as file:
+                content = pickle.load(file, encoding="bytes")
+            images.append(torch.from_numpy(content[b"data"]).view(-1, 3, 32, 32))
+            targets += content[b"labels"]
+        return torch.cat(images), torch.tensor(targets)
+    folder = data / ("train" if train else "val")
     images, targets = [], []
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
     for target, path in enumerate(classes):
@@ -75,13 +92,33 @@ def normalize(images: Tensor) -> Tensor:
     return images.float().div_(127.5).sub_(1).contiguous(memory_format=torch.channels_last)
 
 
-def endless_batches(images: Tensor, targets: Tensor, seed: int, size: int = 32) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches in an order of the seed, epoch after epoch; no augmentation."""
+def endless_batches(
+    images: Tensor, targets: Tensor, seed: int, size: int = 32, augment: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches in an order of the seed, epoch after epoch.
+
+    Args:
+        images: [n, 3, height, width] uint8.
+        targets: [n].
+        seed: Of the order, and of the augmentation.
+        size: Of a batch.
+        augment: Shift by up to 4 pixels and mirror half of the images, as in training (He et al. 2015, section 4.2).
+    """
     generator = torch.Generator().manual_seed(seed)
+    height, width = images.shape[2:]
     while True:
         order = torch.randperm(len(images), generator=generator)
         for batch in order[: len(order) // size * size].split(size):
-            yield normalize(images[batch]), targets[batch]
+            chosen = images[batch]
+            if augment:
+                padded = F.pad(chosen, (4, 4, 4, 4))
+                corners = torch.randint(0, 9, (size, 2), generator=generator).tolist()
+                chosen = torch.stack(
+                    [x[:, i : i + height, j : j + width] for x, (i, j) in zip(padded, corners, strict=True)]
+                )
+                mirrored = torch.rand(size, generator=generator) < 0.5
+                chosen[mirrored] = chosen[mirrored].flip(3)
+            yield normalize(chosen), targets[batch]
 
 
 @torch.inference_mode()
