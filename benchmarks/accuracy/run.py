@@ -261,9 +261,9 @@ def main() -> None:
         f"    python benchmarks/accuracy/run.py --data {options.data.name} --checkpoint {options.checkpoint.name}",
         "",
         f"top-1 in per cent on {len(bench.validation[1]):,} test images (dense: {dense:.2f}), mean ± standard "
-        f"deviation of the seeds (without ±: one seed; empty: not run). {M} gradients of 32 training images, shifted and "
-        "mirrored as in training; seconds: wall time of pruning and measuring, beside other work; single steps share "
-        "their gradients, which are not counted.",
+        f"deviation of the seeds (without ±: one seed; empty: not run). {M} gradients of 32 training images, shifted "
+        "and mirrored as in training; seconds: wall time of pruning and measuring, beside other work; single steps "
+        "share their gradients, which are not counted.",
         "",
         table(rows, "top1"),
         "",
