@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import mfac
-from mfac.pruning.correction import correct, search_step_length
+from mfac.pruning.correction import MOMENTUM, Correction, correct, search_step_length
 
 LOSS = nn.functional.cross_entropy
 FAST = {"num_grads": 8, "refresh": 4, "recomputations": 3, "progress": False, "damping": 1e-3, "block_size": 50}
@@ -92,6 +92,28 @@ def test_the_direction_is_the_natural_gradient_of_the_kept_weights(monkeypatch, 
     assert done.step_length > 0 and done.loss_after < done.loss_before
     moved = seen["before"] - done.step_length * seen["direction"]
     assert torch.allclose(weights, moved, atol=1e-7) and not weights[~kept].any()
+
+
+def test_momentum(monkeypatch):
+    """A direction goes on in the next one where that is kept, but not after a correction that found no step."""
+    product, raw, directions, lengths = mfac.Fisher.inverse_product, [], [], iter([0.1, 0.1, 0.0, 0.1, 0.1])
+
+    def inverse_product(self, x):
+        raw.append(product(self, x))
+        return raw[-1].clone()
+
+    def made(params, direction, *args):
+        directions.append(direction.clone())
+        return Correction(next(lengths), 1.0, 0.5, 3)
+
+    monkeypatch.setattr(mfac.Fisher, "inverse_product", inverse_product)
+    monkeypatch.setattr("mfac.pruning.engine.correct", made)
+    result = mfac.prune(make_model(), make_batches(), LOSS, 0.8, corrections=1, final_corrections=2, **FAST)
+    kept = [direction != 0 for direction in directions]
+    assert kept[0].sum() > kept[2].sum() == sum(int(mask.sum()) for mask in result.masks.values())
+    for i, before in enumerate([0, 1, 1, 0, 1]):  # the third finds no step
+        expected = raw[i] + (MOMENTUM * directions[i - 1] if before else 0)
+        assert torch.allclose(directions[i], expected * kept[i], rtol=1e-5, atol=1e-8)
 
 
 def test_they_lower_the_loss():

@@ -11,9 +11,24 @@ from tqdm.auto import tqdm
 
 from mfac.interrupts import write_whole
 
+MOMENTUM = 0.5  # share of the last direction in the next
 FIRST_LENGTH = 0.01  # of the weights' own length: the first step that is tried
 _FACTOR = 3.0  # between two lengths that are tried
 _MAX_UP, _MAX_DOWN = 9, 5  # trials
+
+
+@dataclass
+class Descent:
+    """What a correction leaves to the next one.
+
+    Attributes:
+        direction: [d] float32, the last direction, which goes on by ``MOMENTUM``; None at the start, and after a
+            correction that no step length made better.
+        step_length: The last η > 0, the first that is tried; None at the start.
+    """
+
+    direction: Tensor | None = None
+    step_length: float | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from mfac.model.names import NameTable, named_parameters, shorten
 from mfac.model.targets import prunable_parameters
 from mfac.ops.backend import backend_name, select_backend
 from mfac.pruning.auto import Candidate, choose_settings
-from mfac.pruning.correction import FIRST_LENGTH, Correction, correct
+from mfac.pruning.correction import FIRST_LENGTH, MOMENTUM, Correction, Descent, correct
 from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.gradients import Gradients, check_grads
 from mfac.pruning.masks import check_masks, complete_masks, count_kept, flatten_masks, sparsity_of
@@ -364,7 +364,7 @@ class Engine:
         grads: Gradients,
         measure: Callable[[], float],
         newest: int | None = None,
-        step_length: float | None = None,
+        descent: Descent | None = None,
         progress: bool = False,
     ) -> Correction:
         """Move the kept weights S by -η F_SS⁻¹ ḡ_S, the linear term that the last step's model left out.
@@ -373,7 +373,7 @@ class Engine:
             grads: The gradients of that step.
             measure: Returns the loss that judges a step length.
             newest: ḡ is the mean of so many newest rows of a buffer; None: of all rows.
-            step_length: The first η that is tried; None: one that moves the weights by a hundredth of their length.
+            descent: From the corrections before; written.
             progress: Show a progress bar.
 
         Returns:
@@ -385,12 +385,18 @@ class Engine:
             fisher = self.fisher(grads).replace(active=kept, damping=result.damping, block_size=result.block_size)
             mean = fisher.grads.float().mean(0) if newest is None else grads.mean(newest)
             direction = fisher.inverse_product(mean.to(self.device)).masked_fill_(~kept, 0)
-            length = float(direction.norm())
+            descent = descent or Descent()
+            if descent.direction is not None:
+                direction.add_(descent.direction.masked_fill_(~kept, 0), alpha=MOMENTUM)
+            length, start = float(direction.norm()), descent.step_length
             if not 0 < length < math.inf:
                 return Correction(0.0, math.nan, math.nan, 0)
-            if step_length is None:
-                step_length = FIRST_LENGTH * math.hypot(*(float(p.norm()) for p in params.values())) / length
-            return correct(params, direction, measure, step_length, progress)
+            if start is None:  # moves the weights by some share of their length
+                start = FIRST_LENGTH * math.hypot(*(float(p.norm()) for p in params.values())) / length
+            done = correct(params, direction, measure, start, progress)
+            descent.direction = direction if done.step_length else None
+            descent.step_length = done.step_length or descent.step_length
+            return done
 
     def release(self) -> None:
         """Let the gradients of the last step go."""

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from mfac.gradients.buffer import GradientBuffer
 from mfac.gradients.source import GradientSource
 from mfac.pruning.auto import Candidate
+from mfac.pruning.correction import Descent
 from mfac.pruning.engine import Engine
 from mfac.pruning.quadratic import timed
 from mfac.pruning.result import PruneResult, PruneStep
@@ -83,7 +84,7 @@ class _Run:
         self.candidates: list[Candidate] = []
         self.seconds: dict[str, float] = {"gradients": 0.0}
         self.parts: list[int] = []
-        self._step_length: float | None = None
+        self._descent = Descent()
         if isinstance(grads, GradientSource) and engine.settings["corrections"]:
             count = min(engine.settings["corrections"], grads.refresh)
             self.parts = [grads.refresh * (i + 1) // count - grads.refresh * i // count for i in range(count)]
@@ -103,8 +104,7 @@ class _Run:
         """Return the step length."""
         with timed(self.seconds, "corrections"):
             measure = self.grads.hold(self.engine.model, self.engine.settings["correction_batches"])
-            done = self.engine.correct(buffer, measure, newest, self._step_length, self.progress)
-        self._step_length = done.step_length or self._step_length
+            done = self.engine.correct(buffer, measure, newest, self._descent, self.progress)
         self.steps[-1].loss_after = done.loss_after
         self.engine.result.step_length = done.step_length
         return done.step_length
