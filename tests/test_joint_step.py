@@ -17,7 +17,7 @@ def room(m, d, block_size, elements=None):
     width = min(block_size, d)
     order = min(5 * m // 4, width)
     elements = order * (order + 1) // 2 if elements is None else elements
-    gram = torch.full((-(-d // width), 1 + elements), torch.nan, dtype=torch.float64)
+    gram = torch.full((-(-d // width), 2 + elements), torch.nan, dtype=torch.float64)
     gram[:, 0] = 0
     return gram, torch.zeros(d, dtype=torch.bool)
 
@@ -168,7 +168,7 @@ def test_fisher(backend):
     fisher = mfac.Fisher(grads, 1e-2, 25, active=active, backend=backend)
     weights = torch.randn(60)
     expected = weights.clone()
-    loss, diagonal = fisher.joint_step(weights, kept, fisher.step_memory())
+    loss, diagonal = fisher.replace(memory=fisher.step_memory()).joint_step(weights, kept)
     assert loss == fisher.joint_update(expected, kept) and torch.equal(weights, expected)
     torch.testing.assert_close(diagonal, fisher.replace(active=active & kept).inverse_diagonal())
     with pytest.raises(TypeError, match=r"kept: expected torch\.bool, got torch\.float32"):
@@ -177,7 +177,7 @@ def test_fisher(backend):
 
 def test_memory_is_bounded(monkeypatch):
     fisher = mfac.Fisher(torch.randn(30, 100), 1e-2, 40)
-    assert fisher.step_memory().gram.shape == (3, 1 + 37 * 38 // 2)  # 37 = 30 / (1 - kCancellation)
+    assert fisher.step_memory().gram.shape == (3, 2 + 37 * 38 // 2)  # 37 = 30 / (1 - kCancellation)
     monkeypatch.setattr(memory, "MAX_BYTES", 2000)
     assert 1500 < fisher.step_memory().gram.nbytes <= 2000
     monkeypatch.setattr(memory, "MAX_BYTES", 20)
@@ -190,7 +190,7 @@ def test_prune_step(monkeypatch, substeps):
     """The masks are those of one op after the other, and the weights but for rounding."""
     grads, results = oracle.gradients(64, 1000), []
 
-    def separately(self, weights, kept, memory=None):
+    def separately(self, weights, kept):
         return self.joint_update(weights, kept), self.replace(active=kept).inverse_diagonal()
 
     for patched in (False, True):

@@ -10,8 +10,10 @@
 //   Fisher side        [F⁻¹]_ij = m (L⁻¹ e_i)·(L⁻¹ e_j)
 //
 // which is never stored: 2 m² flops per weight as for the diagonal, some 10 % more for the Gram matrix, and s³/6 for each
-// subset of s weights. Weights not in use (pruned before) have a column of λ I: they are zero, and so is what they cost.
-#include "kernels.h"
+// subset of s weights. Weights not in use (pruned before) have a column of λ I: they are zero, and so is what they cost. Where the
+// last update has left A (held_gram.h), it is not made again.
+#include "diagonal.h"
+#include "held_gram.h"
 
 namespace mfac::cpu {
 
@@ -155,8 +157,9 @@ bool score_parts(const Block<G>& block, const Triangle<T>& l, const std::vector<
 }  // namespace
 
 template <typename G>
-void group_saliency(const Gradients<G>& grads, const bool* active, const float* weights, const Groups& groups,
-                    float* out) {
+void group_saliency(const Gradients<G>& given, const bool* active, const float* weights, const Groups& groups,
+                    const Held& held, float* out) {
+  const Gradients<G> grads = wider_fisher(given), rows = capacitance_only(grads);
   // Members by block, in the order of the groups, and their parts: slot p of `values` is for part p.
   const int64_t blocks = grads.blocks(), total = groups.count * groups.size;
   std::vector<int64_t> first_member(blocks + 1, 0), first_part(blocks + 1, 0), order;
@@ -210,7 +213,15 @@ void group_saliency(const Gradients<G>& grads, const bool* active, const float* 
     strips.push_back(static_cast<int64_t>(parts.size()));
     std::vector<char> done(count, 0);
     Buffer<double> factor(n * n);
-    const Precision precision = factor_block(block, factor);
+    HeldGram gram(held, grads, index);
+    Precision precision;
+    std::vector<int32_t> where;
+    const bool found = gram.find(whole, where);
+    const Block<G> rest(rows, index, found ? gram.others(where) : std::vector<int32_t>());
+    if (!found || !factor_held(whole, where, rest, gram, factor, precision))
+      precision = factor_block(block, factor, [&](const double* a, Products products, double rounding) {
+        gram.store(whole, a, products, rounding);
+      });
     const double least_pivot = precision.terms > 0 ? kGroupTerms : kGroupCancellation;
     const auto score = [&](const auto& l, int64_t s) {
       return score_parts(block, l, members, &parts[strips[s]], parts.data() + strips[s + 1], weights, groups,
@@ -236,7 +247,9 @@ void group_saliency(const Gradients<G>& grads, const bool* active, const float* 
       out[part_group[p] * groups.subsets + k] += values[p * groups.subsets + k];
 }
 
-template void group_saliency<float>(const Gradients<float>&, const bool*, const float*, const Groups&, float*);
-template void group_saliency<BFloat16>(const Gradients<BFloat16>&, const bool*, const float*, const Groups&, float*);
+template void group_saliency<float>(const Gradients<float>&, const bool*, const float*, const Groups&, const Held&,
+                                    float*);
+template void group_saliency<BFloat16>(const Gradients<BFloat16>&, const bool*, const float*, const Groups&,
+                                       const Held&, float*);
 
 }  // namespace mfac::cpu
