@@ -8,6 +8,7 @@
 // A = L Lᵀ is float64 whatever the gradients are.
 #pragma once
 
+#include <cstdio>
 #include <limits>
 #include <stdexcept>
 
@@ -117,6 +118,9 @@ double rounding_of(const Block<G>& block, double trace) {
   return trace / std::sqrt(std::min(1.0, static_cast<double>(block.terms()) / kLongSum));
 }
 
+// Thrown for a block; for_each_block says which.
+struct NoFactor {};
+
 // Factor by float64 products. Should rounding make A indefinite all the same (a condition number past 1e15), the ridge is
 // raised to the rounding error of A, the least change that can be told from none. Calls made(A, Products::exact, rounding_of A)
 // before A becomes L; not for a raised ridge. Returns the trace of A.
@@ -129,7 +133,7 @@ double factor_double(const Block<G>& block, double* l, const F& made = {}) {
     if (cholesky(l, block.order(), block.order()) > 0) return trace;
     raise = std::max(raise * 10, std::numeric_limits<double>::epsilon() * trace);
   }
-  throw std::runtime_error("mfac: the gradients of a block have no Cholesky factor; expected finite numbers");
+  throw NoFactor();
 }
 
 // Whether bfloat16 products of the gradients, with this trace of A, are normal numbers.
@@ -313,10 +317,23 @@ void apply_inverse(const Block<G>& block, const double* l, int64_t ldl, const do
 template <typename G, typename F>
 void for_each_block(const Gradients<G>& grads, const F& f) {
   const int64_t count = grads.blocks();
+  const auto checked = [&](int64_t index) {
+    try {
+      f(index);
+    } catch (const NoFactor&) {
+      char text[200];
+      std::snprintf(
+          text, sizeof text,
+          "grads: expected rows whose block %lld (m=%lld gradients, damping %g) has a Cholesky factor, got NaN or "
+          "infinity in it",
+          static_cast<long long>(index), static_cast<long long>(grads.m), grads.damping);
+      throw std::runtime_error(text);
+    }
+  };
   if (count >= 4 * num_threads())
-    parallel_for(count, grads.m * grads.block_size * std::min(grads.m, grads.block_size), f);
+    parallel_for(count, grads.m * grads.block_size * std::min(grads.m, grads.block_size), checked);
   else
-    for (int64_t b = 0; b < count; ++b) f(b);
+    for (int64_t b = 0; b < count; ++b) checked(b);
 }
 
 }  // namespace mfac::cpu
