@@ -263,7 +263,7 @@ class Fisher:
         return float(loss) + 0.5 * self.damping * float(alone.double().square().sum()), inverse
 
     def step_memory(self) -> StepMemory | None:
-        """Return room, at most 1 GiB, for the small matrices that one step leaves for the next (:meth:`replace`); or None."""
+        """Return room, at most 1 GiB, for the matrices that one step leaves for the next (:meth:`replace`); or None."""
         on_cpu = self.backend == "compiled" and self.device.type == "cpu"
         return allocate(self.grads, self.block_size) if on_cpu else None
 

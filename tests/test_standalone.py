@@ -97,7 +97,8 @@ def test_every_op(kernels, shape, dtype, kind):
         groups.view(-1)[:d] = torch.randperm(d)
         cost, sizes = torch.empty(len(groups), 2), [c_int64(n) for n in (*groups.shape, *subsets.shape)]
         kernels.call(
-            "group_saliency", *arguments, mask, weights, groups, *sizes[:2], subsets, *sizes[2:], None, c_int64(0), None, cost,
+            "group_saliency", *arguments, mask, weights, groups, *sizes[:2], subsets, *sizes[2:],
+            None, c_int64(0), None, cost,
         )  # fmt: skip
         exact = reference.group_saliency(grads, weights, groups, subsets, damping, block_size, mask)
         assert float((cost - exact).abs().max()) <= TOLERANCE["group"] * float(exact.max())

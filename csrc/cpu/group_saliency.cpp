@@ -202,9 +202,21 @@ void group_saliency(const Gradients<G>& given, const bool* active, const float* 
     }
     parts.back().end = static_cast<int64_t>(members.size());
 
+    Buffer<double> factor(n * n);
+    HeldGram gram(held, grads, index);
+    Precision precision;
+    std::vector<int32_t> where;
+    bool found = gram.find(whole, where);
+    if (found) found = factor_held(whole, where, Block<G>(rows, index, gram.others(where)), gram, factor, precision);
+
+    const bool read = whole.capacitance() || !found;  // whether the columns are needed
     const SideBySide<G> packed(whole);
-    if (packed.copied()) parallel_for(grads.m, whole.size(), [&](int64_t r) { packed.copy_row(r); });
-    const Block<G>& block = packed.block();
+    if (read && packed.copied()) parallel_for(grads.m, whole.size(), [&](int64_t r) { packed.copy_row(r); });
+    const Block<G>& block = read ? packed.block() : whole;
+    if (!found)
+      precision = factor_block(block, factor, [&](const double* a, Products products, double rounding) {
+        gram.store(whole, a, products, rounding);
+      });
     // Strips of as many parts as one panel of float32 holds, or of one part.
     std::vector<int64_t> strips{0};
     for (int64_t p = 1; p < static_cast<int64_t>(parts.size()); ++p)
@@ -212,16 +224,6 @@ void group_saliency(const Gradients<G>& given, const bool* active, const float* 
     const int64_t count = static_cast<int64_t>(strips.size());
     strips.push_back(static_cast<int64_t>(parts.size()));
     std::vector<char> done(count, 0);
-    Buffer<double> factor(n * n);
-    HeldGram gram(held, grads, index);
-    Precision precision;
-    std::vector<int32_t> where;
-    const bool found = gram.find(whole, where);
-    const Block<G> rest(rows, index, found ? gram.others(where) : std::vector<int32_t>());
-    if (!found || !factor_held(whole, where, rest, gram, factor, precision))
-      precision = factor_block(block, factor, [&](const double* a, Products products, double rounding) {
-        gram.store(whole, a, products, rounding);
-      });
     const double least_pivot = precision.terms > 0 ? kGroupTerms : kGroupCancellation;
     const auto score = [&](const auto& l, int64_t s) {
       return score_parts(block, l, members, &parts[strips[s]], parts.data() + strips[s + 1], weights, groups,

@@ -39,7 +39,7 @@ bool update_held(const Block<G>& survivors, HeldGram& gram, double* x, double& l
   for (int64_t i = 0; i < held; ++i) all -= (step[i] = x[gram.columns()[i]]) != 0;
   if (all != 0) return false;  // a weight that A does not hold
   Precision precision;
-  if (!factor_held(survivors, where, survivors, gram, l, precision)) return false;
+  if (!factor_held(survivors, where, /*removed=*/survivors, gram, l, precision)) return false;
   gram.multiply(step, product);
   for (int64_t i = 0; i < n; ++i) solved[i] = product[where[i]];
   cholesky_solve(l, n, n, solved);

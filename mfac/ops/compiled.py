@@ -203,7 +203,9 @@ def group_saliency(
     Returns:
         [n, k] float32.
     """
-    return torch.ops.mfac.group_saliency(grads, weights, groups, subsets, damping, block_size, active, precision, gram, held)
+    return torch.ops.mfac.group_saliency(
+        grads, weights, groups, subsets, damping, block_size, active, precision, gram, held
+    )
 
 
 @_fake
