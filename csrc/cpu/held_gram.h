@@ -73,24 +73,25 @@ class HeldGram {
     return trace;
   }
 
-  // Capacitance side: lower triangle of a[m, m] = A - G Gᵀ of the columns `removed`, a block on that side. Returns its trace, and
-  // adds to the rounding errors.
+  // Capacitance side: takes G Gᵀ of the columns `removed`, a block on that side, off A, of which those of `block` are left. Lower
+  // triangle of a[m, m] = A. Returns its trace.
   template <typename G>
-  double subtract(const Block<G>& removed, double* a, double& rounding) const {
-    const int64_t m = removed.grads.m;
-    double trace = 0;
+  double subtract(const Block<G>& block, const Block<G>& removed, double* a) {
+    const int64_t m = block.grads.m;
     if (removed.size() == 0) {
       std::fill_n(a, m * m, 0.0);
     } else {
       const double gone = products() == Products::exact   ? gram_block<double>(removed, 0, a)
                           : products() == Products::terms ? gram_block<float>(removed, 0, a, product_terms(removed))
                                                           : gram_block<float>(removed, 0, a);
-      rounding += rounding_of(removed, gone);
+      values_[1] += rounding_of(removed, gone);
+      hold(block);
     }
+    double trace = 0;
     for (int64_t i = 0; i < m; ++i) {
-      const double* source = row(i);
-      for (int64_t j = 0; j <= i; ++j) a[i * m + j] = source[j] - a[i * m + j];
-      trace += a[i * m + i];
+      double *own = row(i), *out = a + i * m;
+      for (int64_t j = 0; j <= i; ++j) out[j] = own[j] -= out[j];
+      trace += out[i];
     }
     return trace;
   }
@@ -134,12 +135,12 @@ class HeldGram {
   void store(const Block<G>& block, const double* a, Products products, double rounding) {
     const int64_t n = block.order();
     if (!values_) return;
-    std::fill_n(held_, width_, false);
     values_[0] = static_cast<double>(Products::none);
+    std::fill_n(held_, width_, false);
     if (!fits(n)) return;
     double* out = values_ + kHeader;
     for (int64_t i = 0; i < n; ++i) out = std::copy_n(a + i * n, i + 1, out);
-    for (int64_t c = 0; c < block.size(); ++c) held_[block.column(c)] = true;
+    hold(block);
     values_[0] = static_cast<double>(products);
     values_[1] = rounding;
   }
@@ -147,7 +148,12 @@ class HeldGram {
  private:
   static constexpr int64_t kHeader = 2;
   bool fits(int64_t n) const { return n * (n + 1) / 2 <= capacity_; }
-  const double* row(int64_t i) const { return values_ + kHeader + i * (i + 1) / 2; }
+  double* row(int64_t i) const { return values_ + kHeader + i * (i + 1) / 2; }
+  template <typename G>
+  void hold(const Block<G>& block) {
+    std::fill_n(held_, width_, false);
+    for (int64_t c = 0; c < block.size(); ++c) held_[block.column(c)] = true;
+  }
 
   double* values_ = nullptr;
   int64_t capacity_ = 0;
@@ -172,11 +178,10 @@ bool factor_held(const Block<G>& block, const std::vector<int32_t>& where, const
                  double* l, Precision& precision) {
   const Products products = gram.products();
   if (products == Products::terms && product_terms(block) == 0) return false;
-  double rounding = gram.rounding(), smallest = 0;
-  const double trace = block.capacitance() ? gram.subtract(removed, l, rounding) : gram.extract(where, l);
-  if (!block.capacitance()) rounding = rounding_of(block, trace);
+  double smallest = 0;
+  const double trace = block.capacitance() ? gram.subtract(block, removed, l) : gram.extract(where, l);
+  const double rounding = block.capacitance() ? gram.rounding() : rounding_of(block, trace);
   if (products == Products::terms && !above_denormal(block, trace)) return false;
-  if (block.capacitance() && removed.size() > 0) gram.store(block, l, products, rounding);
   if (!factor_products(block, products, rounding, l, smallest)) return false;
   precision = precision_of(block, products, smallest, trace);
   return true;

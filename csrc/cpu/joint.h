@@ -68,7 +68,7 @@ void update_from_gradients(const Block<G>& whole, int64_t index, HeldGram& gram,
   const SideBySide<G> packed(whole), packed_rest(rest);
   Buffer<double> r(m);
   parallel_for(m, width, [&](int64_t i) {
-    if (!whole.last()) prefetch(whole.row(i) + width, width);
+    if (i + 3 < m) prefetch(whole.row(i + 3), width);
     r[i] = removed != 0 ? dot(whole.row(i), static_cast<const double*>(x), width) : 0;
     if (packed.copied()) packed.copy_row(i);
     if (packed_rest.copied()) packed_rest.copy_row(i);
