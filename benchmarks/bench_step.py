@@ -66,7 +66,7 @@ def test_prune_step(measure, step, size, update):
     restore()
 
 
-def two_ops(self, weights, kept, memory=None):
+def two_ops(self, weights, kept):
     """Fisher.joint_step as an op after the other."""
     return self.joint_update(weights, kept), self.replace(active=kept).inverse_diagonal()
 

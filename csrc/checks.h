@@ -40,6 +40,22 @@ inline void check_precision(c10::string_view precision) {
                     "precision: expected 'highest', 'high' or 'medium', got '", precision, "'");
 }
 
+// What is kept from one call to the next.
+inline void check_memory(const at::Tensor& grads, int64_t block_size, const std::optional<at::Tensor>& gram,
+                         const std::optional<at::Tensor>& held) {
+  TORCH_CHECK_VALUE(gram.has_value() == held.has_value(), "gram, held: expected both or none, got one");
+  if (!gram) return;
+  const int64_t width = std::min(block_size, std::max<int64_t>(grads.size(1), 1));
+  const int64_t blocks = (grads.size(1) + width - 1) / width;
+  check_vector(*held, "held", at::kBool, grads);
+  TORCH_CHECK_VALUE(gram->dim() == 2 && gram->size(0) == blocks && gram->size(1) >= 2, "gram: expected shape [", blocks,
+                    ", n] with n >= 2, got ", gram->sizes());
+  TORCH_CHECK_TYPE(gram->scalar_type() == at::kDouble, "gram: expected float64, got ", gram->scalar_type());
+  TORCH_CHECK_VALUE(gram->device() == grads.device(), "gram: expected on ", grads.device(), " like grads, got ",
+                    gram->device());
+  TORCH_CHECK_VALUE(gram->is_contiguous() && held->is_contiguous(), "gram, held: expected contiguous tensors");
+}
+
 // All arguments of joint_step.
 inline void check_joint_step(const at::Tensor& grads, const at::Tensor& weights, const at::Tensor& kept, double damping,
                              int64_t block_size, c10::string_view precision, const std::optional<at::Tensor>& gram,
@@ -48,17 +64,7 @@ inline void check_joint_step(const at::Tensor& grads, const at::Tensor& weights,
   check_precision(precision);
   check_vector(weights, "weights", at::kFloat, grads);
   check_vector(kept, "kept", at::kBool, grads);
-  TORCH_CHECK_VALUE(gram.has_value() == held.has_value(), "gram, held: expected both or none, got one");
-  if (!gram) return;
-  const int64_t width = std::min(block_size, std::max<int64_t>(grads.size(1), 1));
-  const int64_t blocks = (grads.size(1) + width - 1) / width;
-  check_vector(*held, "held", at::kBool, grads);
-  TORCH_CHECK_VALUE(gram->dim() == 2 && gram->size(0) == blocks && gram->size(1) >= 1, "gram: expected shape [", blocks,
-                    ", n] with n >= 1, got ", gram->sizes());
-  TORCH_CHECK_TYPE(gram->scalar_type() == at::kDouble, "gram: expected float64, got ", gram->scalar_type());
-  TORCH_CHECK_VALUE(gram->device() == grads.device(), "gram: expected on ", grads.device(), " like grads, got ",
-                    gram->device());
-  TORCH_CHECK_VALUE(gram->is_contiguous() && held->is_contiguous(), "gram, held: expected contiguous tensors");
+  check_memory(grads, block_size, gram, held);
 }
 
 // The vectors and the factor of inverse_product.

@@ -29,9 +29,9 @@ TORCH_LIBRARY(mfac, m) {
       "joint_update(Tensor grads, Tensor(a!) weights, Tensor kept, float damping, int block_size, str "
       "precision='highest') -> Tensor");
   // joint_update, and, if asked for, [d] float32: diagonal of F⁻¹ with kept as the columns in use, 1/λ elsewhere; else [0].
-  // gram [ceil(d/B), 1 + n] float64 and held [d] bool, if given, are written: what a call leaves there of the small matrices
-  // spares the next one, of the same gradients, damping and blocks, to make them again. At first gram[:, 0] = 0 and held =
-  // False. Layout: cpu/held_gram.h.
+  // gram [ceil(d/B), 2 + n] float64 and held [d] bool, if given, are written: what a call leaves there of the small matrices
+  // spares the next one of joint_step or group_saliency, of the same gradients, damping, blocks and precision, to make them
+  // again. At first gram[:, 0] = 0 and held = False. Layout: cpu/held_gram.h.
   m.def(
       "joint_step(Tensor grads, Tensor(a!) weights, Tensor kept, float damping, int block_size, str "
       "precision='highest', Tensor(b!)? gram=None, Tensor(c!)? held=None, bool diagonal=True) -> (Tensor, Tensor)");
@@ -42,10 +42,10 @@ TORCH_LIBRARY(mfac, m) {
   // ½ xᵀFx for x [d] float32; a float64 scalar.
   m.def("quadratic_form(Tensor grads, Tensor x, float damping, int block_size) -> Tensor");
   // [n, k] float32: ½ w_Qᵀ ([F⁻¹]_QQ)⁻¹ w_Q for the k subsets Q of each of n groups of weights [d] float32. groups [n, P] int64
-  // are positions in [0, d), -1 for none; subsets [k, s] int64 are places in [0, P).
+  // are positions in [0, d), -1 for none; subsets [k, s] int64 are places in [0, P). gram and held as for joint_step.
   m.def(
       "group_saliency(Tensor grads, Tensor weights, Tensor groups, Tensor subsets, float damping, int block_size, "
-      "Tensor? active=None, str precision='highest') -> Tensor");
+      "Tensor? active=None, str precision='highest', Tensor(a!)? gram=None, Tensor(b!)? held=None) -> Tensor");
   // [n] bool, False for the k smallest of scores [n] float32, ties to the lower index; or for the k[i] smallest of each of
   // the segments of sizes[i] scores that follow each other. weights [n] float32, if given the only tensor written: zero where
   // pruned. NaN is an error.

@@ -90,11 +90,13 @@ class Fisher:
         self.backend = backend_name(kernels)
         self.kernels = kernels if grads.device == self.device else PagedOps(kernels, self.device)
 
-    def replace(self, **changes: Tensor | float | int | None) -> Fisher:
+    def replace(self, **changes: Tensor | float | int | StepMemory | None) -> Fisher:
         """Return a Fisher of the same gradients, which are shared and not checked again.
 
         Args:
-            changes: ``active``, ``damping`` or ``block_size``.
+            changes: ``active``, ``damping`` or ``block_size``; or ``memory``, from :meth:`step_memory` of this Fisher:
+                what :meth:`inverse_diagonal`, :meth:`joint_update`, :meth:`joint_step` and :meth:`group_saliency` leave
+                there saves time when they are called again, on this Fisher or one with fewer active columns.
 
         Returns:
             A new object.
@@ -107,7 +109,9 @@ class Fisher:
         other._set(**{"active": self._active, "damping": self.damping, "block_size": self.block_size, **changes})
         return other
 
-    def _set(self, active: Tensor | None, damping: float | str, block_size: int | None) -> None:
+    def _set(
+        self, active: Tensor | None, damping: float | str, block_size: int | None, memory: StepMemory | None = None
+    ) -> None:
         factor, block_size = check_damping("damping", damping), check_block_size("block_size", block_size)
         if isinstance(damping, str):
             if not self.mean_square > 0:
@@ -117,7 +121,7 @@ class Fisher:
             self._check_vector("active", active, torch.bool)
         self.damping = float(damping)
         self.block_size = min(block_size or self.grads.shape[1], self.grads.shape[1])
-        self._active = active
+        self._active, self._memory = active, memory
         self._factor: Tensor | None = None
 
     @property
@@ -134,7 +138,11 @@ class Fisher:
 
     def inverse_diagonal(self) -> Tensor:
         """Return diag(F⁻¹), [d] float32, positive."""
-        return self.kernels.inverse_diagonal(self.grads, self.damping, self.block_size, self._active, self.precision)
+        settings = self.grads, self.damping, self.block_size, self._active, self.precision
+        if self._memory is None:
+            return self.kernels.inverse_diagonal(*settings)
+        every = torch.ones(self.grads.shape[1], dtype=torch.bool, device=self.device)
+        return self.joint_step(every.float(), every)[1]  # prunes nothing, and leaves its matrices to the next step
 
     def inverse_product(self, x: Tensor) -> Tensor:
         """Return F⁻¹ x.
@@ -206,7 +214,7 @@ class Fisher:
                 out[where] = m * (z[left] * z[right]).sum(1) + outside
         return out
 
-    def joint_update(self, weights: Tensor, kept: Tensor, memory: StepMemory | None = None) -> float:
+    def joint_update(self, weights: Tensor, kept: Tensor) -> float:
         """Prune in place all weights that are not kept and move the others to the minimum of ½ δᵀFδ.
 
         A weight that is not active is alone in its part of F: kept, it stays as it is; pruned, it costs ½ λ w².
@@ -214,7 +222,6 @@ class Fisher:
         Args:
             weights: [d] float32, written.
             kept: [d] bool.
-            memory: See :meth:`joint_step`; written.
 
         Returns:
             The predicted loss increase ½ δᵀFδ.
@@ -223,15 +230,14 @@ class Fisher:
             TypeError: If one is not a tensor of its type.
             ValueError: If a shape or device does not match; nothing is written then.
         """
-        return self._joint(weights, kept, memory, False)[0]
+        return self._joint(weights, kept, False)[0]
 
-    def joint_step(self, weights: Tensor, kept: Tensor, memory: StepMemory | None = None) -> tuple[float, Tensor]:
+    def joint_step(self, weights: Tensor, kept: Tensor) -> tuple[float, Tensor]:
         """:meth:`joint_update`, and the inverse diagonal of what is then left, from one factor.
 
         Args:
             weights: [d] float32, written.
             kept: [d] bool.
-            memory: From :meth:`step_memory`: what earlier steps of this F left; written. It saves time.
 
         Returns:
             The predicted loss increase ½ δᵀFδ, and diag(F⁻¹) [d] float32 with the active columns that are kept.
@@ -240,9 +246,9 @@ class Fisher:
             TypeError: If one is not a tensor of its type.
             ValueError: If a shape or device does not match; nothing is written then.
         """
-        return self._joint(weights, kept, memory, True)
+        return self._joint(weights, kept, True)
 
-    def _joint(self, weights: Tensor, kept: Tensor, memory: StepMemory | None, diagonal: bool) -> tuple[float, Tensor]:
+    def _joint(self, weights: Tensor, kept: Tensor, diagonal: bool) -> tuple[float, Tensor]:
         self._check_vector("weights", weights, torch.float32)
         self._check_vector("kept", kept, torch.bool)
         new, alone, keep, active = weights, None, kept, self._active
@@ -250,14 +256,14 @@ class Fisher:
             new, keep = torch.where(active, weights, 0), kept & active
             alone = torch.where(active | kept, 0, weights)  # inactive weights that go
         settings = self.grads, new, keep, self.damping, self.block_size, self.precision
-        loss, inverse = self.kernels.joint_step(*settings, *(memory or (None, None)), diagonal)
+        loss, inverse = self.kernels.joint_step(*settings, *(self._memory or (None, None)), diagonal)
         if active is None:
             return float(loss), inverse
         weights.copy_(torch.where(kept & ~active, weights, new))
         return float(loss) + 0.5 * self.damping * float(alone.double().square().sum()), inverse
 
     def step_memory(self) -> StepMemory | None:
-        """Return room, at most 1 GiB, for what :meth:`joint_step` keeps for the next one; or None."""
+        """Return room, at most 1 GiB, for the matrices that one step leaves for the next (:meth:`replace`); or None."""
         on_cpu = self.backend == "compiled" and self.device.type == "cpu"
         return allocate(self.grads, self.block_size) if on_cpu else None
 
@@ -298,8 +304,9 @@ class Fisher:
         self._check_vector("weights", weights, torch.float32)
         check_groups(groups, subsets, self.grads.shape[1], self.device)
         return self.kernels.group_saliency(
-            self.grads, weights, groups, subsets, self.damping, self.block_size, self._active, self.precision
-        )
+            self.grads, weights, groups, subsets, self.damping, self.block_size, self._active, self.precision,
+            *(self._memory or (None, None)),
+        )  # fmt: skip
 
     def quadratic_form(self, x: Tensor) -> float:
         """Return ½ xᵀFx, the loss increase predicted for a step x.

@@ -114,9 +114,11 @@ double run_quadratic_form(bool half, const void* data, int64_t m, int64_t d, dou
 }
 void run_group_saliency(bool half, const void* data, int64_t m, int64_t d, double damping, int64_t block_size,
                         const bool* active, const float* weights, const int64_t* positions, int64_t count, int64_t size,
-                        const int64_t* members, int64_t subsets, int64_t subset_size, float* out) {
+                        const int64_t* members, int64_t subsets, int64_t subset_size, double* gram, int64_t stride,
+                        bool* held, float* out) {
   dispatch(half, data, m, d, damping, block_size, [&](const auto& g) {
-    group_saliency(g, active, weights, Groups{positions, count, size, members, subsets, subset_size}, out);
+    group_saliency(g, active, weights, Groups{positions, count, size, members, subsets, subset_size},
+                   Held{gram, stride, held}, out);
   });
 }
 int64_t run_select_smallest(const float* scores, const int64_t* sizes, const int64_t* k, int64_t segments, bool* kept,

@@ -147,7 +147,7 @@ def test_ops(kernels, shape, dtype):
             found = diagonal(kernels, grads, damping, block_size, mask)
             loss = kernels.call("joint_update", grads, damping, block_size, kept, new)
             kernels.call("independent_update", grads, damping, block_size, mask, kept, found, independent)
-            described = groups, *sizes[:2], subsets, *sizes[2:]
+            described = groups, *sizes[:2], subsets, *sizes[2:], None, c_int64(0), None
             kernels.call("group_saliency", grads, damping, block_size, mask, weights, *described, cost)
             results.append([found, new, independent, cost, torch.tensor(loss)])
         for other in results[1:]:
@@ -177,7 +177,7 @@ def test_held_matrices(kernels, dtype, kind, damping):
         return
     kernels.set_products(kernels.path, 1)
     exact_products = dtype == torch.bfloat16
-    gram, held = torch.zeros(3, 1 + 188 * 189 // 2).double(), torch.zeros(d, dtype=torch.bool)
+    gram, held = torch.zeros(3, 2 + 188 * 189 // 2).double(), torch.zeros(d, dtype=torch.bool)
     weights, right, kept, found = start.clone(), start.clone(), torch.ones(d, dtype=torch.bool), torch.empty(d)
     made = set()
     for _ in range(8):

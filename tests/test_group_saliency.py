@@ -110,7 +110,7 @@ def test_bfloat16():
     half = oracle.gradients(64, 300).bfloat16()
     arguments = (torch.randn(300), random_groups(300, 4), pairs(4), 1e-3, 130)
     out, same = (ops.group_saliency(g, *arguments) for g in (half, half.float()))
-    assert torch.equal(out, same)
+    assert oracle.error(out, same) < 1e-5  # the products may be of bfloat16
 
 
 @pytest.mark.parametrize(

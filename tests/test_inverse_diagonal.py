@@ -109,8 +109,19 @@ def test_two_gradients_that_nearly_agree(separation):
 def test_not_finite():
     """The op itself trusts its caller to have checked; it does not hang or make numbers up."""
     for kernels in BACKENDS.values():
-        with pytest.raises(RuntimeError, match="no Cholesky factor"):
+        with pytest.raises(RuntimeError, match="Cholesky factor"):
             kernels.inverse_diagonal(torch.full((3, 9), torch.nan), 1e-3, 9)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(3, 9), (9, 3), (520, 600)]
+)  # the last beyond one block of threads on CUDA
+def test_not_finite_says_where(rows, columns):
+    grads = oracle.gradients(rows, 4 * columns)
+    grads[rows // 2, 2 * columns + 1] = torch.inf
+    text = rf"grads: expected rows whose block 2 \(m={rows} gradients, damping 0\.001\) has a Cholesky factor, got NaN"
+    with pytest.raises(RuntimeError, match=text):
+        BACKENDS["compiled"].inverse_diagonal(grads, 1e-3, columns)
 
 
 @pytest.mark.parametrize("damping", [1e-3, 1.0])

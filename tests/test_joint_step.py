@@ -17,7 +17,7 @@ def room(m, d, block_size, elements=None):
     width = min(block_size, d)
     order = min(5 * m // 4, width)
     elements = order * (order + 1) // 2 if elements is None else elements
-    gram = torch.full((-(-d // width), 1 + elements), torch.nan, dtype=torch.float64)
+    gram = torch.full((-(-d // width), 2 + elements), torch.nan, dtype=torch.float64)
     gram[:, 0] = 0
     return gram, torch.zeros(d, dtype=torch.bool)
 
@@ -118,9 +118,10 @@ def test_held_matrices_are_used(dtype):
     assert oracle.error(weights, expected) < 1e-6
 
 
-def test_weights_that_are_not_held():
+@pytest.mark.parametrize("m", [8, 40])
+def test_weights_that_are_not_held(m):
     """Masks that grow again, and weights that are not zero outside: made anew, not made up."""
-    grads, carried = oracle.gradients(40, 60), room(40, 60, 30)
+    grads, carried = oracle.gradients(m, 60), room(m, 60, 30)
     for kept in (torch.arange(60) % 2 == 0, torch.arange(60) % 3 != 0, torch.arange(60) % 6 != 0):
         weights = torch.randn(60)
         expected = weights.clone()
@@ -130,13 +131,14 @@ def test_weights_that_are_not_held():
         assert oracle.error(diagonal, exact) < TOLERANCE["diagonal"]
 
 
+@pytest.mark.parametrize("share", [0.5, 0.8])
 @pytest.mark.parametrize("shape", [(96, 1200, 300), (96, 5000, 5000), (300, 700, 100), (1500, 300, 300)], ids=str)
-def test_same_bits_for_any_number_of_threads(shape, thread_counts):
+def test_same_bits_for_any_number_of_threads(shape, share, thread_counts):
     m, d, block_size = shape
     grads, results = oracle.gradients(m, d), []
     for _ in thread_counts():
         weights, carried, out = torch.linspace(-1, 1, d), room(m, d, block_size), []
-        for kept in sub_steps(d, 3, 0.5):
+        for kept in sub_steps(d, 3, share):
             out += ops.joint_step(grads, weights, kept, 1e-4, block_size, "highest", *carried)
         results.append([*out, weights])
     for other in results[1:]:
@@ -168,7 +170,7 @@ def test_fisher(backend):
     fisher = mfac.Fisher(grads, 1e-2, 25, active=active, backend=backend)
     weights = torch.randn(60)
     expected = weights.clone()
-    loss, diagonal = fisher.joint_step(weights, kept, fisher.step_memory())
+    loss, diagonal = fisher.replace(memory=fisher.step_memory()).joint_step(weights, kept)
     assert loss == fisher.joint_update(expected, kept) and torch.equal(weights, expected)
     torch.testing.assert_close(diagonal, fisher.replace(active=active & kept).inverse_diagonal())
     with pytest.raises(TypeError, match=r"kept: expected torch\.bool, got torch\.float32"):
@@ -177,7 +179,7 @@ def test_fisher(backend):
 
 def test_memory_is_bounded(monkeypatch):
     fisher = mfac.Fisher(torch.randn(30, 100), 1e-2, 40)
-    assert fisher.step_memory().gram.shape == (3, 1 + 37 * 38 // 2)  # 37 = 30 / (1 - kCancellation)
+    assert fisher.step_memory().gram.shape == (3, 2 + 37 * 38 // 2)  # 37 = 30 / (1 - kCancellation)
     monkeypatch.setattr(memory, "MAX_BYTES", 2000)
     assert 1500 < fisher.step_memory().gram.nbytes <= 2000
     monkeypatch.setattr(memory, "MAX_BYTES", 20)
@@ -185,12 +187,13 @@ def test_memory_is_bounded(monkeypatch):
     assert mfac.Fisher(torch.randn(30, 100), backend="reference").step_memory() is None
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "block4"])
 @pytest.mark.parametrize("substeps", [2, 3, 8])
-def test_prune_step(monkeypatch, substeps):
+def test_prune_step(monkeypatch, substeps, pattern):
     """The masks are those of one op after the other, and the weights but for rounding."""
     grads, results = oracle.gradients(64, 1000), []
 
-    def separately(self, weights, kept, memory=None):
+    def separately(self, weights, kept):
         return self.joint_update(weights, kept), self.replace(active=kept).inverse_diagonal()
 
     for patched in (False, True):
@@ -199,7 +202,7 @@ def test_prune_step(monkeypatch, substeps):
             monkeypatch.setattr(mfac.Fisher, "joint_step", separately)
         torch.manual_seed(0)
         model = torch.nn.Linear(50, 20, bias=False)
-        result = mfac.prune_step(model, grads, 0.8, block_size=200, substeps=substeps)
+        result = mfac.prune_step(model, grads, 0.5, block_size=200, substeps=substeps, pattern=pattern)
         results.append((model.weight.detach(), result))
     assert torch.equal(results[0][1].masks["weight"], results[1][1].masks["weight"])
     assert oracle.error(results[0][0], results[1][0]) < 1e-6

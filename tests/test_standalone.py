@@ -80,7 +80,7 @@ def test_every_op(kernels, shape, dtype, kind):
         assert oracle.error(new, exact) < TOLERANCE["update"]
 
         s = min(m, block_size)
-        gram, held = torch.zeros(-(-d // block_size), 1 + s * (s + 1) // 2).double(), torch.zeros(d, dtype=torch.bool)
+        gram, held = torch.zeros(-(-d // block_size), 2 + s * (s + 1) // 2).double(), torch.zeros(d, dtype=torch.bool)
         new, exact = weights.clone(), weights.clone()
         for now in (torch.rand(d) < 0.8, kept, kept & active):
             now &= torch.rand(d) < 0.9
@@ -97,7 +97,8 @@ def test_every_op(kernels, shape, dtype, kind):
         groups.view(-1)[:d] = torch.randperm(d)
         cost, sizes = torch.empty(len(groups), 2), [c_int64(n) for n in (*groups.shape, *subsets.shape)]
         kernels.call(
-            "group_saliency", *arguments, mask, weights, groups, *sizes[:2], subsets, *sizes[2:], cost,
+            "group_saliency", *arguments, mask, weights, groups, *sizes[:2], subsets, *sizes[2:],
+            None, c_int64(0), None, cost,
         )  # fmt: skip
         exact = reference.group_saliency(grads, weights, groups, subsets, damping, block_size, mask)
         assert float((cost - exact).abs().max()) <= TOLERANCE["group"] * float(exact.max())

@@ -93,19 +93,22 @@ Tensor inverse_product_op(const Tensor& grads, const Tensor& factor, const Tenso
   return out;
 }
 
+Held memory(const OptionalTensor& gram, const OptionalTensor& held) {
+  if (!gram) return {nullptr, 0, nullptr};
+  return {gram->mutable_data_ptr<double>(), gram->size(1), held->mutable_data_ptr<bool>()};
+}
+
 std::tuple<Tensor, Tensor> joint_step_op(const Tensor& grads, Tensor& weights, const Tensor& kept, double damping,
                                          int64_t block_size, c10::string_view precision, const OptionalTensor& gram,
                                          const OptionalTensor& held, bool diagonal) {
   check_joint_step(grads, weights, kept, damping, block_size, precision, gram, held);
   const Tensor mask = kept.contiguous();
   Tensor w = weights.contiguous(), out = at::empty({diagonal ? grads.size(1) : 0}, grads.options().dtype(at::kFloat));
-  const Held kept_gram = gram ? Held{gram->mutable_data_ptr<double>(), gram->size(1), held->mutable_data_ptr<bool>()}
-                              : Held{nullptr, 0, nullptr};
   const double loss = dispatch(
       grads, damping, block_size,
       [&](const auto& g) {
         return joint_step(g, mask.const_data_ptr<bool>(), w.mutable_data_ptr<float>(),
-                          diagonal ? out.mutable_data_ptr<float>() : nullptr, kept_gram);
+                          diagonal ? out.mutable_data_ptr<float>() : nullptr, memory(gram, held));
       },
       precision);
   if (!w.is_same(weights)) weights.copy_(w);
@@ -150,12 +153,14 @@ Tensor quadratic_form_op(const Tensor& grads, const Tensor& x, double damping, i
 }
 
 Tensor group_saliency_op(const Tensor& grads, const Tensor& weights, const Tensor& groups, const Tensor& subsets,
-                         double damping, int64_t block_size, const OptionalTensor& active, c10::string_view precision) {
+                         double damping, int64_t block_size, const OptionalTensor& active, c10::string_view precision,
+                         const OptionalTensor& gram, const OptionalTensor& held) {
   check_grads(grads, damping, block_size);
   check_precision(precision);
   check_active(active, grads);
   check_vector(weights, "weights", at::kFloat, grads);
   check_groups(groups, subsets, grads);
+  check_memory(grads, block_size, gram, held);
   const Tensor w = weights.contiguous(), positions = groups.contiguous(), members = subsets.contiguous();
   const OptionalTensor mask = contiguous(active);
   Tensor out = at::empty({groups.size(0), subsets.size(0)}, grads.options().dtype(at::kFloat));
@@ -164,7 +169,8 @@ Tensor group_saliency_op(const Tensor& grads, const Tensor& weights, const Tenso
   dispatch(
       grads, damping, block_size,
       [&](const auto& g) {
-        group_saliency(g, mask_pointer(mask), w.const_data_ptr<float>(), described, out.mutable_data_ptr<float>());
+        group_saliency(g, mask_pointer(mask), w.const_data_ptr<float>(), described, memory(gram, held),
+                       out.mutable_data_ptr<float>());
       },
       precision);
   return out;

@@ -8,6 +8,7 @@
 // A = L Lᵀ is float64 whatever the gradients are.
 #pragma once
 
+#include <cstdio>
 #include <limits>
 #include <stdexcept>
 
@@ -86,8 +87,9 @@ Gradients<G> wider_fisher(Gradients<G> grads) {
 // How far a condition number may go before float32 costs the fourth digit. Rounding errors of the float32 products of
 // gram_block are some 2e-8 of A's mean diagonal in each element where sums are long, kLongSum and more terms, and independent
 // of each other, hence 2e-8 trace(A)/√n in norm, and move ‖L⁻¹ g‖² by up to that norm over the smallest eigenvalue μ. Those
-// of a float32 substitution move it by 6e-8 √(trace(A)/μ). Both bounds, over kCancellation, are 1e-4.
-constexpr double kProductRange = 1000, kSolveRange = 1e5, kLongSum = 512;
+// of a float32 substitution move it by 6e-8 √(trace(A)/μ). Both bounds, over kCancellation, are 1e-4. Those of float64 products
+// are 2⁻²⁹ of float32 ones.
+constexpr double kProductRange = 1000, kExactRange = kProductRange * 0x1p29, kSolveRange = 1e5, kLongSum = 512;
 
 // The same for bfloat16 products, whose float32 sums are up to 256 terms long, and a factor of float32 columns: the condition
 // number may go up to kTermsRange n on the capacitance side and kTermsRange n / 3 on the other, n the order of A. Measured
@@ -105,22 +107,33 @@ enum class Products { none, single, exact, terms };
 
 // What a caller that does not look at A gives for `made`, below.
 struct Unseen {
-  void operator()(const double*, Products) const {}
+  void operator()(const double*, Products, double) const {}
 };
 
+// How large the rounding errors of A are, its sums having as many terms as the block says: the trace that A would have if it
+// had these errors and long sums. In sums of fewer terms the elements beside the diagonal, and so their errors, are larger
+// relative to the trace.
+template <typename G>
+double rounding_of(const Block<G>& block, double trace) {
+  return trace / std::sqrt(std::min(1.0, static_cast<double>(block.terms()) / kLongSum));
+}
+
+// Thrown for a block; for_each_block says which.
+struct NoFactor {};
+
 // Factor by float64 products. Should rounding make A indefinite all the same (a condition number past 1e15), the ridge is
-// raised to the rounding error of A, the least change that can be told from none. Calls made(A, Products::exact) before
-// A becomes L; not for a raised ridge. Returns the trace of A.
+// raised to the rounding error of A, the least change that can be told from none. Calls made(A, Products::exact, rounding_of A)
+// before A becomes L; not for a raised ridge. Returns the trace of A.
 template <typename G, typename F = Unseen>
 double factor_double(const Block<G>& block, double* l, const F& made = {}) {
   double raise = 0;
   for (int attempt = 0; attempt < 10; ++attempt) {
     const double trace = gram_block<double>(block, block.ridge() + raise, l);
-    if (raise == 0) made(l, Products::exact);
+    if (raise == 0) made(l, Products::exact, rounding_of(block, trace));
     if (cholesky(l, block.order(), block.order()) > 0) return trace;
     raise = std::max(raise * 10, std::numeric_limits<double>::epsilon() * trace);
   }
-  throw std::runtime_error("mfac: the gradients of a block have no Cholesky factor; expected finite numbers");
+  throw NoFactor();
 }
 
 // Whether bfloat16 products of the gradients, with this trace of A, are normal numbers.
@@ -130,25 +143,25 @@ bool above_denormal(const Block<G>& block, double trace) {
   return trace - static_cast<double>(block.order()) * block.ridge() >= kLeastSquare * elements;
 }
 
-// How far the condition number of A may go with such products.
+// How far the condition number of A may go with such products and long sums.
 template <typename G>
 double product_range(const Block<G>& block, Products products) {
-  const double n = static_cast<double>(block.order()), length = static_cast<double>(block.terms()) / kLongSum;
-  if (products == Products::terms)
-    return (block.capacitance() ? 1 : 1.0 / 3) * kTermsRange * std::sqrt(std::min(1.0, length)) * n;
-  return kProductRange * std::sqrt(std::min(1.0, length) * n);
+  const double n = static_cast<double>(block.order());
+  if (products == Products::terms) return (block.capacitance() ? 1 : 1.0 / 3) * kTermsRange * n;
+  return (products == Products::exact ? kExactRange : kProductRange) * std::sqrt(n);
 }
 
-// A of float32 or bfloat16 products, of this trace, becomes L. False if the products are not good enough. `smallest`: its
-// smallest eigenvalue, about, or 0. The ridge is a lower bound of it, and mostly tells enough.
+// A of such products and rounding errors (rounding_of) becomes L. False if the products are not good enough. `smallest`: its
+// smallest eigenvalue, about, or 0. The ridge is a lower bound of it, and for float32 and bfloat16 mostly tells enough.
 template <typename G>
-bool factor_products(const Block<G>& block, Products products, double trace, double* l, double& smallest) {
+bool factor_products(const Block<G>& block, Products products, double rounding, double* l, double& smallest) {
   const int64_t n = block.order();
   const double range = product_range(block, products), ridge = block.ridge();
   smallest = 0;
   const double pivot = products == Products::terms ? cholesky<float>(l, n, n) : cholesky(l, n, n);
-  if (pivot > 0) smallest = ridge * range >= trace ? ridge : smallest_eigenvalue(l, n);
-  return smallest * range >= trace;
+  if (pivot > 0)
+    smallest = products != Products::exact && ridge * range >= rounding ? ridge : smallest_eigenvalue(l, n);
+  return smallest * range >= rounding;
 }
 
 struct Precision {
@@ -165,25 +178,25 @@ Precision precision_of(const Block<G>& block, Products products, double smallest
 }
 
 // Cholesky factor of A into l[n, n] (row-major, lower triangle; above it zero), from bfloat16 products if there are any and
-// they are good enough, else from float32 ones, else from float64 ones. Calls made(A, its products) before each A becomes L:
-// the last one is the A that is used.
+// they are good enough, else from float32 ones, else from float64 ones. Calls made(A, its products, its rounding errors) before
+// each A becomes L: the last one is the A that is used.
 template <typename G, typename F = Unseen>
 Precision factor_block(const Block<G>& block, double* l, const F& made = {}) {
   double smallest = 0;
   bool single = true;  // whether float32 products may be good enough
   if (const int terms = product_terms(block)) {
-    const double trace = gram_block<float>(block, block.ridge(), l, terms);
+    const double trace = gram_block<float>(block, block.ridge(), l, terms), rounding = rounding_of(block, trace);
     if (above_denormal(block, trace)) {
-      made(l, Products::terms);
-      if (factor_products(block, Products::terms, trace, l, smallest))
+      made(l, Products::terms, rounding);
+      if (factor_products(block, Products::terms, rounding, l, smallest))
         return precision_of(block, Products::terms, smallest, trace);
-      single = smallest * product_range(block, Products::single) >= trace;
+      single = smallest * product_range(block, Products::single) >= rounding;
     }
   }
   if (single) {
-    const double trace = gram_block<float>(block, block.ridge(), l);
-    made(l, Products::single);
-    if (factor_products(block, Products::single, trace, l, smallest))
+    const double trace = gram_block<float>(block, block.ridge(), l), rounding = rounding_of(block, trace);
+    made(l, Products::single, rounding);
+    if (factor_products(block, Products::single, rounding, l, smallest))
       return precision_of(block, Products::single, smallest, trace);
   }
   const double trace = factor_double(block, l, made);
@@ -304,10 +317,23 @@ void apply_inverse(const Block<G>& block, const double* l, int64_t ldl, const do
 template <typename G, typename F>
 void for_each_block(const Gradients<G>& grads, const F& f) {
   const int64_t count = grads.blocks();
+  const auto checked = [&](int64_t index) {
+    try {
+      f(index);
+    } catch (const NoFactor&) {
+      char text[200];
+      std::snprintf(
+          text, sizeof text,
+          "grads: expected rows whose block %lld (m=%lld gradients, damping %g) has a Cholesky factor, got NaN or "
+          "infinity in it",
+          static_cast<long long>(index), static_cast<long long>(grads.m), grads.damping);
+      throw std::runtime_error(text);
+    }
+  };
   if (count >= 4 * num_threads())
-    parallel_for(count, grads.m * grads.block_size * std::min(grads.m, grads.block_size), f);
+    parallel_for(count, grads.m * grads.block_size * std::min(grads.m, grads.block_size), checked);
   else
-    for (int64_t b = 0; b < count; ++b) f(b);
+    for (int64_t b = 0; b < count; ++b) checked(b);
 }
 
 }  // namespace mfac::cpu

@@ -44,6 +44,12 @@ struct Block {
     for (int64_t c = 0; c < width; ++c)
       if (mask[begin + c] == keep) columns.push_back(static_cast<int32_t>(c));
   }
+  Block(const Gradients<G>& g, int64_t index, std::vector<int32_t> chosen)
+      : grads(g),
+        begin(index * g.block_size),
+        width(std::min(g.block_size, g.d - begin)),
+        dense(false),
+        columns(std::move(chosen)) {}
   int64_t size() const { return dense ? width : static_cast<int64_t>(columns.size()); }
   int64_t column(int64_t c) const { return dense ? c : columns[c]; }
   const G* row(int64_t r) const { return grads.data + r * grads.stride + begin; }

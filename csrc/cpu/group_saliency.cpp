@@ -10,8 +10,10 @@
 //   Fisher side        [F⁻¹]_ij = m (L⁻¹ e_i)·(L⁻¹ e_j)
 //
 // which is never stored: 2 m² flops per weight as for the diagonal, some 10 % more for the Gram matrix, and s³/6 for each
-// subset of s weights. Weights not in use (pruned before) have a column of λ I: they are zero, and so is what they cost.
-#include "kernels.h"
+// subset of s weights. Weights not in use (pruned before) have a column of λ I: they are zero, and so is what they cost. Where the
+// last update has left A (held_gram.h), it is not made again.
+#include "diagonal.h"
+#include "held_gram.h"
 
 namespace mfac::cpu {
 
@@ -155,8 +157,9 @@ bool score_parts(const Block<G>& block, const Triangle<T>& l, const std::vector<
 }  // namespace
 
 template <typename G>
-void group_saliency(const Gradients<G>& grads, const bool* active, const float* weights, const Groups& groups,
-                    float* out) {
+void group_saliency(const Gradients<G>& given, const bool* active, const float* weights, const Groups& groups,
+                    const Held& held, float* out) {
+  const Gradients<G> grads = wider_fisher(given), rows = capacitance_only(grads);
   // Members by block, in the order of the groups, and their parts: slot p of `values` is for part p.
   const int64_t blocks = grads.blocks(), total = groups.count * groups.size;
   std::vector<int64_t> first_member(blocks + 1, 0), first_part(blocks + 1, 0), order;
@@ -199,9 +202,21 @@ void group_saliency(const Gradients<G>& grads, const bool* active, const float* 
     }
     parts.back().end = static_cast<int64_t>(members.size());
 
+    Buffer<double> factor(n * n);
+    HeldGram gram(held, grads, index);
+    Precision precision;
+    std::vector<int32_t> where;
+    bool found = gram.find(whole, where);
+    if (found) found = factor_held(whole, where, Block<G>(rows, index, gram.others(where)), gram, factor, precision);
+
+    const bool read = whole.capacitance() || !found;  // whether the columns are needed
     const SideBySide<G> packed(whole);
-    if (packed.copied()) parallel_for(grads.m, whole.size(), [&](int64_t r) { packed.copy_row(r); });
-    const Block<G>& block = packed.block();
+    if (read && packed.copied()) parallel_for(grads.m, whole.size(), [&](int64_t r) { packed.copy_row(r); });
+    const Block<G>& block = read ? packed.block() : whole;
+    if (!found)
+      precision = factor_block(block, factor, [&](const double* a, Products products, double rounding) {
+        gram.store(whole, a, products, rounding);
+      });
     // Strips of as many parts as one panel of float32 holds, or of one part.
     std::vector<int64_t> strips{0};
     for (int64_t p = 1; p < static_cast<int64_t>(parts.size()); ++p)
@@ -209,8 +224,6 @@ void group_saliency(const Gradients<G>& grads, const bool* active, const float* 
     const int64_t count = static_cast<int64_t>(strips.size());
     strips.push_back(static_cast<int64_t>(parts.size()));
     std::vector<char> done(count, 0);
-    Buffer<double> factor(n * n);
-    const Precision precision = factor_block(block, factor);
     const double least_pivot = precision.terms > 0 ? kGroupTerms : kGroupCancellation;
     const auto score = [&](const auto& l, int64_t s) {
       return score_parts(block, l, members, &parts[strips[s]], parts.data() + strips[s + 1], weights, groups,
@@ -236,7 +249,9 @@ void group_saliency(const Gradients<G>& grads, const bool* active, const float* 
       out[part_group[p] * groups.subsets + k] += values[p * groups.subsets + k];
 }
 
-template void group_saliency<float>(const Gradients<float>&, const bool*, const float*, const Groups&, float*);
-template void group_saliency<BFloat16>(const Gradients<BFloat16>&, const bool*, const float*, const Groups&, float*);
+template void group_saliency<float>(const Gradients<float>&, const bool*, const float*, const Groups&, const Held&,
+                                    float*);
+template void group_saliency<BFloat16>(const Gradients<BFloat16>&, const bool*, const float*, const Groups&,
+                                       const Held&, float*);
 
 }  // namespace mfac::cpu

@@ -7,9 +7,10 @@
 //
 // (block inverse of F and the push-through identity). G comes from memory once: as a row is read for r, its surviving columns
 // are copied side by side, and the rest is done with the copy, in the cache. So the cost falls with the density: m |S|
-// min(m, |S|) flops. Weights pruned earlier are zero and drop out.
+// min(m, |S|) flops. Weights pruned earlier are zero and drop out. Where mλ I + G Gᵀ is held of S and others (HeldGram), those are
+// copied too, and it is their columns that are multiplied.
 //
-// Where A = mλ I + GᵀG is held of all columns that are not zero (HeldGram), G is not read at all:
+// Where A = mλ I + GᵀG is held of all columns that are not zero, G is not read at all:
 //
 //   |S| <= m    δ_S = A_SS⁻¹ A_SQ w_Q      loss = δᵀAδ / 2m
 #pragma once
@@ -28,27 +29,17 @@ inline double norm_squared(const double* x, int64_t n) {
 // The update from A: x [width] is w on Q and zero elsewhere, and becomes δ_S on S. False if A is not held, or not good enough,
 // with x as it was. diagonal[width], unless null: diag F⁻¹ on S.
 template <typename G>
-bool update_held(const Block<G>& survivors, const bool* keep, HeldGram& gram, double* x, double& loss,
-                 float* diagonal) {
+bool update_held(const Block<G>& survivors, HeldGram& gram, double* x, double& loss, float* diagonal) {
   std::vector<int32_t> where;
-  if (survivors.capacitance() || survivors.size() == 0 || !gram.find(keep, where)) return false;
-  const Products products = gram.products();
-  if (products == Products::terms && product_terms(survivors) == 0) return false;
+  if (survivors.capacitance() || survivors.size() == 0 || !gram.find(survivors, where)) return false;
   const int64_t n = survivors.size(), held = gram.size();
   Buffer<double> l(n * n), step(held), product(held), solved(n);
   double all = 0;
   for (int64_t c = 0; c < survivors.width; ++c) all += x[c] != 0;
   for (int64_t i = 0; i < held; ++i) all -= (step[i] = x[gram.columns()[i]]) != 0;
   if (all != 0) return false;  // a weight that A does not hold
-  const double trace = gram.extract(where, l);
-  double smallest = 0;
-  if (products == Products::exact) {
-    if (!(cholesky(l, n, n) > 0)) return false;
-    smallest = smallest_eigenvalue(l, n);
-  } else {
-    if (products == Products::terms && !above_denormal(survivors, trace)) return false;
-    if (!factor_products(survivors, products, trace, l, smallest)) return false;
-  }
+  Precision precision;
+  if (!factor_held(survivors, where, /*removed=*/survivors, gram, l, precision)) return false;
   gram.multiply(step, product);
   for (int64_t i = 0; i < n; ++i) solved[i] = product[where[i]];
   cholesky_solve(l, n, n, solved);
@@ -59,29 +50,40 @@ bool update_held(const Block<G>& survivors, const bool* keep, HeldGram& gram, do
   for (int64_t i = 0; i < held; ++i) form += step[i] * product[i];
   loss = 0.5 * form / static_cast<double>(survivors.grads.m);
   gram.shrink(where);
-  if (diagonal) block_diagonal(survivors, survivors, precision_of(survivors, products, smallest, trace), l, diagonal);
+  if (diagonal) block_diagonal(survivors, survivors, precision, l, diagonal);
   return true;
 }
 
-// The same from G, which leaves A in `gram` if there is room.
+// The same from G, and on the capacitance side from what is held of A, if anything; leaves A in `gram` if there is room. With
+// nothing to prune only the diagonal is made.
 template <typename G>
-void update_from_gradients(const Block<G>& whole, HeldGram& gram, double* x, double& loss, float* diagonal) {
+void update_from_gradients(const Block<G>& whole, int64_t index, HeldGram& gram, double* x, double& loss,
+                           float* diagonal) {
   const int64_t m = whole.grads.m, width = whole.width, n = whole.order(), size = whole.size();
   const double removed = norm_squared(x, width);
-  const SideBySide<G> packed(whole);
+  std::vector<int32_t> where;
+  const bool found = whole.capacitance() && gram.find(whole, where);
+  const Gradients<G> rows = capacitance_only(whole.grads);
+  const Block<G> rest(rows, index, found ? gram.others(where) : std::vector<int32_t>());
+  const SideBySide<G> packed(whole), packed_rest(rest);
   Buffer<double> r(m);
   parallel_for(m, width, [&](int64_t i) {
-    if (!whole.last()) prefetch(whole.row(i) + width, width);
-    r[i] = dot(whole.row(i), static_cast<const double*>(x), width);
+    if (i + 3 < m) prefetch(whole.row(i + 3), width);
+    r[i] = removed != 0 ? dot(whole.row(i), static_cast<const double*>(x), width) : 0;
     if (packed.copied()) packed.copy_row(i);
+    if (packed_rest.copied()) packed_rest.copy_row(i);
   });
   const Block<G>& survivors = packed.block();
 
   double gradient_term = norm_squared(r, m), moved = 0;
   if (n > 0) {
     Buffer<double> l(n * n), step(survivors.width), z(size);
-    const Precision precision =
-        factor_block(survivors, l, [&](const double* a, Products products) { gram.store(whole, a, products); });
+    Precision precision;
+    if (!found || !factor_held(whole, where, packed_rest.block(), gram, l, precision))
+      precision = factor_block(survivors, l, [&](const double* a, Products products, double rounding) {
+        gram.store(whole, a, products, rounding);
+      });
+    if (diagonal && removed == 0) return block_diagonal(whole, survivors, precision, l, diagonal);
     if (survivors.capacitance()) cholesky_solve(l, n, n, r);
     multiply_columns(survivors, r, 1, step);
     for (int64_t c = 0; c < size; ++c) z[c] = step[survivors.column(c)];
@@ -121,7 +123,7 @@ double joint_block(const Gradients<G>& grads, int64_t index, const bool* kept, f
   const bool pruned = norm_squared(x, width) != 0;
   if (!pruned && !diagonal) return 0;
   double loss = 0;
-  if (!update_held(whole, keep, gram, x, loss, diagonal)) update_from_gradients(whole, gram, x, loss, diagonal);
+  if (!update_held(whole, gram, x, loss, diagonal)) update_from_gradients(whole, index, gram, x, loss, diagonal);
   if (!pruned) return 0;  // all bits stay as they are
   for (int64_t c = 0; c < width; ++c) w[c] = keep[c] ? static_cast<float>(w[c] + x[c]) : 0.0f;
   return loss;

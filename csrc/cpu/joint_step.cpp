@@ -12,9 +12,7 @@ double joint_step(const Gradients<G>& given, const bool* kept, float* weights, f
   const Gradients<G> grads = wider_fisher(given);
   std::vector<double> losses(grads.blocks(), 0.0);
   for_each_block(grads, [&](int64_t index) {
-    const int64_t begin = index * grads.block_size, width = std::min(grads.block_size, grads.d - begin);
-    HeldGram gram = held.gram ? HeldGram(held.gram + index * held.stride, held.stride - 1, held.columns + begin, width)
-                              : HeldGram();
+    HeldGram gram(held, grads, index);
     losses[index] = joint_block(grads, index, kept, weights, inverse_diagonal, gram);
   });
   double loss = 0;

@@ -19,7 +19,8 @@ template <typename G>
 void inverse_product(const Gradients<G>& grads, const bool* active, const double* factor, const float* x, int64_t k,
                      float* out);
 
-// What joint_step keeps for the next call, or null: gram[blocks, stride] and columns[d] (held_gram.h).
+// What a call of joint_step or group_saliency keeps for the next one, or null: gram[blocks, stride] and columns[d]
+// (held_gram.h).
 struct Held {
   double* gram;
   int64_t stride;
@@ -52,7 +53,7 @@ struct Groups {
 // out[count, subsets] = ½ w_Qᵀ ([F⁻¹]_QQ)⁻¹ w_Q for every subset Q of every group.
 template <typename G>
 void group_saliency(const Gradients<G>& grads, const bool* active, const float* weights, const Groups& groups,
-                    float* out);
+                    const Held& held, float* out);
 
 // For each segment i of sizes[i] scores, one after another: kept = false for the k[i] smallest, ties to the lower index;
 // weights, unless null, become zero there. Returns the position of a NaN, with nothing written, or -1.

@@ -177,11 +177,14 @@ Tensor quadratic_form_op(const Tensor& grads, const Tensor& x, double damping, i
   return step.square().sum() * (0.5 * damping) + squared_rows(blocks, ids, step) / (2 * static_cast<double>(blocks.m));
 }
 
+// Nothing is kept from one call to the next.
 Tensor group_saliency_op(const Tensor& grads, const Tensor& weights, const Tensor& groups, const Tensor& subsets,
-                         double damping, int64_t block_size, const OptionalTensor& active, c10::string_view name) {
+                         double damping, int64_t block_size, const OptionalTensor& active, c10::string_view name,
+                         const OptionalTensor& gram, const OptionalTensor& held) {
   const Precision precision = check(grads, damping, block_size, active, name);
   check_vector(weights, "weights", at::kFloat, grads);
   check_groups(groups, subsets, grads);
+  check_memory(grads, block_size, gram, held);
   const int64_t size = groups.size(1), s = subsets.size(1), chosen_subsets = subsets.size(0);
   const CUDAGuard guard(grads.device());
   const Blocks blocks(grads, damping, block_size, active);

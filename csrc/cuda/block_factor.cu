@@ -160,10 +160,10 @@ __device__ inline void invert_panel(const double* u, int64_t n, int64_t row, dou
   }
 }
 
-// a, u, l and inverse (may be null) [blocks, n, n], failed [1].
+// a, u, l and inverse (may be null) [blocks, n, n], ids [blocks], failed [1].
 __global__ void __launch_bounds__(kThreads)
-    cholesky_kernel(const double* __restrict__ a, int64_t n, double ridge, double rounding, double* u, double* l,
-                    double* inverse, int32_t* failed) {
+    cholesky_kernel(const double* __restrict__ a, int64_t n, double ridge, double rounding,
+                    const int32_t* __restrict__ ids, double* u, double* l, double* inverse, int32_t* failed) {
   Panel& panel = shared<Panel>();
   const int64_t matrix = blockIdx.x * n * n;
   a += matrix;
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
     raise = attempt > 0 ? raise * 10 : rounding * panel.trace;
-    if (attempt == kAttempts - 1 && threadIdx.x == 0) failed[0] = 1;
+    if (attempt == kAttempts - 1 && threadIdx.x == 0) failed[0] = 1 + ids[blockIdx.x];
   }
   if (inverse)
     for (int64_t row = 0; row < n; row += kStep) invert_panel(u, n, row, inverse + matrix, panel);
@@ -218,10 +218,11 @@ void pack(const Gradients<G>& grads, const Layout& layout, const Tile& tile, int
          layout, tile, parts, out);
 }
 
-void cholesky(const double* a, int64_t count, int64_t n, double ridge, double rounding, double* scratch, double* l,
-              double* inverse, int32_t* failed, Stream stream) {
+void cholesky(const double* a, int64_t count, int64_t n, double ridge, double rounding, const int32_t* ids,
+              double* scratch, double* l, double* inverse, int32_t* failed, Stream stream) {
   if (n > 0)
-    launch(cholesky_kernel, count, kThreads, sizeof(Panel), stream, a, n, ridge, rounding, scratch, l, inverse, failed);
+    launch(cholesky_kernel, count, kThreads, sizeof(Panel), stream, a, n, ridge, rounding, ids, scratch, l, inverse,
+           failed);
 }
 
 void cholesky_solve(const double* l, int64_t count, int64_t n, int64_t k, double* x, Stream stream) {

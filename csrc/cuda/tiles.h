@@ -202,10 +202,10 @@ class Blocks {
       const Tensor product = batch.capacitance ? multiply(g, transposed(g)) : multiply(transposed(g), g);
       a = a.defined() ? a.add_(product) : product.to(at::kDouble);
     });
-    if (batch.order > kMostOrder) return library_factor(a, precision, invert);
+    if (batch.order > kMostOrder) return library_factor(a, batch.ids, precision, invert);
     Factor out{at::empty_like(a), invert ? at::empty_like(a) : Tensor()};
     Tensor scratch = at::empty_like(a);
-    cholesky(a.const_data_ptr<double>(), batch.tile.count, batch.order, ridge, precision.rounding,
+    cholesky(a.const_data_ptr<double>(), batch.tile.count, batch.order, ridge, precision.rounding, batch.tile.ids,
              scratch.mutable_data_ptr<double>(), out.l.mutable_data_ptr<double>(),
              invert ? out.inverse.mutable_data_ptr<double>() : nullptr, failed.mutable_data_ptr<int32_t>(),
              current_stream());
@@ -214,9 +214,11 @@ class Blocks {
 
   // Waits for the GPU.
   void check_factors() const {
-    TORCH_CHECK(failed.item<int32_t>() == 0,
-                "mfac: the gradients of a block have no Cholesky factor; expected finite numbers, and a larger damping "
-                "where the precision is not 'highest'");
+    const int32_t block = failed.item<int32_t>() - 1;
+    TORCH_CHECK(block < 0, "grads: expected rows whose block ", block, " (m=", m, " gradients, damping ",
+                ridge / static_cast<double>(m),
+                ") has a Cholesky factor, got NaN or infinity in it, or a damping that is "
+                "too low for a precision other than 'highest'");
   }
 
   // G x of each block of a tile: [k, count, m] for x [k, d] float64.
@@ -254,11 +256,12 @@ class Blocks {
 
  private:
   // For matrices too large for one block of threads. Few of them, so that waiting for the outcome costs nothing.
-  Factor library_factor(const Tensor& a, const Precision& precision, bool invert) const {
+  Factor library_factor(const Tensor& a, const Tensor& ids, const Precision& precision, bool invert) const {
     Tensor sum = a.clone();
     sum.diagonal(0, 1, 2).add_(ridge);
     const double trace = sum.diagonal(0, 1, 2).sum(1).max().item<double>();
     double raise = 0;
+    Tensor worst;
     for (int attempt = 0; attempt < kAttempts; ++attempt) {
       const auto [l, info] = at::linalg_cholesky_ex(sum);
       if (info.max().item<int>() == 0) {
@@ -267,11 +270,12 @@ class Blocks {
             invert ? at::linalg_solve_triangular(l, identity, /*upper=*/false).contiguous() : Tensor();
         return {l.contiguous(), inverse};
       }
+      worst = info.argmax().reshape({1});
       const double more = attempt > 0 ? raise * 10 : precision.rounding * trace;
       sum.diagonal(0, 1, 2).add_(more - raise);
       raise = more;
     }
-    failed.fill_(1);
+    failed.copy_(ids.index_select(0, worst) + 1);
     return {sum, sum};
   }
 };

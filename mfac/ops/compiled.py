@@ -122,9 +122,10 @@ def joint_step(
 ) -> tuple[Tensor, Tensor]:
     """:func:`joint_update`, and :func:`inverse_diagonal` with ``kept`` as the active columns, from one factor.
 
-    ``gram`` [ceil(d/B), 1 + n] float64 and ``held`` [d] bool, both or none, carry small matrices of up to n elements
-    from one call to the next, for the same gradients, damping and block size: that of fewer columns is part of that of
-    more. They start with ``gram[:, 0] = 0`` and ``held`` False, and change no result by more than rounding.
+    ``gram`` [ceil(d/B), 2 + n] float64 and ``held`` [d] bool, both or none, carry small matrices of up to n elements
+    from one call of this op or of :func:`group_saliency` to the next, for the same gradients, damping, block size and
+    precision: that of fewer columns is part of that of more, mλ I + GᵀG, or what is left of it without the others,
+    mλ I + G Gᵀ. They start with ``gram[:, 0] = 0`` and ``held`` False, and change no result by more than rounding.
     ``weights``, ``gram`` and ``held`` are the only tensors written.
 
     Returns:
@@ -189,21 +190,28 @@ def group_saliency(
     block_size: int,
     active: Tensor | None = None,
     precision: str = "highest",
+    gram: Tensor | None = None,
+    held: Tensor | None = None,
 ) -> Tensor:
     """½ w_Qᵀ ([F⁻¹]_QQ)⁻¹ w_Q, what it costs to prune the weights Q together, for k subsets Q of each of n groups.
 
     ``weights`` [d] float32; ``groups`` [n, P] int64, positions in [0, d) or -1 for none; ``subsets`` [k, s] int64,
     places in [0, P). Members of a group that lie in different blocks do not interact. 2 m min(m, B) flops per weight
-    and s³/6 per subset.
+    and s³/6 per subset; half of them where ``gram`` and ``held``, the only tensors written, hold the small matrices
+    (:func:`joint_step`).
 
     Returns:
         [n, k] float32.
     """
-    return torch.ops.mfac.group_saliency(grads, weights, groups, subsets, damping, block_size, active, precision)
+    return torch.ops.mfac.group_saliency(
+        grads, weights, groups, subsets, damping, block_size, active, precision, gram, held
+    )
 
 
 @_fake
-def _fake_group_saliency(grads, weights, groups, subsets, damping, block_size, active=None, precision="highest"):
+def _fake_group_saliency(
+    grads, weights, groups, subsets, damping, block_size, active=None, precision="highest", gram=None, held=None
+):
     return grads.new_empty((groups.shape[0], subsets.shape[0]), dtype=torch.float32)
 
 

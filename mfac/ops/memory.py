@@ -1,4 +1,4 @@
-"""What ``joint_step`` keeps from one call to the next."""
+"""What ``joint_step`` and ``group_saliency`` keep from one call to the next."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def allocate(grads: Tensor, block_size: int) -> StepMemory | None:
         Memory that holds nothing so far; None if there is no room for one element each.
     """
     (m, d), blocks = grads.shape, -(-grads.shape[1] // block_size)
-    order = min(5 * m // 4, block_size)  # those of more columns are made of rows, and not kept
-    elements = min(order * (order + 1) // 2, MAX_BYTES // (8 * blocks) - 1)
+    order = min(5 * m // 4, block_size)  # of the Fisher side; those of more columns are [m, m]
+    elements = min(order * (order + 1) // 2, MAX_BYTES // (8 * blocks) - 2)
     if elements < 1:
         return None
-    gram = torch.empty(blocks, 1 + elements, dtype=torch.float64)
+    gram = torch.empty(blocks, 2 + elements, dtype=torch.float64)
     gram[:, 0] = 0
     return StepMemory(gram, torch.zeros(d, dtype=torch.bool))

@@ -122,15 +122,19 @@ class PagedOps:
         pages = self._pages(grads, block_size)
         return sum(self.kernels.quadratic_form(page, x[columns], damping, block_size) for page, columns, _ in pages)
 
-    def group_saliency(self, grads, weights, groups, subsets, damping, block_size, active=None, precision="highest"):
+    def group_saliency(
+        self, grads, weights, groups, subsets, damping, block_size, active=None, precision="highest", gram=None,
+        held=None,
+    ):  # fmt: skip
         """See :func:`mfac.ops.compiled.group_saliency`. Groups that straddle blocks are sums of parts."""
         out = torch.zeros(len(groups), len(subsets), device=self.device)
-        for page, columns, _ in self._pages(grads, block_size):
+        for page, columns, blocks in self._pages(grads, block_size):
+            room = (None, None) if gram is None else (gram[blocks], held[columns])
             inside = (columns.start <= groups) & (groups < columns.stop)
             rows = torch.nonzero(inside.any(1)).flatten()
             here = torch.where(inside[rows], groups[rows] - columns.start, -1)
             arguments = page, weights[columns], here, subsets, damping, block_size, _slice(active, columns), precision
-            out[rows] += self.kernels.group_saliency(*arguments)
+            out[rows] += self.kernels.group_saliency(*arguments, *room)
         return out
 
     def select_smallest(self, scores, k, sizes=None, weights=None):

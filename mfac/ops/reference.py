@@ -197,8 +197,10 @@ def group_saliency(
     block_size: int,
     active: Tensor | None = None,
     precision: str = "highest",
+    gram: Tensor | None = None,
+    held: Tensor | None = None,
 ) -> Tensor:
-    """Saliency of weights that go together; see :func:`mfac.ops.compiled.group_saliency`."""
+    """Saliency of weights that go together; see :func:`mfac.ops.compiled.group_saliency`. Keeps nothing in ``gram``."""
     m, d = grads.shape
     check_groups(groups, subsets, d, grads.device)
     out = torch.zeros(len(groups), len(subsets), dtype=torch.float64, device=grads.device)

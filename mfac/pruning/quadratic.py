@@ -71,9 +71,9 @@ def prune_vector(
     update = "none" if fisher is None else plan.update
     single = plan.selection.positions is None
     joint_step = update == "joint" and single and plan.criterion.needs_diagonal  # gives the next sub-step's diagonal
-    memory = fisher.step_memory() if joint_step and plan.substeps > 2 else None
+    memory = fisher.step_memory() if update == "joint" and plan.criterion.needs_diagonal and plan.substeps > 1 else None
     for left in range(plan.substeps, 0, -1):
-        restricted = None if fisher is None else fisher.replace(active=kept)
+        restricted = None if fisher is None else fisher.replace(active=kept, memory=memory)
         with timed(seconds, "saliency"):
             scores, diagonal = _score(weights, restricted, plan, diagonal if joint_step else None)
         with timed(seconds, "selection"):
@@ -83,10 +83,10 @@ def prune_vector(
             del scores
         with timed(seconds, "update"):
             if joint_step and left > 1:
-                increase, diagonal = restricted.joint_step(weights, kept, memory)
+                increase, diagonal = restricted.joint_step(weights, kept)
                 loss += increase
             elif update == "joint":
-                loss += restricted.joint_update(weights, kept, memory)
+                loss += restricted.joint_update(weights, kept)
             elif update == "independent":
                 restricted.independent_update(weights, kept, diagonal)
             if left > 1 and not torch.isfinite(weights).all():

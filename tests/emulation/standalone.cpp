@@ -91,7 +91,8 @@ void test_blocks(int64_t m, int64_t d, int64_t block_size) {
         for (int64_t c = 0; c < width; ++c)
           a[(b * m + i) * m + j] += packed[(b * m + i) * width + c] * packed[(b * m + j) * width + c];
   int32_t failed = 0;
-  cholesky(a.data(), count, m, ridge, 0x1p-52, scratch.data(), l.data(), inverse.data(), &failed, nullptr);
+  cholesky(a.data(), count, m, ridge, 0x1p-52, p.ids.data(), scratch.data(), l.data(), inverse.data(), &failed,
+           nullptr);
   expect("failed", failed, 0);
   for (int64_t b = 0; b < count; ++b)
     for (int64_t i = 0; i < m; ++i)
@@ -105,7 +106,7 @@ void test_blocks(int64_t m, int64_t d, int64_t block_size) {
         expect("inverse", unit, i == j ? 1 : 0);
       }
   Vector<double> bad{1, 2, 2, 1};  // eigenvalues 3 and -1
-  cholesky(bad.data(), 1, 2, 0.0, 0x1p-52, scratch.data(), scratch.data() + 4, nullptr, &failed, nullptr);
+  cholesky(bad.data(), 1, 2, 0.0, 0x1p-52, p.ids.data(), scratch.data(), scratch.data() + 4, nullptr, &failed, nullptr);
   expect("not definite, whatever the rounding", failed, 1);
 
   for (int64_t b = 0; b < count; ++b)
