@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import copy
-import re
 
 import torch
 from torch import Tensor
 
-from mfac.checks import as_number, check_choice, check_instance, check_int
+from mfac.checks import check_choice, check_instance
 from mfac.gradients.buffer import GradientBuffer
+from mfac.ops.arguments import DAMPING_RANGE, check_block_size, check_damping, check_gradients
 from mfac.ops.backend import backend_name, select_backend
 from mfac.ops.memory import StepMemory, allocate
 from mfac.ops.offload import PagedOps
 from mfac.ops.reference import check_groups
 
 PRECISIONS = ("highest", "high", "medium")
-DAMPING_RANGE = (1e-30, 1e30)
 DEFAULT_DAMPING = "3e-2*mean"  # with this block size the most accuracy over sparsities and recomputations
 DEFAULT_BLOCK_SIZE = 512
+_MAX_FACTOR_BYTES = 256 << 20  # of factors that are kept unasked
 
 
 class Fisher:
@@ -145,7 +145,7 @@ class Fisher:
         return self.joint_step(every.float(), every)[1]  # prunes nothing, and leaves its matrices to the next step
 
     def inverse_product(self, x: Tensor) -> Tensor:
-        """Return F⁻¹ x.
+        """Return F⁻¹ x; without :meth:`factor` before it, in pages whose factors take up to 256 MiB and are not kept.
 
         Args:
             x: [d] or [k, d].
@@ -158,12 +158,20 @@ class Fisher:
             ValueError: If the shape or the device of x does not match.
         """
         check_instance("x", x, Tensor, "a tensor")
-        d = self.grads.shape[1]
+        m, d = self.shape
         if x.dim() not in (1, 2) or x.shape[-1] != d or x.device != self.device:
             raise ValueError(f"x: expected shape [{d}] or [k, {d}] on {self.device}, got {list(x.shape)} on {x.device}")
-        return self.kernels.inverse_product(
-            self.grads, self.factor(), x.float(), self.damping, self.block_size, self._active
-        )
+        x, settings = x.float(), (self.damping, self.block_size)
+        page = max(1, _MAX_FACTOR_BYTES // (8 * min(m, self.block_size) ** 2)) * self.block_size
+        if self._factor is not None or page >= d:
+            return self.kernels.inverse_product(self.grads, self.factor(), x, *settings, self._active)
+        out = torch.empty_like(x)
+        for begin in range(0, d, page):  # of whole blocks, whose factors are not kept
+            columns = slice(begin, min(begin + page, d))
+            grads, active = self.grads[:, columns], None if self._active is None else self._active[columns]
+            factor = self.kernels.block_factor(grads, *settings, active)
+            out[..., columns] = self.kernels.inverse_product(grads, factor, x[..., columns], *settings, active)
+        return out
 
     def inverse_elements(self, i: Tensor | list[int] | range, j: Tensor | list[int] | range) -> Tensor:
         """Return elements [F⁻¹]_{i_k j_k} = (δ_ij - (L⁻¹g_i)·(L⁻¹g_j)) / λ; zero across blocks.
@@ -335,77 +343,3 @@ class Fisher:
             raise TypeError(f"{name}: expected {dtype}, got {x.dtype}")
         if x.shape != (d,) or x.device != device:
             raise ValueError(f"{name}: expected shape [{d}] on {device}, got {list(x.shape)} on {x.device}")
-
-
-def check_gradients(grads: Tensor) -> float:
-    """Check that ``grads`` is a finite [m, d] matrix.
-
-    Args:
-        grads: What the user gave.
-
-    Returns:
-        The mean of the squares.
-
-    Raises:
-        TypeError: If it is not a tensor of float32 or bfloat16.
-        ValueError: If the shape is wrong or a row is not finite.
-    """
-    check_instance("grads", grads, Tensor, "a tensor or GradientBuffer")
-    if grads.dim() != 2 or 0 in grads.shape:
-        raise ValueError(
-            f"grads: expected [m, d] with m >= 1 gradients and d >= 1 weights, got shape {list(grads.shape)}"
-        )
-    if grads.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"grads: expected float32 or bfloat16, got {grads.dtype}")
-    # NaN and infinity survive a norm, which runs at memory speed; only a suspect row is looked at number by number.
-    norms = torch.stack([torch.linalg.vector_norm(row, dtype=torch.float32) for row in grads.detach()]).double()
-    suspects = torch.nonzero(~torch.isfinite(norms)).flatten().tolist()
-    bad = [row for row in suspects if not torch.isfinite(grads[row]).all()]
-    if bad:
-        raise ValueError(f"grads: expected finite numbers, got NaN or infinity in {len(bad)} rows, the first {bad[0]}")
-    for row in suspects:  # squares past float32
-        norms[row] = grads[row].double().norm()
-    return float(norms.square().sum() / grads.numel())
-
-
-def check_damping(name: str, damping: float | str) -> float:
-    """Check a damping.
-
-    Args:
-        name: Of the argument, for the error.
-        damping: λ in [1e-30, 1e30], so that neither it nor 1/λ leaves float32; or ``"<number>*mean"``.
-
-    Returns:
-        The damping, or its factor if it is relative to the gradients.
-
-    Raises:
-        TypeError: If it is neither a number nor a string.
-        ValueError: If it is out of range, or the string is another.
-    """
-    relative = isinstance(damping, str)
-    if relative:
-        match = re.fullmatch(r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*\s*mean\s*", damping)
-        value = float(match[1]) if match else float("nan")
-    else:
-        value = as_number(damping)
-    if value is None:
-        raise TypeError(f"{name}: expected a number, got {damping!r}")
-    low, high = DAMPING_RANGE
-    if not low <= value <= high:
-        also = ", or such a number times the mean square of the gradients, as in '1e-2*mean'" if relative else ""
-        raise ValueError(f"{name}: expected a number in [{low:g}, {high:g}]{also}, got {damping!r}")
-    return value
-
-
-def check_block_size(name: str, block_size: int | None, also: str = " or None") -> int | None:
-    """Check a block size.
-
-    Args:
-        name: Of the argument, for the error.
-        block_size: B >= 1, or None.
-        also: What else the argument may be, for the error.
-
-    Returns:
-        The same, as int.
-    """
-    return None if block_size is None else check_int(name, block_size, also=also)

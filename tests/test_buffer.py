@@ -10,7 +10,7 @@ from torch import nn
 
 import mfac.gradients.memory
 from mfac import GradientBuffer, collect_gradients, prunable_parameters
-from mfac.fisher import check_gradients
+from mfac.ops.arguments import check_gradients
 from mfac.gradients.arguments import check_grads_device
 
 

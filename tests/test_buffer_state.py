@@ -10,7 +10,7 @@ import torch
 from test_buffer import filled
 
 from mfac import GradientBuffer
-from mfac.fisher import check_gradients
+from mfac.ops.arguments import check_gradients
 
 
 def same(one, other):

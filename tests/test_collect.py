@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from mfac import GradientBuffer, collect_gradients
-from mfac.fisher import check_gradients
+from mfac.ops.arguments import check_gradients
 
 mse = nn.functional.mse_loss
 

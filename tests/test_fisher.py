@@ -272,3 +272,17 @@ def test_bad_indices(i, j, message):
 def test_bad_backend():
     with pytest.raises(ValueError, match="backend: expected one of auto, compiled, reference, got 'gpu'"):
         Fisher(G, backend="gpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("active", [False, True])
+def test_a_product_whose_factors_are_too_many_to_keep(monkeypatch, backend, active):
+    """The same bits, in pages of whole blocks."""
+    grads, x = oracle.gradients(6, 103), torch.randn(3, 103)
+    mask = torch.arange(103) % 3 > 0 if active else None
+    whole = Fisher(grads, 1e-3, 10, active=mask, backend=backend)
+    monkeypatch.setattr("mfac.fisher._MAX_FACTOR_BYTES", 3 * 8 * 36)  # three blocks
+    paged = Fisher(grads, 1e-3, 10, active=mask, backend=backend)
+    expected = [whole.factor() is not None and whole.inverse_product(v) for v in (x, x[0])]
+    assert all(torch.equal(paged.inverse_product(v), e) for v, e in zip((x, x[0]), expected, strict=True))
+    assert paged._factor is None

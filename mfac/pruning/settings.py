@@ -6,9 +6,10 @@ from typing import Annotated, Any, TypedDict
 from torch import Tensor
 
 from mfac.checks import check_choice, check_int, check_sparsity
-from mfac.fisher import DEFAULT_BLOCK_SIZE, DEFAULT_DAMPING, PRECISIONS, check_block_size, check_damping
+from mfac.fisher import DEFAULT_BLOCK_SIZE, DEFAULT_DAMPING, PRECISIONS
 from mfac.gradients.buffer import GradientBuffer
 from mfac.gradients.settings import CommonSettings, ForwardSettings, SourceSettings
+from mfac.ops.arguments import check_block_size, check_damping
 from mfac.ops.backend import BACKENDS
 from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.patterns import parse_pattern
