@@ -66,39 +66,51 @@ def test_prune_step(measure, step, size, update):
     restore()
 
 
-def two_ops(self, weights, kept):
-    """Fisher.joint_step as an op after the other."""
-    return self.joint_update(weights, kept), self.replace(active=kept).inverse_diagonal()
+def one_after_the_other(monkeypatch):
+    """Sub-steps as version 0.1.0 made them: an update and a diagonal, each with a factor of its own, nothing kept."""
+
+    def joint_step(self, weights, kept):
+        return self.joint_update(weights, kept), self.replace(active=kept).inverse_diagonal()
+
+    monkeypatch.setattr(mfac.Fisher, "joint_step", joint_step)
+    monkeypatch.setattr(mfac.Fisher, "step_memory", lambda self: None)
 
 
 WAYS = {
     "published: independent, one sub-step": {
-        "update": "independent",
-        "substeps": 1,
-        "damping": DAMPING,
-        "block_size": B,
+        "update": "independent", "substeps": 1, "damping": DAMPING, "block_size": B
     },
-    "S=8, two ops": {"substeps": 8},
-    "S=8": {"substeps": 8},
-    "S=4, two ops": {"substeps": 4},
-    "S=4": {"substeps": 4},
-    "S=1": {"substeps": 1},
+    "as in 0.1.0: 8 sub-steps": {"substeps": 8},
+    "8 sub-steps": {"substeps": 8},
+    "default": {},
+}  # fmt: skip
+STEPS = {  # sparsity before and after, and what the default may take
+    "dense to 80 %": (0.0, 0.8, {"first": 0.35, "published": 1.0}),
+    "the 8th of 16 steps to 90 %": (1 - 0.1 ** (7 / 16), 1 - 0.1 ** (8 / 16), {"first": 0.25}),
 }
 
 
-@pytest.mark.benchmark(group="prune_step with the defaults, dense to 80 %, a million weights")
-@pytest.mark.parametrize("way", WAYS)
-def test_default_step(measure, grads, weights, monkeypatch, way):
-    """What the sub-steps cost, sharing factors and matrices or not, against the published step."""
-    m, d = grads.shape
+@pytest.mark.parametrize(
+    ("step", "way"),
+    [
+        pytest.param(step, way, id=way, marks=pytest.mark.benchmark(group=f"prune_step of a million weights, {step}"))
+        for step in STEPS
+        for way in WAYS
+    ],
+)
+def test_default_step(measure, grads, weights, monkeypatch, step, way):
+    """The default step against the published one and that of version 0.1.0."""
+    (m, d), (before, after, targets) = grads.shape, STEPS[step]
     model, state = torch.nn.Linear(1000, d // 1000, bias=False), {"weight": weights.view(d // 1000, 1000)}
-    if "two ops" in way:
-        monkeypatch.setattr(mfac.Fisher, "joint_step", two_ops)
-        monkeypatch.setattr(mfac.Fisher, "step_memory", lambda self: None)
-    columns = widths(d, WAYS[way].get("block_size", 512))
+    model.load_state_dict(state)
+    masks = mfac.prune_step(model, None, before, criterion="magnitude").masks if before else None
+    if "0.1.0" in way:
+        one_after_the_other(monkeypatch)
+    columns = [round(n * (1 - before)) for n in widths(d, WAYS[way].get("block_size", 512))]
     measure(
-        lambda: mfac.prune_step(model, grads, 0.8, **WAYS[way]), setup=lambda: model.load_state_dict(state) and None,
-        flops=diagonal_flops(m, columns), bytes=4 * m * d, by=way,
+        lambda: mfac.prune_step(model, grads, after, masks=masks, **WAYS[way]),
+        setup=lambda: model.load_state_dict(state) and None, flops=diagonal_flops(m, columns), bytes=4 * m * d, by=way,
+        targets=targets if way == "default" else {},
     )  # fmt: skip
 
 
