@@ -32,6 +32,6 @@ def allocate(grads: Tensor, block_size: int) -> StepMemory | None:
     elements = min(order * (order + 1) // 2, MAX_BYTES // (8 * blocks) - 2)
     if elements < 1:
         return None
-    gram = torch.empty(blocks, 2 + elements, dtype=torch.float64)
+    gram = torch.empty(blocks, 2 + elements, dtype=torch.float64, device=grads.device)
     gram[:, 0] = 0
-    return StepMemory(gram, torch.zeros(d, dtype=torch.bool))
+    return StepMemory(gram, torch.zeros(d, dtype=torch.bool, device=grads.device))
