@@ -82,9 +82,9 @@ class Bench:
             self.cached_seed = seed
         return self.cached
 
-    def batches(self, seed: int):
-        """Return endless batches of 32 training images, shifted and mirrored as in training."""
-        return endless_batches(*self.train, seed, augment=True)
+    def batches(self, seed: int, augment: bool = False):
+        """Return endless batches of 32 training images."""
+        return endless_batches(*self.train, seed, augment=augment)
 
     def run(self, method: str, sparsity: float, seed: int) -> dict:
         """Prune and measure."""
@@ -106,7 +106,7 @@ class Bench:
     def measured(self, model: nn.Module, seed: int) -> dict:
         """Return the accuracy, and that after re-estimation of BatchNorm from 64 batches."""
         top1 = accuracy(model, *self.validation)
-        mfac.reestimate_batchnorm(model, self.batches(1000 + seed), 64)
+        mfac.reestimate_batchnorm(model, self.batches(1000 + seed, augment=True), 64)
         return {"top1": top1, "top1_batchnorm": accuracy(model, *self.validation)}
 
     def run_pattern(self, pattern: str, rule: str, sparsity: float, seed: int) -> dict:
@@ -261,13 +261,13 @@ def main() -> None:
         f"    python benchmarks/accuracy/run.py --data {options.data.name} --checkpoint {options.checkpoint.name}",
         "",
         f"top-1 in per cent on {len(bench.validation[1]):,} test images (dense: {dense:.2f}), mean ± standard "
-        f"deviation of the seeds (without ±: one seed; empty: not run). {M} gradients of 32 training images, shifted "
-        "and mirrored as in training; seconds: wall time of pruning and measuring, beside other work; single steps "
-        "share their gradients, which are not counted.",
+        f"deviation of the seeds (without ±: one seed; empty: not run). {M} gradients of 32 training images; "
+        "seconds: wall time of pruning and measuring, beside other work; single steps share their gradients, which "
+        "are not counted.",
         "",
         table(rows, "top1"),
         "",
-        "With the statistics of BatchNorm re-estimated afterwards from 64 training batches:",
+        "With the statistics of BatchNorm re-estimated afterwards from 64 batches, augmented as in training:",
         "",
         table(rows, "top1_batchnorm"),
         "",

@@ -176,7 +176,7 @@ class GradientSettings(TypedDict, total=False):
             None,
             optional(count_from()),
             "How many of them are new at each recomputation after the first, in [1, m], the others being kept (rolling "
-            "gradients); None: a quarter. ``num_grads`` for all.",
+            "gradients); None: an eighth. ``num_grads`` for all.",
         ),
     ]
     recomputations: Annotated[
@@ -186,7 +186,7 @@ class GradientSettings(TypedDict, total=False):
             count_from(1, _MAX_ROUNDS),
             "R: the sparsity is reached in R steps at equal ratios of the remaining weights, with new gradients at "
             "each. A big jump at once defeats every quadratic model; collecting gradients is most of the cost, "
-            "``num_grads + (R - 1) · refresh`` backward passes.",
+            "``num_grads + (R - 1) · refresh`` backward passes before the final corrections.",
         ),
     ]
 
