@@ -10,8 +10,8 @@ from torch import nn
 
 import mfac.gradients.memory
 from mfac import GradientBuffer, collect_gradients, prunable_parameters
-from mfac.ops.arguments import check_gradients
 from mfac.gradients.arguments import check_grads_device
+from mfac.ops.arguments import check_gradients
 
 
 def filled(rows, num_grads=3, dtype=torch.float32):
