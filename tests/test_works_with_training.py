@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
-from works_with import SETTINGS, check_against_plain_loop, check_zeros, classify, plain_gradients
+from works_with import PLAIN, SETTINGS, check_against_plain_loop, check_zeros, classify, plain_gradients
 
 import mfac
 
@@ -47,7 +47,7 @@ def test_compiled_model(when):
     expected = check_against_plain_loop(plain, batches(), classify, loss_fn=CE)
     compiled = torch.compile(model, backend="eager")
     target = compiled if when == "before" else model
-    result = mfac.prune(target, batches(), CE, 0.5, num_grads=6, recomputations=1, progress=False, **SETTINGS)
+    result = mfac.prune(target, batches(), CE, 0.5, num_grads=6, recomputations=1, progress=False, **SETTINGS, **PLAIN)
     assert list(result.masks) == ["0.weight", "3.weight"]
     assert all(torch.equal(mask, expected.masks[name]) for name, mask in result.masks.items())
     x = batches()[0][0]
@@ -228,7 +228,7 @@ def test_interrupted_collection(call, unchanged):
         return CE(out, y)
 
     model = mlp()
-    settings = {"num_grads": 6, "recomputations": 4, "progress": False, **SETTINGS}
+    settings = {"num_grads": 6, "recomputations": 4, "progress": False, **SETTINGS, **PLAIN}
     with unchanged(model, weights=False), pytest.raises(KeyboardInterrupt) as caught:
         mfac.prune(model, batches(), loss_fn, 0.8, **settings)
     partial = caught.value.result

@@ -8,6 +8,7 @@ from torch import nn
 import mfac
 
 SETTINGS = {"damping": "3e-2*mean", "block_size": 64, "substeps": 2}
+PLAIN = {"corrections": 0, "final_corrections": 0}  # of mfac.prune: steps under the quadratic model alone
 
 
 def plain_gradients(model, batches, loss_of, names):
@@ -35,7 +36,10 @@ def check_zeros(model, result, sparsity):
 
 
 def check_against_plain_loop(model, batches, loss_of, *, sparsity=0.5, loss_fn=None, names=None, **settings):
-    """Prune by batches, and a copy by gradients of the plain loop: the same masks and weights. Returns the result."""
+    """Prune by batches, and a copy by gradients of the plain loop: the same masks and weights. Returns the result.
+
+    Corrections then leave a copy as sparse as it is.
+    """
     twin = copy.deepcopy(model)
     names = list(mfac.prunable_parameters(model, settings.get("params"))) if names is None else names
     grads = plain_gradients(model, batches, loss_of, names)
@@ -49,6 +53,7 @@ def check_against_plain_loop(model, batches, loss_of, *, sparsity=0.5, loss_fn=N
         num_grads=len(batches),
         recomputations=1,
         progress=False,
+        **PLAIN,
         **settings,
         **source,
     )
@@ -59,6 +64,12 @@ def check_against_plain_loop(model, batches, loss_of, *, sparsity=0.5, loss_fn=N
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6, msg=name)
     check_zeros(model, result, sparsity)
+    corrected = copy.deepcopy(model)
+    options = {"num_grads": len(batches), "recomputations": 1, "progress": False, **settings, **source}
+    options.update(masks=result.masks, corrections=1, final_corrections=2, correction_batches=2)
+    again = mfac.prune(corrected, batches, loss_fn, sparsity, **options)
+    assert all(torch.equal(again.masks[name], mask) for name, mask in result.masks.items())
+    check_zeros(corrected, again, sparsity)
     return result
 
 
