@@ -8,7 +8,9 @@ from pruning_recipe import PRUNING
 from torch import nn
 
 import mfac
+from mfac.pruning.settings import PrunerSettings
 from mfac.recipe import Manager
+from mfac.settings import definitions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -130,12 +132,27 @@ def test_group_errors(groups):
         Manager.from_recipe(text)
 
 
+def test_what_a_recipe_leaves_open_has_the_defaults_of_the_package():
+    """And what it says counts to the letter; one line says which."""
+    text = (PRUNING % "MFACPruningModifier") + "    num_grads: 64\n    damp: 1e-5\n"
+    manager = Manager.from_recipe(text)
+    modifier = manager.modifiers[-1]
+    assert (modifier.settings["damping"], modifier.settings["num_grads"]) == (1e-5, 64)
+    defaults = definitions(PrunerSettings)
+    for name in ("block_size", "refresh", "update", "substeps", "corrections"):
+        assert modifier.settings[name] == defaults[name].default
+    (line,) = manager.describe()
+    assert line.startswith("MFACPruning: of the recipe damping=1e-05, num_grads=64; by default recomputations=8, ")
+    assert "block_size=512" in line and "substeps=auto" in line
+    assert Manager.from_recipe(PRUNING % "MagnitudePruningModifier").describe() == []
+
+
 @pytest.mark.parametrize(
-    ("written", "batches"), [("", 3 * 4), ("    refresh: 4\n", 3 * 4), ("    refresh: 1\n", 4 + 1 + 1)]
+    ("written", "batches"), [("", 8 + 1 + 1), ("    refresh: 8\n", 3 * 8), ("    refresh: 3\n", 8 + 3 + 3)]
 )
 def test_refresh(written, batches):
-    """Of m = 4 gradients, how many are new at each of the recomputations after the first."""
-    text = (PRUNING % "MFACPruningModifier") + "    num_grads: 4\n    recomputations: 3\n" + written
+    """Of m = 8 gradients, how many are new at each of the recomputations after the first."""
+    text = (PRUNING % "MFACPruningModifier") + "    num_grads: 8\n    recomputations: 3\n" + written
     drawn = []
     stream = (drawn.append(i) or (torch.randn(4, 8), torch.randint(2, (4,))) for i in range(100))
     Manager.from_recipe(text).one_shot(nn.Sequential(nn.Linear(8, 2)), stream, nn.functional.cross_entropy)

@@ -82,6 +82,10 @@ class Manager:
         ends = [self.epochs if item.end_epoch < 0 else item.end_epoch for item in self._pruning()]
         return max(ends, default=0.0)
 
+    def describe(self) -> list[str]:
+        """Return a line for each modifier that prunes by gradients: the settings of the recipe, and the defaults."""
+        return [modifier.describe() for modifier in self._pruning() if modifier.reported]
+
     def _pruning(self) -> list[MagnitudePruning]:
         return [modifier for modifier in self.modifiers if isinstance(modifier, MagnitudePruning)]
 

@@ -193,6 +193,8 @@ def train(settings: TrainSettings) -> list[Measurement]:
     if state:
         _restore(model, state["model"], settings.checkpoint_path)
     folder = _folder(settings, tag)
+    for line in manager.describe():
+        tqdm.write(line)
     if settings.one_shot:
         return [_one_shot(manager, model, data, folder)]
 

@@ -61,6 +61,7 @@ class MagnitudePruning(Modifier):
     score_types: ClassVar[tuple[str, ...]] = ("magnitude",)
     spellings: ClassVar[dict[str, str]] = {}  # of the format -> of mfac
     defaults: ClassVar[dict[str, Any]] = {}  # of settings, where they differ from mfac's
+    reported: ClassVar[tuple[str, ...]] = ()  # settings that the result depends on most
     not_taken: ClassVar[tuple[str, ...]] = (  # settings that make no sense without gradients
         *_BY_THE_FORMAT, *definitions(GradientSettings), *definitions(SourceSettings), "update", "substeps", "damping",
         "block_size", "precision",
@@ -82,9 +83,8 @@ class MagnitudePruning(Modifier):
         """Check the arguments."""
         super().__post_init__()
         known = definitions(PrunerSettings)
+        self.given = frozenset(self.settings)  # those that the recipe says
         given = {**{name: known[name].default for name in self.setting_names()}, **self.defaults, **self.settings}
-        if "refresh" not in self.settings:
-            given.pop("refresh", None)  # its default here depends on num_grads
         self.settings = {name: known[name].check(name, plain_number(value)) for name, value in given.items()}
         self.init_sparsity = number("init_sparsity", self.init_sparsity, 0, 1)
         self.update_frequency = positive("update_frequency", self.update_frequency)
@@ -109,6 +109,12 @@ class MagnitudePruning(Modifier):
             if not self.params and not self.global_sparsity:
                 raise ValueError("params: expected names of the weights to prune, such as __ALL_PRUNABLE__, got none")
             self.params = self.params or ["__ALL_PRUNABLE__"]
+
+    def describe(self) -> str:
+        """Return a line that tells the settings of the recipe from those that it leaves open."""
+        said = [f"{name}={self.settings[name]}" for name in self.settings if name in self.given]
+        left = [f"{name}={self.settings[name]}" for name in self.reported if name not in self.given]
+        return f"{type(self).__name__}: of the recipe {', '.join(said) or 'no settings'}; by default {', '.join(left)}"
 
     @classmethod
     def setting_names(cls) -> list[str]:
@@ -180,10 +186,10 @@ class GlobalMagnitudePruning(MagnitudePruning):
 class MFACPruning(MagnitudePruning):
     """Prune by the empirical Fisher (M-FAC), updating the remaining weights.
 
-    Beyond the format's own arguments it takes settings of :class:`mfac.Pruner` by their names. Three of them have other
-    defaults here: the published damping and block size, and new gradients 8 times on the way of an update, all of
-    them new, since a single jump from 35 % to 95 % leaves the range in which a quadratic model of the loss is
-    accurate.
+    Beyond the format's own arguments it takes settings of :class:`mfac.Pruner` by their names. What the recipe says
+    counts to the letter; what it leaves open, damping and block size too, has the defaults of :class:`mfac.Pruner`,
+    but that new gradients come 8 times on the way of an update, since a single jump from 35 % to 95 % leaves the range
+    in which a quadratic model of the loss is accurate.
     """
 
     criterion: ClassVar[str] = "fisher"
@@ -193,7 +199,10 @@ class MFACPruning(MagnitudePruning):
         "fisher_block_size": "block_size",
         "available_gpus": "available_devices",
     }
-    defaults: ClassVar[dict[str, Any]] = {"damping": 1e-5, "block_size": 2000, "recomputations": 8}
+    defaults: ClassVar[dict[str, Any]] = {"recomputations": 8}
+    reported: ClassVar[tuple[str, ...]] = (
+        "num_grads", "recomputations", "refresh", "damping", "block_size", "update", "substeps", "corrections",
+    )  # fmt: skip
     not_taken: ClassVar[tuple[str, ...]] = _BY_THE_FORMAT
 
     num_pages: Any = None  # above 1: the same as `grads_device: cpu`; the actual number follows from the memory
@@ -233,7 +242,6 @@ class MFACPruning(MagnitudePruning):
             given = self.settings["num_grads"]
             raise ValueError(f"num_grads: expected an int (a schedule is not supported), got {given!r:.80}")
         super().__post_init__()
-        self.settings.setdefault("refresh", self.settings["num_grads"])
         check_int("refresh", self.settings["refresh"] or 1, 1, self.settings["num_grads"])
         device = self.settings["grads_device"]
         if device is not None and not re.fullmatch(r"cpu|disk(:.+)?|cuda(:\d+)?", str(device)):
