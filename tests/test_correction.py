@@ -75,7 +75,9 @@ def test_the_direction_is_the_natural_gradient_of_the_kept_weights(monkeypatch, 
         return seen["done"]
 
     monkeypatch.setattr("mfac.pruning.engine.correct", spy)
-    result = mfac.prune(model, batches, LOSS, 0.4, pattern=pattern, corrections=1, **{**FAST, "recomputations": 1})
+    result = mfac.prune(
+        model, batches, LOSS, 0.4, pattern=pattern, final_corrections=0, **{**FAST, "recomputations": 1}
+    )
     other = make_model()
     rows = mfac.collect_gradients(other, iter(batches), LOSS, 8, progress=False).tensor.double()
     kept = torch.cat([mask.flatten() for mask in result.masks.values()])
