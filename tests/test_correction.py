@@ -186,6 +186,20 @@ def test_interrupted_while_it_is_judged(monkeypatch, error, call):
     assert masks and all(not params[name][~mask].any() for name, mask in masks.items())
 
 
+@pytest.mark.parametrize("update", ["none", "independent"])
+def test_another_update_is_not_corrected_unasked(update):
+    options = {"update": update, "correction_batches": 2, **FAST}
+    assert all(
+        step.step_length is None for step in mfac.prune(make_model(), make_batches(), LOSS, 0.5, **options).steps
+    )
+    model, result = make_model(), None
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    result = mfac.prune(model, make_batches(), LOSS, 0.5, **{**options, "update": "none"})
+    assert all(torch.equal(p, before[n] * result.masks.get(n, 1)) for n, p in model.named_parameters())
+    steps = mfac.prune(make_model(), make_batches(), LOSS, 0.5, corrections=1, **options).steps
+    assert all(step.step_length is not None for step in steps)
+
+
 def test_batches_that_end():
     batches, model = iter(make_batches(8 + 3)), make_model()
     with pytest.raises(ValueError, match="batches") as info:

@@ -37,12 +37,12 @@ LABELS = {
     "published": "M-FAC as published, one step",
     "step": "`prune_step`",
     "corrected": "`prune_step(batches=...)`: and a correction",
-    "plain": "`prune(corrections=0, final_corrections=0)`",
+    "plain": "`prune(corrections=0)`",
     "prune": "`prune`",
     "fresh": "`prune(refresh=256)`: all gradients new",
 }
 PRUNE = {  # options of mfac.prune; those not named are its defaults
-    "plain": {"corrections": 0, "final_corrections": 0},
+    "plain": {"corrections": 0},
     "prune": {},
     "fresh": {"refresh": M},
 }

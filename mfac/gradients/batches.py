@@ -41,13 +41,14 @@ def model_device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def move_batch(batch: Any, device: torch.device) -> Any:
+def move_batch(batch: Any, device: torch.device, copies: bool = False) -> Any:
     """Move all tensors of a batch, which stays as it is.
 
     Args:
         batch: A tree of lists, tuples, dicts, other mappings and dataclasses with tensors, and whatever else has a
             method ``to``, at any depth. The rest is passed through.
         device: Where to.
+        copies: Copy tensors that are there already, so that what the loader does with its own does not matter.
 
     Returns:
         The same tree. Tensors made under ``torch.inference_mode`` are copied, for autograd cannot save them.
@@ -55,20 +56,20 @@ def move_batch(batch: Any, device: torch.device) -> Any:
 
     def move(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
-            moved = leaf.to(device)
+            moved = leaf.detach().to(device, copy=True) if copies else leaf.to(device)
             return moved.clone() if moved.is_inference() else moved
         if isinstance(leaf, MutableMapping):  # UserDict and its subclasses, whose own `to` may change them in place
             new = copy.copy(leaf)
             for key, value in leaf.items():
-                new[key] = move_batch(value, device)
+                new[key] = move_batch(value, device, copies)
             return new
         if hasattr(leaf, "to"):
             return leaf.to(device)
         if isinstance(leaf, Mapping):
-            return type(leaf)({key: move_batch(value, device) for key, value in leaf.items()})
+            return type(leaf)({key: move_batch(value, device, copies) for key, value in leaf.items()})
         new = leaf
         for name, value in _fields(leaf).items():
-            moved = move_batch(value, device)
+            moved = move_batch(value, device, copies)
             if moved is not value:
                 new = copy.copy(leaf) if new is leaf else new
                 object.__setattr__(new, name, moved)  # also of a frozen one

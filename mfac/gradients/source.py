@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mfac.checks import check_choice, check_int
 from mfac.gradients.arguments import check_dtype
-from mfac.gradients.batches import MODES, Forward, check_functions
+from mfac.gradients.batches import MODES, Forward, check_functions, model_device, move_batch
 from mfac.gradients.buffer import GradientBuffer
 from mfac.gradients.collect import append_batches, mean_loss
 from mfac.gradients.seeds import SeedKind, derive_seed
@@ -137,13 +137,13 @@ class GradientSource:
 
         Args:
             model: It is measured as it is at each call.
-            num_batches: How many; they are kept in memory, as the loader gives them, as long as the function is.
+            num_batches: How many; copies of them are kept where the model is, as long as the function is.
 
         Returns:
             The function.
         """
         try:
-            held = [copy.deepcopy(next(self.batches)) for _ in range(num_batches)]  # some loaders reuse their memory
+            held = [move_batch(next(self.batches), model_device(model), copies=True) for _ in range(num_batches)]
         finally:
             self.batches.close()
         settings = {"seed": self._seed(SeedKind.MEASURE), "mode": self._mode, "forward": self._forward}

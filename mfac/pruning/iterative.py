@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@accepts(PruneSettings, recomputations=16, corrections=1, final_corrections=16)
+@accepts(PruneSettings, recomputations=16, corrections=None, final_corrections=16)
 def prune(
     model: nn.Module,
     batches: Iterable[Any],
@@ -41,7 +41,7 @@ def prune(
     goes on in the direction of the last one (momentum), and η is the best of a few by the loss of fresh batches, or 0.
     So the labels of ``batches`` count: give it training data. With R = 16, 256 gradients and the defaults there are
     1,248 backward passes and some 1,300 forward passes, about as many as an epoch of CIFAR-10 has;
-    ``corrections=0, final_corrections=0`` leaves only steps under the quadratic model.
+    ``corrections=0`` leaves only steps under the quadratic model, as does another ``update``.
 
     Re-estimating BatchNorm afterwards (``batchnorm_batches``) helps after steps without corrections, and hurts after
     those with them, for which the weights have been fitted to the statistics that there are. Images for it should be

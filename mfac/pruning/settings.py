@@ -203,15 +203,15 @@ class CorrectionSettings(JudgeSettings, total=False):
     """The linear term of the quadratic model: natural-gradient corrections of the kept weights."""
 
     corrections: Annotated[
-        int,
+        int | None,
         Setting(
             0,
-            count_from(0, _MAX_ROUNDS),
+            optional(count_from(0, _MAX_ROUNDS)),
             "Natural-gradient corrections at each recomputation. The quadratic model assumes that the gradient is "
             "zero, which pruning makes false; so the kept weights S are moved by -η F_SS⁻¹ ḡ_S, with ḡ the mean of the "
             "newest gradients and η the best of a few by the loss of ``correction_batches``, or 0 if none lowers it. "
             "With more than one, the ``refresh`` new gradients come in as many parts, each followed by a correction. "
-            "0: none.",
+            '0: none. None: one, if ``update`` is ``"joint"``.',
         ),
     ]
     final_corrections: Annotated[
