@@ -119,6 +119,23 @@ def test_batchnorm_is_reestimated_if_asked_for():
     assert not torch.equal(models[1][1].running_mean, torch.zeros(12))
 
 
+def test_batchnorm_statistics_that_are_worse_are_not_kept():
+    """The model has been trained with other statistics than those of its inputs, and needs them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 5), nn.BatchNorm1d(5))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(5, 10))
+        model[1].running_mean.fill_(-1), model[1].weight.fill_(4), model[1].bias.copy_(torch.arange(5.0) - 6)
+    batches = [(x, model.eval()(x).argmax(1)) for x, _ in make_batches()]
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    with pytest.warns(
+        UserWarning, match="batchnorm_batches: new statistics would raise the loss from .*; the old ones"
+    ):
+        result = mfac.prune(model, batches, LOSS, 0.5, batchnorm_batches=8, **FAST)
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+    assert result.steps[-1].loss_after > 0
+
+
 def test_result_as_text_json_and_csv(tmp_path):
     result = mfac.prune(make_model(), make_batches(), LOSS, 0.8, **{**FAST, "damping": "auto"})
     lines = str(result).splitlines()

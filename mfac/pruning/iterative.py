@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from mfac.checks import warn
@@ -91,9 +92,21 @@ def prune(
 def _finish(model: nn.Module, source: GradientSource, batchnorm_batches: int, forward: Any) -> float:
     """Re-estimate BatchNorm if asked for and measure the loss; what has been pruned is not lost if the batches end."""
     try:
-        if batchnorm_batches:
-            reestimate_batchnorm(model, source.batches, batchnorm_batches, forward=forward)
-        return source.loss(model, source.refresh)
+        if not batchnorm_batches:
+            return source.loss(model, source.refresh)
+        measure = source.hold(model, source.refresh)
+        before, buffers = measure(), {name: (b, b.detach().clone()) for name, b in model.named_buffers()}
+        reestimate_batchnorm(model, source.batches, batchnorm_batches, forward=forward)
+        after = measure()
+        if after <= before:
+            return after
+        with torch.no_grad():
+            for b, value in buffers.values():
+                b.copy_(value)
+        warn(
+            f"batchnorm_batches: new statistics would raise the loss from {before:.4g} to {after:.4g}; the old ones stay"
+        )
+        return before
     except ValueError as error:
         warn(f"pruned, but not measured or without new BatchNorm statistics: {error}")
         return math.nan

@@ -234,7 +234,10 @@ class PruneSettings(StepSettings, GradientSettings, CorrectionSettings, SourceSe
     batchnorm_batches: Annotated[
         int,
         Setting(
-            0, count_from(0), "Re-estimate the statistics of BatchNorm from so many batches at the end; 0: leave them."
+            0,
+            count_from(0),
+            "Re-estimate the statistics of BatchNorm from so many batches at the end, and keep the new ones if they do "
+            "not raise the loss; 0: leave them.",
         ),
     ]
 

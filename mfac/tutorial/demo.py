@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 import sys
 import time
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ METHODS = (
     Method("M-FAC, joint update", "mfac.md", "#1b9e77"),
 )
 _FOOTNOTE = """\
-top-1 accuracy on the validation images; sparsity: share of zeros in the weights that the recipes prune;
+top-1 accuracy on the validation images, mean ± standard deviation of the seeds; sparsity: share of zeros in the weights that the recipes prune;
 seconds: training, pruning and measuring together"""
 
 
@@ -124,12 +125,17 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
+def _spread(values: list[float]) -> str:
+    """Mean and, of several, standard deviation, in per cent."""
+    return f"{_mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "") + " %"
+
+
 def _row(method: str, sparsity: str, pruned: str, trained: str, seconds: str) -> str:
     return f"| {method:25} | {sparsity:>8} | {pruned:>19} | {trained:>20} | {seconds:>7} |"
 
 
 def table(dense_top1: float, runs: list[Run]) -> str:
-    """Return the comparison as the README's table (Markdown): dense model, and means of each method over the seeds.
+    """Return the comparison as the README's table (Markdown): dense model, and each method over the seeds.
 
     Args:
         dense_top1: Accuracy of the dense model in per cent.
@@ -147,10 +153,10 @@ def table(dense_top1: float, runs: list[Run]) -> str:
         mine = [run for run in runs if run.method == method]
         last = [run.measurements[-1] for run in mine]
         sparsity = _mean([100 * measured.sparsity for measured in last])
-        pruned = _mean([run.after_pruning.top1 for run in mine])
-        trained = _mean([measured.top1 for measured in last])
+        pruned = _spread([run.after_pruning.top1 for run in mine])
+        trained = _spread([measured.top1 for measured in last])
         seconds = _mean([run.seconds for run in mine])
-        lines.append(_row(method.label, f"{sparsity:.1f} %", f"{pruned:.1f} %", f"{trained:.1f} %", f"{seconds:.1f}"))
+        lines.append(_row(method.label, f"{sparsity:.1f} %", pruned, trained, f"{seconds:.1f}"))
     return "\n".join(lines)
 
 
@@ -212,7 +218,7 @@ def plot(dense_top1: float, runs: list[Run], path: Path) -> None:
 
 def demo(
     output: str | Path = "mfac-demo",
-    seeds: int = 1,
+    seeds: int = 3,
     num_grads: int = 64,
     *,
     recomputations: int = 8,
