@@ -103,9 +103,7 @@ def _finish(model: nn.Module, source: GradientSource, batchnorm_batches: int, fo
         with torch.no_grad():
             for b, value in buffers.values():
                 b.copy_(value)
-        warn(
-            f"batchnorm_batches: new statistics would raise the loss from {before:.4g} to {after:.4g}; the old ones stay"
-        )
+        warn(f"batchnorm_batches: new statistics raise the loss from {before:.4g} to {after:.4g}; the old ones stay")
         return before
     except ValueError as error:
         warn(f"pruned, but not measured or without new BatchNorm statistics: {error}")

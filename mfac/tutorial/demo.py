@@ -48,8 +48,8 @@ METHODS = (
     Method("M-FAC, joint update", "mfac.md", "#1b9e77"),
 )
 _FOOTNOTE = """\
-top-1 accuracy on the validation images, mean ± standard deviation of the seeds; sparsity: share of zeros in the weights that the recipes prune;
-seconds: training, pruning and measuring together"""
+top-1 accuracy on the validation images, mean ± standard deviation of the seeds; sparsity: of the weights that the
+recipes prune; seconds: training, pruning and measuring together"""
 
 
 @dataclass(frozen=True)
