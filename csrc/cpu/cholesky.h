@@ -1,10 +1,10 @@
 // Cholesky factorisation of the small matrix of a block and what is done with the factor, in float64, from the kernels of
-// tiles.h.
+// microkernels.h.
 #pragma once
 
 #include <cmath>
 
-#include "tiles.h"
+#include "microkernels.h"
 
 namespace mfac::cpu {
 

@@ -1,5 +1,5 @@
 // The gradients as the kernels read them: a block of columns of G[m, d], element types, and the two ways in which a piece of
-// it becomes panels (tiles.h). G is converted and laid out while it is read; a second [m, columns] matrix exists
+// it becomes panels (microkernels.h). G is converted and laid out while it is read; a second [m, columns] matrix exists
 // only of survivors, and only if it is small (SideBySide).
 //
 // Rows of a block are far apart in memory, so the processor cannot foresee which lines come next: whoever works on a piece
@@ -8,7 +8,7 @@
 
 #include <vector>
 
-#include "tiles.h"
+#include "microkernels.h"
 
 namespace mfac::cpu {
 

@@ -10,6 +10,7 @@
 // A sample that misled, or too many equal keys, cost one or three more reads, never a wrong mask. 4 + 4 bytes are read and 1 is
 // written per score, 8 more for weights. All sums are of integers: the result does not depend on the order.
 #include "columns.cuh"
+#include "order_key.h"
 
 namespace mfac::cuda {
 namespace {
@@ -18,11 +19,6 @@ constexpr int kPerThread = 16;                 // scores: four loads of 16 bytes
 constexpr int kChunk = kThreads * kPerThread;  // scores of a block of threads
 constexpr int kQuad = 4;
 constexpr int64_t kMostBlocks = 132 * 32;  // of a histogram: some for each multiprocessor, each with bins of its own
-
-__device__ inline uint32_t to_key(float score) {
-  const uint32_t bits = __float_as_uint(score + 0.0f);  // -0 + 0 = 0
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
 
 struct alignas(16) Quad {
   float score[kQuad];
@@ -65,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int e = 0; e < kQuad; ++e) {
       const bool valid = i + e < n;
       if (valid && quad.score[e] != quad.score[e]) atomicMin(&found->nan, static_cast<unsigned long long>(i + e));
-      const uint32_t key = to_key(quad.score[e]);
+      const uint32_t key = order_key(quad.score[e]);
       below += valid && key < bounds.low;
       const bool in_bounds = valid && bounds.low <= key && key <= bounds.high;
       const unsigned votes = __ballot_sync(kAllLanes, in_bounds);
@@ -99,7 +95,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t step = gridDim.x * static_cast<int64_t>(kThreads), rounds = (n + step - 1) / step;
   for (int64_t round = 0; round < rounds; ++round) {
     const int64_t i = round * step + blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
-    const uint32_t key = i < n ? keys ? keys[i] : to_key(scores[i]) : 0;
+    const uint32_t key = i < n ? keys ? keys[i] : order_key(scores[i]) : 0;
     const bool counts =
         i < n && bounds.low <= key && key <= bounds.high && static_cast<uint64_t>(key) >> (shift + bits) == prefix;
     const unsigned digit = key >> shift & ((1u << bits) - 1);
@@ -161,7 +157,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t i = blockIdx.x * static_cast<int64_t>(kChunk) + (q * kThreads + threadIdx.x) * kQuad;
     const Quad quad = load_quad(scores, i, n);
 #pragma unroll
-    for (int e = 0; e < kQuad; ++e) count += i + e < n && to_key(quad.score[e]) == threshold;
+    for (int e = 0; e < kQuad; ++e) count += i + e < n && order_key(quad.score[e]) == threshold;
   }
   for (int bits = kWarp / 2; bits > 0; bits /= 2) count += __shfl_xor_sync(kAllLanes, count, bits);
   if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = count;
@@ -187,7 +183,7 @@ __global__ void __launch_bounds__(kThreads)
     if constexpr (ordered) {
       int32_t own = 0;
 #pragma unroll
-      for (int e = 0; e < kQuad; ++e) own += i + e < n && to_key(quad.score[e]) == threshold;
+      for (int e = 0; e < kQuad; ++e) own += i + e < n && order_key(quad.score[e]) == threshold;
       int32_t sum = own;
       for (int distance = 1; distance < kWarp; distance *= 2) {
         const int32_t other = __shfl_up_sync(kAllLanes, sum, distance);
@@ -205,7 +201,7 @@ __global__ void __launch_bounds__(kThreads)
     bool keep[kQuad];
 #pragma unroll
     for (int e = 0; e < kQuad; ++e) {
-      const uint32_t key = to_key(quad.score[e]);
+      const uint32_t key = order_key(quad.score[e]);
       keep[e] = key > threshold || (key == threshold && rank >= pruned_ties);
       if (ordered && key == threshold) ++rank;
     }

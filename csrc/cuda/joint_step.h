@@ -1,56 +1,22 @@
-// The joint update and the diagonal of F⁻¹, in terms of the kernels and of ATen's matrix products.
+// Order of work of joint_step and joint_update, in terms of the kernels and of ATen's matrix products. The equations and names are
+// those of csrc/cpu/joint.h.
 #pragma once
 
-#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
-#include "tiles.h"
+#include <tuple>
+
+#include "batches.h"
+#include "inverse_diagonal.h"
+#include "quadratic_form.h"
 
 namespace mfac::cuda {
 
-// out[d] <- diag F⁻¹ in the columns in use of a batch's blocks, from L⁻¹.
-inline void write_diagonal(const Blocks& blocks, const Batch& batch, const Precision& precision, double damping,
-                           const Tensor& inverse, Tensor& out) {
-  const auto store = [&](const Tile& tile, const Tensor& solved, bool capacitance) {
-    dispatch(blocks.grads, [&](const auto& g) {
-      const auto run = [&](const auto* values) {
-        inverse_diagonal(g, blocks.layout, tile, values, solved.size(1), damping, capacitance,
-                         out.mutable_data_ptr<float>(), current_stream());
-      };
-      if (solved.scalar_type() == at::kDouble)
-        run(solved.const_data_ptr<double>());
-      else
-        run(solved.const_data_ptr<float>());
-    });
-  };
-  if (!batch.capacitance) return store(batch.tile, inverse, false);
-  const Terms terms = split(inverse, precision);
-  blocks.for_each_chunk(batch, [&](const Tile& chunk) {
-    store(chunk, multiply(terms, blocks.packed(blocks.layout, chunk, precision)), true);
-  });
-}
-
-// Which blocks have an element of x [d] that is not zero.
-inline std::vector<bool> blocks_with(const Blocks& blocks, const Tensor& x) {
-  const Tensor padded = at::constant_pad_nd(x != 0, {0, blocks.count * blocks.block_size - blocks.d});
-  const Tensor any = padded.view({blocks.count, -1}).any(1).cpu();
-  const bool* values = any.const_data_ptr<bool>();
-  return std::vector<bool>(values, values + blocks.count);
-}
-
-// Σ ‖G x‖² over some blocks, each by itself.
-inline Tensor squared_rows(const Blocks& blocks, const Tensor& ids, const Tensor& x) {
-  const int64_t step = std::max<int64_t>(1, blocks.limit / (16 * blocks.m * row_splits(blocks.block_size)));
-  Tensor sum = at::zeros({}, x.options());
-  for (const Tensor& some : ids.split(step)) {
-    const Tensor t = blocks.rows({some.const_data_ptr<int32_t>(), some.numel(), 0, 0}, x).flatten();
-    sum += t.dot(t);
-  }
-  return sum;
-}
-
-// The equations and names are those of csrc/cpu/joint.h; the columns in use of `blocks` are those that are kept. diagonal [d],
+// The columns in use of `blocks` are those that are kept. diagonal [d],
 // unless null: diag F⁻¹ there, for which blocks with nothing to prune are worked on too.
 inline Tensor joint_update(const Blocks& blocks, const Precision& precision, Tensor& weights, const Tensor& kept,
                            double damping, Tensor* diagonal) {
@@ -87,6 +53,24 @@ inline Tensor joint_update(const Blocks& blocks, const Precision& precision, Ten
   weights.copy_(at::where(kept, w + step, 0.0));
   return (step.square().sum() + x.square().sum()) * (0.5 * damping) +
          gradient_term / (2 * static_cast<double>(blocks.m));
+}
+
+// Nothing is kept from one call to the next.
+inline std::tuple<Tensor, Tensor> joint_step_op(const Tensor& grads, Tensor& weights, const Tensor& kept,
+                                                double damping, int64_t block_size, c10::string_view name,
+                                                const OptionalTensor& gram, const OptionalTensor& held, bool wanted) {
+  check_joint_step(grads, weights, kept, damping, block_size, name, gram, held);
+  const Precision precision(name, grads);
+  const CUDAGuard guard(grads.device());
+  const Blocks blocks(grads, damping, block_size, kept);
+  Tensor diagonal = at::full({wanted ? blocks.d : 0}, 1 / damping, blocks.options(at::kFloat));
+  const Tensor loss = joint_update(blocks, precision, weights, kept, damping, wanted ? &diagonal : nullptr);
+  return {loss, diagonal};
+}
+
+inline Tensor joint_update_op(const Tensor& grads, Tensor& weights, const Tensor& kept, double damping,
+                              int64_t block_size, c10::string_view name) {
+  return std::get<0>(joint_step_op(grads, weights, kept, damping, block_size, name, std::nullopt, std::nullopt, false));
 }
 
 }  // namespace mfac::cuda

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/bmm.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/eye.h>
@@ -14,11 +15,11 @@
 #include <ATen/ops/nonzero.h>
 #include <ATen/ops/searchsorted.h>
 #include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <product.h>
 
 #include <optional>
-#include <string_view>
 #include <vector>
 
 #include "../checks.h"
@@ -27,6 +28,8 @@
 namespace mfac::cuda {
 
 using at::Tensor;
+using c10::cuda::CUDAGuard;
+using OptionalTensor = std::optional<Tensor>;
 
 inline Stream current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
@@ -35,7 +38,7 @@ inline Stream current_stream() { return c10::cuda::getCurrentCUDAStream().stream
 //   high      sums of two bfloat16, 16 bits, with float32 sums; G of bfloat16 is exact. Tensor cores; errors near 1e-5
 //   medium    one bfloat16, 8 bits; errors near 1e-2
 struct Precision {
-  Precision(std::string_view name, const Tensor& grads)
+  Precision(c10::string_view name, const Tensor& grads)
       : exact(name == "highest"),
         factor_parts(name == "high" ? 2 : 1),
         grads_parts(grads.scalar_type() == at::kBFloat16 ? 1 : factor_parts),
@@ -102,7 +105,7 @@ struct Factor {
 // G, and how its columns make blocks of which some columns are in use.
 class Blocks {
  public:
-  Blocks(const Tensor& given, double damping, int64_t size, const std::optional<Tensor>& active)
+  Blocks(const Tensor& given, double damping, int64_t size, const OptionalTensor& active)
       : grads(given.stride(1) == 1 || given.size(1) <= 1 ? given : given.contiguous()),
         m(grads.size(0)),
         d(grads.size(1)),
@@ -279,5 +282,13 @@ class Blocks {
     return {sum, sum};
   }
 };
+
+// Which blocks have an element of x [d] that is not zero.
+inline std::vector<bool> blocks_with(const Blocks& blocks, const Tensor& x) {
+  const Tensor padded = at::constant_pad_nd(x != 0, {0, blocks.count * blocks.block_size - blocks.d});
+  const Tensor any = padded.view({blocks.count, -1}).any(1).cpu();
+  const bool* values = any.const_data_ptr<bool>();
+  return std::vector<bool>(values, values + blocks.count);
+}
 
 }  // namespace mfac::cuda
