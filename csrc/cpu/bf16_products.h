@@ -11,8 +11,8 @@ namespace mfac::cpu {
 
 constexpr int kMaxTerms = 3;
 
-using Words = Few<uint32_t, kTile>;  // a row of a tile
-using Floats = Few<float, kTile>;
+using Words = VectorN<uint32_t, kTile>;  // a row of a tile
+using Floats = VectorN<float, kTile>;
 
 // Terms per gradient in bfloat16 products, 0 where they would not be faster than float32 ones: small matrices, which fill no tiles,
 // and float32 gradients where splitting them costs more than the products save (measured with AMX).
@@ -39,7 +39,7 @@ inline void split(const float* x, int terms, uint16_t* out, int64_t stride) {
     std::memcpy(&rest, x + i, sizeof rest);
     for (int t = 0; t < terms; ++t) {
       const Words bits = (Words)rest, term = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-      const auto half = __builtin_convertvector(term, Few<uint16_t, kTile>);
+      const auto half = __builtin_convertvector(term, VectorN<uint16_t, kTile>);
       std::memcpy(out + t * stride + i, &half, sizeof half);
       rest -= (Floats)(term << 16);
     }
@@ -103,7 +103,7 @@ void pack_right(const Block<G>& block, int64_t r0, int64_t c0, int64_t tiles, in
     for (int t = 0; t < terms; ++t)
       for (int64_t s = 0; s < 2; ++s, first += kTile, second += kTile) {
         uint32_t* pairs = out + t * stride + s * next + p * kTile;
-        Few<uint16_t, kTile> low, high;
+        VectorN<uint16_t, kTile> low, high;
         std::memcpy(&low, first, sizeof low);
         std::memcpy(&high, second, sizeof high);
         const Words words = __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;

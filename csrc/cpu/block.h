@@ -4,7 +4,7 @@
 //   Fisher side        A = mλ I + GᵀG,  [n, n]      F⁻¹ x = m A⁻¹ x
 //
 // with n the number of columns in use: the Fisher side for n <= m. (At m = n the rows may span all directions, and the
-// difference in the first line cancels in each of them.) Where the diagonal of F⁻¹ is wanted, it is for more (wider_fisher).
+// difference in the first line cancels in each of them.) Where the diagonal of F⁻¹ is wanted, it is for more (prefer_fisher_side).
 // A = L Lᵀ is float64 whatever the gradients are.
 #pragma once
 
@@ -12,6 +12,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include "../numerics.h"
 #include "bf16_products.h"
 #include "cholesky.h"
 
@@ -79,8 +80,8 @@ constexpr double kCancellation = 0.2;
 // The gradients for ops that need the diagonal of F⁻¹. It is λ [F⁻¹]_ii = 1 - m/n in the mean where λ is small: up to the n where
 // this comes to kCancellation most of it would be done twice on the capacitance side.
 template <typename G>
-Gradients<G> wider_fisher(Gradients<G> grads) {
-  grads.fisher = static_cast<int64_t>(static_cast<double>(grads.m) / (1 - kCancellation));
+Gradients<G> prefer_fisher_side(Gradients<G> grads) {
+  grads.fisher_columns = static_cast<int64_t>(static_cast<double>(grads.m) / (1 - kCancellation));
   return grads;
 }
 
@@ -100,13 +101,13 @@ constexpr double kProductRange = 1000, kExactRange = kProductRange * 0x1p29, kSo
 constexpr double kTermsRange = 300;
 
 // bfloat16 products flush denormal numbers to zero: mean squares of gradients below this are left to float32.
-constexpr double kLeastSquare = 0x1p-100;
+constexpr double kMinMeanSquare = 0x1p-100;
 
 // What an A was made of: products of float32, of float64, or of bfloat16 terms.
 enum class Products { none, single, exact, terms };
 
-// What a caller that does not look at A gives for `made`, below.
-struct Unseen {
+// What a caller that does not look at A gives for `observe`, below.
+struct NoObserver {
   void operator()(const double*, Products, double) const {}
 };
 
@@ -122,16 +123,16 @@ double rounding_of(const Block<G>& block, double trace) {
 struct NoFactor {};
 
 // Factor by float64 products. Should rounding make A indefinite all the same (a condition number past 1e15), the ridge is
-// raised to the rounding error of A, the least change that can be told from none. Calls made(A, Products::exact, rounding_of A)
+// raised to the rounding error of A, the least change that can be told from none. Calls observe(A, Products::exact, rounding_of A)
 // before A becomes L; not for a raised ridge. Returns the trace of A.
-template <typename G, typename F = Unseen>
-double factor_double(const Block<G>& block, double* l, const F& made = {}) {
-  double raise = 0;
-  for (int attempt = 0; attempt < 10; ++attempt) {
-    const double trace = gram_block<double>(block, block.ridge() + raise, l);
-    if (raise == 0) made(l, Products::exact, rounding_of(block, trace));
+template <typename G, typename F = NoObserver>
+double factor_double(const Block<G>& block, double* l, const F& observe = {}) {
+  double jitter = 0;
+  for (int attempt = 0; attempt < kFactorAttempts; ++attempt) {
+    const double trace = gram_block<double>(block, block.ridge() + jitter, l);
+    if (jitter == 0) observe(l, Products::exact, rounding_of(block, trace));
     if (cholesky(l, block.order(), block.order()) > 0) return trace;
-    raise = std::max(raise * 10, std::numeric_limits<double>::epsilon() * trace);
+    jitter = std::max(jitter * 10, std::numeric_limits<double>::epsilon() * trace);
   }
   throw NoFactor();
 }
@@ -140,7 +141,7 @@ double factor_double(const Block<G>& block, double* l, const F& made = {}) {
 template <typename G>
 bool above_denormal(const Block<G>& block, double trace) {
   const double elements = static_cast<double>(block.grads.m) * static_cast<double>(block.size());
-  return trace - static_cast<double>(block.order()) * block.ridge() >= kLeastSquare * elements;
+  return trace - static_cast<double>(block.order()) * block.ridge() >= kMinMeanSquare * elements;
 }
 
 // How far the condition number of A may go with such products and long sums.
@@ -178,16 +179,16 @@ Precision precision_of(const Block<G>& block, Products products, double smallest
 }
 
 // Cholesky factor of A into l[n, n] (row-major, lower triangle; above it zero), from bfloat16 products if there are any and
-// they are good enough, else from float32 ones, else from float64 ones. Calls made(A, its products, its rounding errors) before
+// they are good enough, else from float32 ones, else from float64 ones. Calls observe(A, its products, its rounding errors) before
 // each A becomes L: the last one is the A that is used.
-template <typename G, typename F = Unseen>
-Precision factor_block(const Block<G>& block, double* l, const F& made = {}) {
+template <typename G, typename F = NoObserver>
+Precision factor_block(const Block<G>& block, double* l, const F& observe = {}) {
   double smallest = 0;
   bool single = true;  // whether float32 products may be good enough
   if (const int terms = product_terms(block)) {
     const double trace = gram_block<float>(block, block.ridge(), l, terms), rounding = rounding_of(block, trace);
     if (above_denormal(block, trace)) {
-      made(l, Products::terms, rounding);
+      observe(l, Products::terms, rounding);
       if (factor_products(block, Products::terms, rounding, l, smallest))
         return precision_of(block, Products::terms, smallest, trace);
       single = smallest * product_range(block, Products::single) >= rounding;
@@ -195,11 +196,11 @@ Precision factor_block(const Block<G>& block, double* l, const F& made = {}) {
   }
   if (single) {
     const double trace = gram_block<float>(block, block.ridge(), l), rounding = rounding_of(block, trace);
-    made(l, Products::single, rounding);
+    observe(l, Products::single, rounding);
     if (factor_products(block, Products::single, rounding, l, smallest))
       return precision_of(block, Products::single, smallest, trace);
   }
-  const double trace = factor_double(block, l, made);
+  const double trace = factor_double(block, l, observe);
   return precision_of(block, Products::exact, smallest_eigenvalue(l, block.order()), trace);
 }
 

@@ -1,6 +1,6 @@
 // The gradients as the kernels read them: a block of columns of G[m, d], element types, and the two ways in which a piece of
 // it becomes panels (microkernels.h). G is converted and laid out while it is read; a second [m, columns] matrix exists
-// only of survivors, and only if it is small (SideBySide).
+// only of survivors, and only if it is small (PackedColumns).
 //
 // Rows of a block are far apart in memory, so the processor cannot foresee which lines come next: whoever works on a piece
 // prefetches the one after it.
@@ -20,7 +20,7 @@ struct Gradients {
   double damping;      // λ
   int64_t block_size;  // B columns per block, the last block may have fewer
   int terms = 0;       // bfloat16 terms that may stand for a float32 gradient in large products; 0: none, float32
-  int64_t fisher = m;  // up to so many columns in use a block is on the Fisher side
+  int64_t fisher_columns = m;  // up to so many columns in use a block is on the Fisher side
 
   int64_t blocks() const { return ceil_div(d, block_size); }
   int64_t order() const { return std::min({m, block_size, d}); }  // of the largest factor
@@ -54,7 +54,7 @@ struct Block {
   int64_t column(int64_t c) const { return dense ? c : columns[c]; }
   const G* row(int64_t r) const { return grads.data + r * grads.stride + begin; }
   bool last() const { return begin + width == grads.d; }
-  bool capacitance() const { return grads.fisher < size(); }
+  bool capacitance() const { return grads.fisher_columns < size(); }
   int64_t order() const { return capacitance() ? grads.m : size(); }  // of A
   int64_t terms() const { return capacitance() ? size() : grads.m; }  // of a sum that is an element of A
   double ridge() const { return static_cast<double>(grads.m) * grads.damping; }
@@ -63,16 +63,22 @@ struct Block {
 // The columns in use of a block: if there are others between them, copied side by side by copy_row, so that the rest finds
 // them in the cache, in one piece; unless the copy, [m, size], is too large for that.
 template <typename G>
-class SideBySide {
+class PackedColumns {
  public:
-  explicit SideBySide(const Block<G>& block)
+  explicit PackedColumns(const Block<G>& block)
       : source_(block),
-        copied_(!block.dense && block.grads.m * block.size() * static_cast<int64_t>(sizeof(G)) <= kMost),
+        copied_(!block.dense && block.grads.m * block.size() * static_cast<int64_t>(sizeof(G)) <= kMaxBytes),
         copy_(copied_ ? block.grads.m * block.size() : 0),
-        grads_{copy_,        block.grads.m,     block.size(),      block.size(), block.grads.damping,
-               block.size(), block.grads.terms, block.grads.fisher},
+        grads_{copy_,
+               block.grads.m,
+               block.size(),
+               block.size(),
+               block.grads.damping,
+               block.size(),
+               block.grads.terms,
+               block.grads.fisher_columns},
         block_(copied_ ? Block<G>(grads_, 0) : block) {}
-  SideBySide(const SideBySide&) = delete;  // block_ refers to grads_
+  PackedColumns(const PackedColumns&) = delete;  // block_ refers to grads_
   bool copied() const { return copied_; }
   void copy_row(int64_t r) const {
     const G* row = source_.row(r);
@@ -82,7 +88,7 @@ class SideBySide {
   const Block<G>& block() const { return block_; }
 
  private:
-  static constexpr int64_t kMost = 16 << 20;  // bytes, for each thread
+  static constexpr int64_t kMaxBytes = 16 << 20;  // bytes, for each thread
   const Block<G>& source_;
   bool copied_;
   Buffer<G> copy_;

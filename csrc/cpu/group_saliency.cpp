@@ -96,10 +96,9 @@ struct Elements {
 
 // ½ w_Qᵀ A⁻¹ w_Q, A = [F⁻¹]_QQ, for the members at `chosen`; lowers `smallest` to the least pivot over its scale. Where the
 // data constrain some direction of Q far more than each weight in it, pivots are what rounding leaves of a difference; below
-// kLeastPivot, all that float64 leaves, they count as that.
+// kMinPivot they count as that.
 double subset_saliency(const Elements& elements, const double* w, const std::vector<int32_t>& chosen,
                        std::vector<double>& scratch, double& smallest) {
-  constexpr double kLeastPivot = 1e-13;
   const int64_t s = static_cast<int64_t>(chosen.size());
   scratch.resize(s * s + s);
   double *l = scratch.data(), *y = l + s * s, sum = 0;
@@ -116,7 +115,7 @@ double subset_saliency(const Elements& elements, const double* w, const std::vec
     double pivot = diagonal;
     for (int64_t k = 0; k < i; ++k) pivot -= row[k] * row[k];
     if (i > 0 && !(pivot >= smallest * scale)) smallest = pivot / scale;
-    row[i] = std::sqrt(std::max(pivot, i > 0 ? kLeastPivot * scale : 0));
+    row[i] = std::sqrt(std::max(pivot, i > 0 ? kMinPivot * scale : 0));
     y[i] = value / row[i];
     sum += y[i] * y[i];
   }
@@ -159,7 +158,7 @@ bool score_parts(const Block<G>& block, const Triangle<T>& l, const std::vector<
 template <typename G>
 void group_saliency(const Gradients<G>& given, const bool* active, const float* weights, const Groups& groups,
                     const Held& held, float* out) {
-  const Gradients<G> grads = wider_fisher(given), rows = capacitance_only(grads);
+  const Gradients<G> grads = prefer_fisher_side(given), rows = capacitance_only(grads);
   // Members by block, in the order of the groups, and their parts: slot p of `values` is for part p.
   const int64_t blocks = grads.blocks(), total = groups.count * groups.size;
   std::vector<int64_t> first_member(blocks + 1, 0), first_part(blocks + 1, 0), order;
@@ -210,7 +209,7 @@ void group_saliency(const Gradients<G>& given, const bool* active, const float* 
     if (found) found = factor_held(whole, where, Block<G>(rows, index, gram.others(where)), gram, factor, precision);
 
     const bool read = whole.capacitance() || !found;  // whether the columns are needed
-    const SideBySide<G> packed(whole);
+    const PackedColumns<G> packed(whole);
     if (read && packed.copied()) parallel_for(grads.m, whole.size(), [&](int64_t r) { packed.copy_row(r); });
     const Block<G>& block = read ? packed.block() : whole;
     if (!found)

@@ -27,7 +27,7 @@ class HeldGram {
     if (products() == Products::none) return;
     for (int64_t c = 0; c < width_; ++c)
       if (held_[c]) columns_.push_back(static_cast<int32_t>(c));
-    capacitance_ = grads.fisher < size();
+    capacitance_ = grads.fisher_columns < size();
     if (!fits(capacitance_ ? grads.m : size())) columns_.clear();
   }
   int64_t size() const { return static_cast<int64_t>(columns_.size()); }
@@ -166,7 +166,7 @@ class HeldGram {
 // A Fisher of the same gradients, with every block on the capacitance side.
 template <typename G>
 Gradients<G> capacitance_only(Gradients<G> grads) {
-  grads.fisher = 0;
+  grads.fisher_columns = 0;
   return grads;
 }
 

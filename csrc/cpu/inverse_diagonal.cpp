@@ -7,13 +7,13 @@ namespace mfac::cpu {
 
 template <typename G>
 void inverse_diagonal(const Gradients<G>& given, const bool* active, float* out) {
-  const Gradients<G> grads = wider_fisher(given);
+  const Gradients<G> grads = prefer_fisher_side(given);
   for_each_block(grads, [&](int64_t index) {
     const Block<G> whole(grads, index, active);
     float* diagonal = out + whole.begin;
     std::fill_n(diagonal, whole.width, static_cast<float>(1 / grads.damping));
     if (whole.order() == 0) return;
-    const SideBySide<G> packed(whole);
+    const PackedColumns<G> packed(whole);
     if (packed.copied()) parallel_for(grads.m, whole.size(), [&](int64_t r) { packed.copy_row(r); });
     Buffer<double> factor(whole.order() * whole.order());
     const Precision precision = factor_block(packed.block(), factor);

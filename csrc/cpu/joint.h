@@ -65,7 +65,7 @@ void update_from_gradients(const Block<G>& whole, int64_t index, HeldGram& gram,
   const bool found = whole.capacitance() && gram.find(whole, where);
   const Gradients<G> rows = capacitance_only(whole.grads);
   const Block<G> rest(rows, index, found ? gram.others(where) : std::vector<int32_t>());
-  const SideBySide<G> packed(whole), packed_rest(rest);
+  const PackedColumns<G> packed(whole), packed_rest(rest);
   Buffer<double> r(m);
   parallel_for(m, width, [&](int64_t i) {
     if (i + 3 < m) prefetch(whole.row(i + 3), width);

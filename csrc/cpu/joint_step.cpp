@@ -9,7 +9,7 @@ namespace mfac::cpu {
 template <typename G>
 double joint_step(const Gradients<G>& given, const bool* kept, float* weights, float* inverse_diagonal,
                   const Held& held) {
-  const Gradients<G> grads = wider_fisher(given);
+  const Gradients<G> grads = prefer_fisher_side(given);
   std::vector<double> losses(grads.blocks(), 0.0);
   for_each_block(grads, [&](int64_t index) {
     HeldGram gram(held, grads, index);

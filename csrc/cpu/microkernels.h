@@ -60,7 +60,7 @@ class Scratch {
     return std::aligned_alloc(64, bytes);
   }
   static void give(void* data, size_t bytes) {
-    if (bytes > kMost) return std::free(data);
+    if (bytes > kMaxKeptBytes) return std::free(data);
     Scratch& own = of_thread();
     const auto free = std::find_if(own.pieces_, own.pieces_ + kPieces, [](const Piece& piece) { return !piece.data; });
     Piece& place = free < own.pieces_ + kPieces ? *free : own.pieces_[own.next_++ % kPieces];
@@ -74,7 +74,7 @@ class Scratch {
 
  private:
   static constexpr int kPieces = 16;
-  static constexpr size_t kMost = 2 << 20;  // bytes of a piece that is kept
+  static constexpr size_t kMaxKeptBytes = 2 << 20;  // bytes of a piece that is kept
   struct Piece {
     void* data = nullptr;
     size_t bytes = 0;

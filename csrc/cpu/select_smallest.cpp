@@ -15,8 +15,8 @@
 namespace mfac::cpu {
 namespace {
 
-constexpr int64_t kRange = 1 << 16;   // scores per task at least
-constexpr int64_t kTasks = 64;        // at most
+constexpr int64_t kMinTaskScores = 1 << 16;  // scores per task at least
+constexpr int64_t kMaxTasks = 64;            // at most
 constexpr int64_t kSample = 1 << 16;  // takes as long to sort in part as what lies between low and high, of 25 million
 
 struct Count {
@@ -27,7 +27,7 @@ struct Count {
 
 Count count_scores(const float* scores, int64_t n, float low, float high) {
   constexpr int64_t lanes = kLanes<float>, step = 4 * lanes;
-  using Ints = Few<int32_t, lanes>;  // a comparison yields -1 where it holds
+  using Ints = VectorN<int32_t, lanes>;  // a comparison yields -1 where it holds
   Ints below{}, at_low{}, at_high{}, nan{};
   Count count;
   std::vector<float> between(step);
@@ -121,7 +121,7 @@ std::pair<float, float> bracket(const float* scores, int64_t n, int64_t k, std::
 // pruned: all if there are fewer, none if that is not positive.
 struct Cut {
   explicit Cut(int64_t size)
-      : n(size), tasks(std::clamp<int64_t>(n / kRange, 1, kTasks)), ties(tasks), pruned_ties(tasks) {}
+      : n(size), tasks(std::clamp<int64_t>(n / kMinTaskScores, 1, kMaxTasks)), ties(tasks), pruned_ties(tasks) {}
   int64_t begin(int64_t task) const { return task * n / tasks; }
 
   int64_t n, tasks;

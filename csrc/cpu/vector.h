@@ -39,9 +39,9 @@ struct BFloat16 {
 };
 
 template <typename E, int count>
-using Few __attribute__((vector_size(count * sizeof(E)))) = E;
+using VectorN __attribute__((vector_size(count * sizeof(E)))) = E;
 
-inline Vector<double> widen(Few<float, kLanes<double>> x) {
+inline Vector<double> widen(VectorN<float, kLanes<double>> x) {
 #if defined(MFAC_VECTOR_BYTES)
   return __builtin_convertvector(x, Vector<double>);
 #elif defined(__AVX512F__)
@@ -61,11 +61,11 @@ inline Vector<T> load(const G* p) {
     std::memcpy(&values, p, sizeof values);
     return values;
   } else {
-    Few<float, kLanes<T>> values;
+    VectorN<float, kLanes<T>> values;
     if constexpr (std::is_same_v<G, BFloat16>) {
-      Few<uint16_t, kLanes<T>> bits;
+      VectorN<uint16_t, kLanes<T>> bits;
       std::memcpy(&bits, p, sizeof bits);
-      const auto wide = __builtin_convertvector(bits, Few<uint32_t, kLanes<T>>) << 16;
+      const auto wide = __builtin_convertvector(bits, VectorN<uint32_t, kLanes<T>>) << 16;
       std::memcpy(&values, &wide, sizeof values);
     } else {
       std::memcpy(&values, p, sizeof values);
@@ -98,7 +98,7 @@ inline void transpose(Vector<T> (&x)[kLanes<T>]) {
     return __builtin_shufflevector(a, b, (from + i / 2 + (i % 2 ? lanes : 0))...);
 #else  // GCC 11
     using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-    return __builtin_shuffle(a, b, Few<Index, lanes>{(from + i / 2 + (i % 2 ? lanes : 0))...});
+    return __builtin_shuffle(a, b, VectorN<Index, lanes>{(from + i / 2 + (i % 2 ? lanes : 0))...});
 #endif
   };
   for (int round = 1; round < lanes; round *= 2) {

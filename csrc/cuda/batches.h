@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../numerics.h"
 #include "kernels.h"
 
 namespace mfac::cuda {
@@ -205,7 +206,7 @@ class Blocks {
       const Tensor product = batch.capacitance ? multiply(g, transposed(g)) : multiply(transposed(g), g);
       a = a.defined() ? a.add_(product) : product.to(at::kDouble);
     });
-    if (batch.order > kMostOrder) return library_factor(a, batch.ids, precision, invert);
+    if (batch.order > kMaxOrder) return library_factor(a, batch.ids, precision, invert);
     Factor out{at::empty_like(a), invert ? at::empty_like(a) : Tensor()};
     Tensor scratch = at::empty_like(a);
     cholesky(a.const_data_ptr<double>(), batch.tile.count, batch.order, ridge, precision.rounding, batch.tile.ids,
@@ -263,9 +264,9 @@ class Blocks {
     Tensor sum = a.clone();
     sum.diagonal(0, 1, 2).add_(ridge);
     const double trace = sum.diagonal(0, 1, 2).sum(1).max().item<double>();
-    double raise = 0;
+    double jitter = 0;
     Tensor worst;
-    for (int attempt = 0; attempt < kAttempts; ++attempt) {
+    for (int attempt = 0; attempt < kFactorAttempts; ++attempt) {
       const auto [l, info] = at::linalg_cholesky_ex(sum);
       if (info.max().item<int>() == 0) {
         const Tensor identity = at::eye(a.size(1), a.options()).expand_as(a);
@@ -274,9 +275,9 @@ class Blocks {
         return {l.contiguous(), inverse};
       }
       worst = info.argmax().reshape({1});
-      const double more = attempt > 0 ? raise * 10 : precision.rounding * trace;
-      sum.diagonal(0, 1, 2).add_(more - raise);
-      raise = more;
+      const double more = attempt > 0 ? jitter * 10 : precision.rounding * trace;
+      sum.diagonal(0, 1, 2).add_(more - jitter);
+      jitter = more;
     }
     failed.copy_(ids.index_select(0, worst) + 1);
     return {sum, sum};

@@ -11,6 +11,7 @@
 //   L⁻¹         the same loop, with the identity in place of A: W_ic = (δ_ic - Σ_{j<i} l_ij W_jc) / l_ii
 //
 // n³/3 flops each, 2 n³ / kStep bytes from the second-level cache.
+#include "../numerics.h"
 #include "solve.cuh"
 
 namespace mfac::cuda {
@@ -169,12 +170,12 @@ __global__ void __launch_bounds__(kThreads)
   a += matrix;
   u += matrix;
   l += matrix;
-  double raise = 0;
-  for (int attempt = 0; attempt < kAttempts; ++attempt) {
+  double jitter = 0;
+  for (int attempt = 0; attempt < kFactorAttempts; ++attempt) {
     if (threadIdx.x == 0) panel.failed = 0;
     __syncthreads();
     for (int64_t row = 0; row < n && !panel.failed; row += kStep) {
-      factor_panel(a, n, ridge + raise, row, u, l, panel);
+      factor_panel(a, n, ridge + jitter, row, u, l, panel);
       __syncthreads();
     }
     if (!panel.failed) break;
@@ -189,8 +190,8 @@ __global__ void __launch_bounds__(kThreads)
       for (int warp = 0; warp < kThreads / kWarp; ++warp) panel.trace += panel.sums[warp];
     }
     __syncthreads();
-    raise = attempt > 0 ? raise * 10 : rounding * panel.trace;
-    if (attempt == kAttempts - 1 && threadIdx.x == 0) failed[0] = 1 + ids[blockIdx.x];
+    jitter = attempt > 0 ? jitter * 10 : rounding * panel.trace;
+    if (attempt == kFactorAttempts - 1 && threadIdx.x == 0) failed[0] = 1 + ids[blockIdx.x];
   }
   if (inverse)
     for (int64_t row = 0; row < n; row += kStep) invert_panel(u, n, row, inverse + matrix, panel);

@@ -28,22 +28,22 @@ inline int64_t shared_limit() {
 // Bytes that the temporaries of an op should keep to: so much that the blocks of a tile keep every multiprocessor busy, each
 // of which factors one of them at a time, on GPUs that have room for it.
 inline int64_t temporaries_limit() {
-  constexpr size_t kLeast = 128 << 20, kMost = 1 << 30, kShare = 16;
+  constexpr size_t kMin = 128 << 20, kMax = 1 << 30, kShare = 16;
   size_t available = 0, total = 0;
-  if (cudaMemGetInfo(&available, &total) != cudaSuccess) return kLeast;
-  return static_cast<int64_t>(total / kShare < kLeast ? kLeast : total / kShare > kMost ? kMost : total / kShare);
+  if (cudaMemGetInfo(&available, &total) != cudaSuccess) return kMin;
+  return static_cast<int64_t>(total / kShare < kMin ? kMin : total / kShare > kMax ? kMax : total / kShare);
 }
 
 // Runs a kernel on `blocks` blocks of `threads` threads, if there are any, each with so many bytes of shared memory.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
             Arguments... arguments) {
-  constexpr size_t kUnasked = 48 << 10;  // bytes of shared memory that need no leave
+  constexpr size_t kDefaultSharedBytes = 48 << 10;  // bytes of shared memory that need no leave
   if (blocks == 0) return;
   if (blocks > INT32_MAX)
     throw std::runtime_error("mfac: a CUDA kernel would need more than 2^31 - 1 blocks of threads");
   cudaError_t error = cudaSuccess;
-  if (shared_bytes > kUnasked)
+  if (shared_bytes > kDefaultSharedBytes)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config{};

@@ -7,6 +7,7 @@
 // A warp has a part, the members of a group in one block: first their small piece of F⁻¹ in shared memory (lanes go along the
 // rows of z; members are near each other, so a second element of a row is in the cache), then, for one subset after another, a
 // Cholesky factorisation of it in place, lanes having rows. size²/2 products of length n per part; float64.
+#include "../numerics.h"
 #include "columns.cuh"
 
 namespace mfac::cuda {
@@ -50,7 +51,6 @@ __global__ void __launch_bounds__(kWarp)
     }
   __syncwarp();
 
-  constexpr double kLeastPivot = 1e-13;  // all that float64 leaves of a difference, over what it is a difference of
   for (int64_t k = 0; k < parts.subsets; ++k) {
     int count = 0;  // members of the subset that are here
     for (int64_t i = 0; i < s; ++i) {
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kWarp)
     double sum = 0;
     for (int j = 0; j < count; ++j) {
       const double diagonal = own.elements[own.chosen[j] * (size + 1)], least = capacitance ? 1 / damping : diagonal;
-      const double scale = least > diagonal ? least : diagonal, floor = j > 0 ? kLeastPivot * scale : 0;
+      const double scale = least > diagonal ? least : diagonal, floor = j > 0 ? kMinPivot * scale : 0;
       const double pivot = own.factor[j * count + j], root = sqrt(pivot > floor ? pivot : floor);
       const double y = own.y[j] / root;
       sum += y * y;

@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(kThreads)
   } else {
     value = m * norm < 1 / damping ? m * norm : 1 / damping;
   }
-  constexpr double kLeast = 0x1p-126, kMost = 3.4028234663852886e38;  // of float32
-  out[target] = static_cast<float>(value < kLeast ? kLeast : value > kMost ? kMost : value);
+  constexpr double kMinFloat = 0x1p-126, kMaxFloat = 3.4028234663852886e38;  // of float32
+  out[target] = static_cast<float>(value < kMinFloat ? kMinFloat : value > kMaxFloat ? kMaxFloat : value);
 }
 
 }  // namespace

@@ -49,11 +49,10 @@ template <typename G>
 void pack(const Gradients<G>& grads, const Layout& layout, const Tile& tile, int parts, BFloat16* out, Stream stream);
 
 // l[count, n, n] = lower Cholesky factors of a[count, n, n], with `ridge` added to the diagonal, zero above it; inverse[count,
-// n, n], unless null, L⁻¹. Orders up to kMostOrder. A matrix that rounding made indefinite gets a larger ridge: by `rounding`
+// n, n], unless null, L⁻¹. Orders up to kMaxOrder. A matrix that rounding made indefinite gets a larger ridge: by `rounding`
 // times its trace at first, which is what a's sums are wrong by, then ten times that and so on; where that does not help, failed[0]
 // becomes 1 + ids[i], ids[count] the blocks of the matrices.
-constexpr int64_t kMostOrder = 512;  // beyond, one block of threads is too little for one matrix
-constexpr int kAttempts = 10;
+constexpr int64_t kMaxOrder = 512;  // beyond, one block of threads is too little for one matrix
 void cholesky(const double* a, int64_t count, int64_t n, double ridge, double rounding, const int32_t* ids,
               double* scratch, double* l, double* inverse, int32_t* failed, Stream stream);
 

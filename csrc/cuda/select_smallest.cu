@@ -15,10 +15,10 @@
 namespace mfac::cuda {
 namespace {
 
-constexpr int kPerThread = 16;                 // scores: four loads of 16 bytes, and 16 bytes of the mask
-constexpr int kChunk = kThreads * kPerThread;  // scores of a block of threads
+constexpr int kScoresPerThread = 16;                 // scores: four loads of 16 bytes, and 16 bytes of the mask
+constexpr int kChunk = kThreads * kScoresPerThread;  // scores of a block of threads
 constexpr int kQuad = 4;
-constexpr int64_t kMostBlocks = 132 * 32;  // of a histogram: some for each multiprocessor, each with bins of its own
+constexpr int64_t kMaxBlocks = 132 * 32;  // of a histogram: some for each multiprocessor, each with bins of its own
 
 struct alignas(16) Quad {
   float score[kQuad];
@@ -48,13 +48,13 @@ __global__ void __launch_bounds__(kThreads)
   sample[i] = scores[position < n ? position : n - 1];
 }
 
-// scores [n], inside [capacity], found [1]; kPerThread scores for each thread, four at a time.
+// scores [n], inside [capacity], found [1]; kScoresPerThread scores for each thread, four at a time.
 __global__ void __launch_bounds__(kThreads)
     count_kernel(const float* __restrict__ scores, int64_t n, Bounds bounds, uint32_t* __restrict__ inside,
                  int64_t capacity, Found* __restrict__ found) {
   const int lane = threadIdx.x % kWarp;
   unsigned below = 0;
-  for (int q = 0; q < kPerThread / kQuad; ++q) {
+  for (int q = 0; q < kScoresPerThread / kQuad; ++q) {
     const int64_t i = blockIdx.x * static_cast<int64_t>(kChunk) + (q * kThreads + threadIdx.x) * kQuad;
     const Quad quad = load_quad(scores, i, n);
 #pragma unroll
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kThreads)
     ties_kernel(const float* __restrict__ scores, int64_t n, uint32_t threshold, int32_t* __restrict__ counts) {
   int32_t* sums = shared<int32_t[kThreads / kWarp]>();
   int32_t count = 0;
-  for (int q = 0; q < kPerThread / kQuad; ++q) {
+  for (int q = 0; q < kScoresPerThread / kQuad; ++q) {
     const int64_t i = blockIdx.x * static_cast<int64_t>(kChunk) + (q * kThreads + threadIdx.x) * kQuad;
     const Quad quad = load_quad(scores, i, n);
 #pragma unroll
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads)
   int32_t* sums = shared<int32_t[kThreads / kWarp]>();
   int64_t before = ordered ? ties_before[blockIdx.x] : 0;  // ties at lower positions
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  for (int q = 0; q < kPerThread / kQuad; ++q) {
+  for (int q = 0; q < kScoresPerThread / kQuad; ++q) {
     const int64_t i = blockIdx.x * static_cast<int64_t>(kChunk) + (q * kThreads + threadIdx.x) * kQuad;
     const Quad quad = load_quad(scores, i, n);
     int64_t rank = before;
@@ -237,7 +237,7 @@ void find_cut(const uint32_t* keys, const float* scores, int64_t n, Bounds bound
               unsigned long long* histogram, unsigned long long* cut, Stream stream) {
   Search* search = reinterpret_cast<Search*>(histogram + kRadixBins);
   launch(start_kernel, 1, kThreads, 0, stream, k, search, histogram);
-  const int64_t most = ceil_div(n, kChunk), blocks = most < kMostBlocks ? most : kMostBlocks;
+  const int64_t most = ceil_div(n, kChunk), blocks = most < kMaxBlocks ? most : kMaxBlocks;
   int shift = 32;
   for (const int bits : {11, 11, 10}) {
     shift -= bits;

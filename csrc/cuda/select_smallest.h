@@ -31,8 +31,8 @@ struct Selection {
 
   // Keys that probably enclose the k-th smallest: its rank in a sample is known to within three standard deviations.
   Bounds bracket() const {
-    constexpr int64_t kSample = 1 << 16, kLeast = 1 << 18;  // below, all scores are few enough
-    if (n < kLeast) return {0, UINT32_MAX};
+    constexpr int64_t kSample = 1 << 16, kMinSampled = 1 << 18;  // below, all scores are few enough
+    if (n < kMinSampled) return {0, UINT32_MAX};
     const Tensor sample = at::empty({kSample}, options.dtype(at::kFloat));
     sample_scores(scores, n, kSample, sample.mutable_data_ptr<float>(), current_stream());
     const Tensor sorted = std::get<0>(at::sort(sample));
