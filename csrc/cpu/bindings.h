@@ -1,5 +1,5 @@
-// The CPU kernels as torch ops: checks, allocation of results, dispatch on the gradients' type, and torch's thread pool.
-// A header only so that mfac.cpp compiles it: torch's headers are most of the build time, and so are read once.
+// The CPU kernels as torch ops: checks, allocation of results, dispatch on the type of the gradients, and torch's
+// thread pool. A header, which mfac.cpp compiles together with the schemas: torch's headers are most of the build time.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -18,7 +18,8 @@ namespace mfac::cpu {
 
 int num_threads() { return at::get_num_threads(); }
 
-// Threads take runs of neighbouring tasks as they become free: on a shared machine one may be far slower than another.
+// Dynamic scheduling, in 16 runs of neighbouring tasks per thread: on a shared machine one thread may be far slower
+// than another.
 void run_parallel(int64_t count, Task task, const void* context) {
   const int64_t threads = std::min<int64_t>(num_threads(), count), run = std::max<int64_t>(1, count / (threads * 16));
   std::atomic<int64_t> next{0};
@@ -39,7 +40,8 @@ OptionalTensor contiguous(const OptionalTensor& mask) {
   return mask ? OptionalTensor(mask->contiguous()) : std::nullopt;
 }
 
-// Calls f with the gradients as the kernels see them. Rows may be apart (a slice of a larger matrix), elements may not.
+// Calls f with the gradients as the kernels see them. Rows may have any stride (a slice of a larger matrix); the
+// elements of a row are contiguous.
 template <typename F>
 auto dispatch(const Tensor& given, double damping, int64_t block_size, const F& f,
               c10::string_view precision = "highest") {
@@ -167,7 +169,7 @@ Tensor select_smallest_op(const Tensor& scores, at::IntArrayRef k, at::OptionalI
   Tensor kept = at::empty({scores.size(0)}, scores.options().dtype(at::kBool));
   std::optional<Tensor> w;
   if (weights) w = weights->contiguous();
-  const int64_t whole = scores.size(0), *segments = sizes ? sizes->data() : &whole;
+  const int64_t n = scores.size(0), *segments = sizes ? sizes->data() : &n;
   const int64_t nan =
       select_smallest(values.const_data_ptr<float>(), segments, k.data(), static_cast<int64_t>(k.size()),
                       kept.mutable_data_ptr<bool>(), w ? w->mutable_data_ptr<float>() : nullptr);

@@ -14,7 +14,8 @@
 
 namespace mfac::cpu {
 
-#if defined(MFAC_VECTOR_BYTES)  // a test that runs the shapes of another machine
+// The width of the vector registers.
+#if defined(MFAC_VECTOR_BYTES)  // tests: the shapes of another machine
 constexpr int kVectorBytes = MFAC_VECTOR_BYTES;
 #elif defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -38,6 +39,7 @@ struct BFloat16 {
   }
 };
 
+// A vector of `count` elements, a power of two.
 template <typename E, int count>
 using VectorN __attribute__((vector_size(count * sizeof(E)))) = E;
 
@@ -81,10 +83,10 @@ inline T convert(G g) {
   return static_cast<T>(static_cast<float>(g));
 }
 
-// Into L2: the lines of p[0 .. count).
+// Prefetches the lines of p[0 .. count) into L2.
 template <typename G>
 inline void prefetch(const G* p, int64_t count) {
-  constexpr int64_t line = 64 / sizeof(G);
+  constexpr int64_t line = 64 / sizeof(G);  // elements of a cache line
   for (int64_t c = 0; c < count; c += line) __builtin_prefetch(p + c, 0, 2);
 }
 

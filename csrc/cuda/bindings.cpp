@@ -1,8 +1,8 @@
-// Registers the CUDA ops with torch. <op>.h has an op's host code, <op>.cu its kernels and equation. Headers, so that torch's
-// headers, most of the compile time, are parsed once.
+// Registers the CUDA ops with torch. <op>.h has an op's host code, <op>.cu its kernels and equation. Headers, so that
+// torch's headers, most of the compile time, are parsed once.
 //
-// Everything runs on torch's current stream. The host waits for the GPU only where it needs a number: how many columns are in
-// use, whether a factorisation failed, between the steps of a selection.
+// Everything runs on torch's current stream. The host waits for the GPU only where it needs a number: how many columns
+// are in use, whether a factorisation failed, between the steps of a selection.
 #include <torch/library.h>
 
 #include "block_factor.h"

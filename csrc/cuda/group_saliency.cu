@@ -1,19 +1,19 @@
-// Saliency of groups of weights that go together, as csrc/cpu/group_saliency.cpp says: ½ w_Qᵀ ([F⁻¹]_QQ)⁻¹ w_Q for the subsets Q
-// of a group, with, from the columns z of `solved`,
+// Saliency of groups of weights that are pruned together (csrc/cpu/group_saliency.cpp): ½ w_Qᵀ ([F⁻¹]_QQ)⁻¹ w_Q for the
+// subsets Q of a group, with, from the columns z of `solved`,
 //
 //   capacitance side   [F⁻¹]_ij = (δ_ij - z_i·z_j) / λ      z_i = L⁻¹ g_i
 //   Fisher side        [F⁻¹]_ij = m z_i·z_j                 z_i = column i of L⁻¹
 //
-// A warp has a part, the members of a group in one block: first their small piece of F⁻¹ in shared memory (lanes go along the
-// rows of z; members are near each other, so a second element of a row is in the cache), then, for one subset after another, a
-// Cholesky factorisation of it in place, lanes having rows. size²/2 products of length n per part; float64.
+// One warp per part, the members of a group in one block. First it computes their piece of F⁻¹ into shared memory,
+// lanes along the rows of z (members are near each other, so further elements of a row are in the cache). Then, subset
+// by subset, a Cholesky factorisation in place, one lane per row. size²/2 dot products of length n per part; float64.
 #include "../numerics.h"
 #include "columns.cuh"
 
 namespace mfac::cuda {
 namespace {
 
-// What one warp works in: elements[size][size], factor[s][s], y[s], chosen[s].
+// The memory of one warp: elements[size][size], factor[s][s], y[s], chosen[s].
 struct Scratch {
   __device__ Scratch(double* memory, int64_t size, int64_t s)
       : elements(memory),

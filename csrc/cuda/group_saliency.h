@@ -21,13 +21,13 @@
 
 namespace mfac::cuda {
 
-// Members of the groups that have a part in F: their positions in the order of their blocks, and their places in their groups;
-// and the parts, runs of members of one group in one block.
+// The members of the groups, ordered by block: their positions in [0, d) and their places in their groups. A part is a
+// run of members of one group in one block.
 struct Members {
   Tensor position, place, part;     // [count] int64
-  std::vector<int64_t> first;       // [blocks + 1]: members of the blocks
-  std::vector<int64_t> first_part;  // [blocks + 1]
-  Tensor part_group;                // [parts]
+  std::vector<int64_t> first;       // [blocks + 1]: the first member of each block
+  std::vector<int64_t> first_part;  // [blocks + 1]: the first part of each block
+  Tensor part_group;                // [parts] int64: the group of each part
 };
 
 inline Members list_members(const Blocks& blocks, const Tensor& groups) {
@@ -76,7 +76,7 @@ inline Tensor group_saliency_op(const Tensor& grads, const Tensor& weights, cons
   const Tensor local = members.position.remainder(blocks.block_size), columns = local.to(at::kInt);
   const Tensor first = at::tensor(members.first, groups.options());
   const Layout listed{blocks.d, blocks.block_size, columns.const_data_ptr<int32_t>(), first.const_data_ptr<int64_t>()};
-  // Where a member's column is: on the capacitance side in the order of the members, else among the block's columns in use.
+  // The column of a member: on the capacitance side its place among the block's members, else among its columns in use.
   const Tensor block_of = at::floor_divide(members.position, blocks.block_size);
   const Tensor in_order = at::arange(count, groups.options()) - first.index_select(0, block_of);
   Tensor among = local;
@@ -125,26 +125,27 @@ inline Tensor group_saliency_op(const Tensor& grads, const Tensor& weights, cons
       return multiply(some, blocks.packed(listed, tile, precision)).to(at::kDouble);
     };
     const auto members_in = [&](int64_t i) { return members.first[id[i] + 1] - members.first[id[i]]; };
-    const int64_t most = std::max<int64_t>(1, blocks.limit / (16 * blocks.m));  // columns at a time, packed and solved
+    // Columns that are packed and solved at a time.
+    const int64_t max_columns = std::max<int64_t>(1, blocks.limit / (16 * blocks.m));
     for (int64_t from = 0, to; from < batch.tile.count; from = to) {
       int64_t width = members_in(from);
       for (to = from + 1; to < batch.tile.count && id[to] == id[to - 1] + 1; ++to) {
         const int64_t wider = std::max(width, members_in(to));
-        if (batch.capacitance && wider * (to - from + 1) > most) break;
+        if (batch.capacitance && wider * (to - from + 1) > max_columns) break;
         width = wider;
       }
       const int64_t first_part = members.first_part[id[from]], last_part = members.first_part[id[to - 1] + 1];
       if (!batch.capacitance) {
         score(inverse.slice(0, from, to), id[from], 0, first_part, last_part);
-      } else if (width <= most) {
+      } else if (width <= max_columns) {
         score(solve(from, to, 0, width), id[from], 0, first_part, last_part);
       } else {  // one block, wider than fits: some parts of it at a time
         const int64_t begin = members.first[id[from]], end = members.first[id[from] + 1];
         for (int64_t part = first_part, member = begin, next_part, next; part < last_part;
              part = next_part, member = next) {
           next_part = last_part, next = end;
-          if (end - member > most) {
-            next_part = std::max(part + 1, members.part[member + most].item<int64_t>());
+          if (end - member > max_columns) {
+            next_part = std::max(part + 1, members.part[member + max_columns].item<int64_t>());
             next = at::searchsorted(members.part, next_part).item<int64_t>();
           }
           const int32_t column = static_cast<int32_t>(member - begin);
@@ -154,7 +155,7 @@ inline Tensor group_saliency_op(const Tensor& grads, const Tensor& weights, cons
     }
   });
   blocks.check_factors();
-  // The parts of a group follow in the order of the blocks: a running sum, and its differences, would lose digits.
+  // Sums the parts of each group in the order of the blocks: differences of a prefix sum would lose digits.
   const auto [owners, order] = at::sort(members.part_group, true, 0, false);
   const Tensor sorted = values.index_select(0, order),
                bounds = at::searchsorted(owners, at::arange(groups.size(0) + 1, groups.options()));

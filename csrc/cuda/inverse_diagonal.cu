@@ -1,9 +1,9 @@
-// Elements of diag F⁻¹ from what cuBLAS has solved:
+// Elements of diag F⁻¹ from L⁻¹ G or L⁻¹, which cuBLAS has computed:
 //
 //   capacitance side   [F⁻¹]_ii = (1 - ‖L⁻¹ g_i‖²) / λ, at least 1/F_ii, F_ii = λ + ‖g_i‖² / m, whatever the rounding
 //   Fisher side        [F⁻¹]_ii = m ‖column i of L⁻¹‖², at most 1/λ
 //
-// A thread has a column: it reads it once, in line with its neighbours, of `solved` and of G, and adds in float64.
+// One thread per column: it reads a column of `solved` and of G once, loads are coalesced, sums are float64.
 #include "columns.cuh"
 
 namespace mfac::cuda {

@@ -8,8 +8,8 @@
 
 namespace mfac::cuda {
 
-// out[k, d] = F⁻¹ x for x [k, d] float64 that is zero outside the chosen blocks; `factor_of` gives L of a batch, and whether it
-// packs columns for it is said by `packs`.
+// out[k, d] = F⁻¹ x for x [k, d] float64 that is zero outside the chosen blocks. factor_of(batch) returns L; `packs`
+// says whether it packs columns.
 template <typename F>
 Tensor apply_inverse(const Blocks& blocks, double damping, const Tensor& x, const std::vector<bool>& chosen,
                      const F& factor_of, bool packs) {
@@ -47,7 +47,7 @@ Tensor apply_inverse(const Blocks& blocks, double damping, const Tensor& x, cons
 
 inline Tensor inverse_product_op(const Tensor& grads, const Tensor& factor, const Tensor& x, double damping,
                                  int64_t block_size, const OptionalTensor& active) {
-  constexpr int64_t kVectorsAtOnce = 16;  // float64 copies of them take memory
+  constexpr int64_t kVectorsAtOnce = 16;  // their float64 copies take memory: 128 bytes per weight
   check_inverse_product(grads, factor, x, damping, block_size, active);
   const CUDAGuard guard(grads.device());
   const Blocks blocks(grads, damping, block_size, active);

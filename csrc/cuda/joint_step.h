@@ -1,5 +1,5 @@
-// Order of work of joint_step and joint_update, in terms of the kernels and of ATen's matrix products. The equations and names are
-// those of csrc/cpu/joint.h.
+// Order of work of joint_step and joint_update, in terms of the kernels and of ATen's matrix products. The equations
+// and names are those of csrc/cpu/joint.h.
 #pragma once
 
 #include <ATen/ops/empty_like.h>
@@ -16,8 +16,8 @@
 
 namespace mfac::cuda {
 
-// The columns in use of `blocks` are those that are kept. diagonal [d],
-// unless null: diag F⁻¹ there, for which blocks with nothing to prune are worked on too.
+// The columns in use of `blocks` are those that are kept. diagonal [d], unless null: diag F⁻¹ there, which is computed
+// for blocks with nothing to prune too.
 inline Tensor joint_update(const Blocks& blocks, const Precision& precision, Tensor& weights, const Tensor& kept,
                            double damping, Tensor* diagonal) {
   const auto float64 = blocks.options(at::kDouble);

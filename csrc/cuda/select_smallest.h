@@ -1,4 +1,5 @@
-// Order of work of select_smallest, and what the host decides in between; the kernels and their steps: select_smallest.cu.
+// Order of work of select_smallest, and what the host decides in between; the kernels and their steps:
+// select_smallest.cu.
 #pragma once
 
 #include <ATen/ops/cumsum.h>
@@ -31,7 +32,8 @@ struct Selection {
 
   // Keys that probably enclose the k-th smallest: its rank in a sample is known to within three standard deviations.
   Bounds bracket() const {
-    constexpr int64_t kSample = 1 << 16, kMinSampled = 1 << 18;  // below, all scores are few enough
+    constexpr int64_t kSample = 1 << 16;      // bounds then enclose one score in a hundred
+    constexpr int64_t kMinSampled = 1 << 18;  // fewer scores are all copied
     if (n < kMinSampled) return {0, UINT32_MAX};
     const Tensor sample = at::empty({kSample}, options.dtype(at::kFloat));
     sample_scores(scores, n, kSample, sample.mutable_data_ptr<float>(), current_stream());
@@ -44,7 +46,7 @@ struct Selection {
     return {key(rank - deviation, 0), key(rank + deviation, UINT32_MAX)};
   }
 
-  // Where to cut: key, ties, ties pruned. Throws if there is a NaN.
+  // The cut: key, number of ties, number of ties pruned. Throws if there is a NaN.
   std::vector<unsigned long long> find(int64_t begin) const {
     const int64_t capacity = std::max<int64_t>(n / 16, std::min<int64_t>(n, 1 << 20));
     const Tensor inside = empty(capacity * 4), histogram = empty((kRadixBins + 2) * 8), cut = empty(3 * 8);
@@ -59,7 +61,7 @@ struct Selection {
                         begin + static_cast<int64_t>(found.nan));
       if (k == 0) return {0, 0, 0};
       const int64_t below = static_cast<int64_t>(found.below), within = static_cast<int64_t>(found.inside);
-      if (k <= below || k > below + within) continue;  // an unlucky sample
+      if (k <= below || k > below + within) continue;  // the bounds do not enclose it
       const bool copied = within <= capacity;
       find_cut(copied ? keys : nullptr, scores, copied ? within : n, bounds, k - below,
                static_cast<unsigned long long*>(histogram.mutable_data_ptr()),
