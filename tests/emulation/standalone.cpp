@@ -201,8 +201,8 @@ void test_selection(int64_t n, int64_t distinct, bool bounded) {
   Vector<int64_t> order(n);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return scores[i] < scores[j]; });
-  const Bounds bounds =
-      bounded ? Bounds{to_key(scores[order[k / 2]]), to_key(scores[order[k + (n - k) / 2]])} : Bounds{0, UINT32_MAX};
+  const Bounds bounds = bounded ? Bounds{order_key(scores[order[k / 2]]), order_key(scores[order[k + (n - k) / 2]])}
+                                : Bounds{0, UINT32_MAX};
   Found found{0, 0, static_cast<unsigned long long>(n)};
   Vector<uint32_t> inside(n);
   count_scores(scores.data(), n, bounds, inside.data(), n, &found, nullptr);
