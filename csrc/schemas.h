@@ -28,9 +28,11 @@ TORCH_LIBRARY(mfac, m) {
   m.def(
       "joint_update(Tensor grads, Tensor(a!) weights, Tensor kept, float damping, int block_size, str "
       "precision='highest') -> Tensor");
-  // joint_update, and, if `diagonal`, [d] float32: diagonal of F⁻¹ with kept as the columns in use, 1/λ elsewhere; else
-  // [0]. gram [ceil(d/B), 2 + n] float64 and held [d] bool, if given, are written: a call stores small matrices there
-  // for the next call of joint_step or group_saliency with the same gradients, damping, blocks and precision. Initially
+  // joint_update; if `diagonal`, also [d] float32: diagonal of F⁻¹ with kept as the columns in use, 1/λ elsewhere; else
+  // an empty tensor.
+  //
+  // gram [ceil(d/B), 2 + n] float64 and held [d] bool, if given, are written: a call stores small matrices there for
+  // the next call of joint_step or group_saliency with the same gradients, damping, blocks and precision. Initially
   // gram[:, 0] = 0 and held = False. Layout: cpu/held_gram.h. CUDA ops do not use them.
   m.def(
       "joint_step(Tensor grads, Tensor(a!) weights, Tensor kept, float damping, int block_size, str "
@@ -41,14 +43,14 @@ TORCH_LIBRARY(mfac, m) {
       "block_size, Tensor? active=None, str precision='highest') -> ()");
   // ½ xᵀFx for x [d] float32; a float64 scalar.
   m.def("quadratic_form(Tensor grads, Tensor x, float damping, int block_size) -> Tensor");
-  // [n, k] float32: ½ w_Qᵀ ([F⁻¹]_QQ)⁻¹ w_Q for the k subsets Q of each of n groups of weights [d] float32. groups [n,
-  // P] int64 are positions in [0, d), -1 for none; subsets [k, s] int64 are places in [0, P). gram and held as for
-  // joint_step.
+  // [n, k] float32: ½ w_Qᵀ ([F⁻¹]_QQ)⁻¹ w_Q for the k subsets Q of each of n groups of weights [d] float32.
+  // groups [n, P] int64 are positions in [0, d), -1 for none; subsets [k, s] int64 are places in [0, P). gram and held
+  // as for joint_step.
   m.def(
       "group_saliency(Tensor grads, Tensor weights, Tensor groups, Tensor subsets, float damping, int block_size, "
       "Tensor? active=None, str precision='highest', Tensor(a!)? gram=None, Tensor(b!)? held=None) -> Tensor");
   // [n] bool, False for the k smallest of scores [n] float32, ties to the lower index; or for the k[i] smallest of each
-  // of the consecutive segments of sizes[i] scores. weights [n] float32, if given the only tensor written, become zero
-  // where pruned. NaN is an error.
+  // of the consecutive segments of sizes[i] scores. NaN is an error.
+  // weights [n] float32, if given the only tensor written: zero where pruned.
   m.def("select_smallest(Tensor scores, int[1] k, int[]? sizes=None, Tensor(a!)? weights=None) -> Tensor");
 }
