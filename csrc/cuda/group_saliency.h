@@ -160,9 +160,9 @@ inline Tensor group_saliency_op(const Tensor& grads, const Tensor& weights, cons
   const Tensor sorted = values.index_select(0, order),
                bounds = at::searchsorted(owners, at::arange(groups.size(0) + 1, groups.options()));
   const Tensor lengths = bounds.diff();
-  const int64_t most = lengths.max().item<int64_t>();
+  const int64_t max_parts = lengths.max().item<int64_t>();
   Tensor sum = at::zeros({groups.size(0), chosen_subsets}, values.options());
-  for (int64_t i = 0; i < most; ++i) {
+  for (int64_t i = 0; i < max_parts; ++i) {
     const Tensor has = lengths > i, index = at::where(has, bounds.slice(0, 0, groups.size(0)) + i, 0);
     sum += sorted.index_select(0, index) * has.unsqueeze(1);
   }
