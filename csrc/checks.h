@@ -1,4 +1,5 @@
-// Argument checks of the ops, shared by all devices. Each says what was expected and what came.
+// Argument checks of the ops, shared by all devices: check_<op> takes all arguments of an op. Messages have the form
+// `name: expected ..., got ...`.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -40,7 +41,15 @@ inline void check_precision(c10::string_view precision) {
                     "precision: expected 'highest', 'high' or 'medium', got '", precision, "'");
 }
 
-// What is kept from one call to the next.
+// The arguments that say what F is, and the precision.
+inline void check_fisher(const at::Tensor& grads, double damping, int64_t block_size,
+                         const std::optional<at::Tensor>& active, c10::string_view precision = "highest") {
+  check_grads(grads, damping, block_size);
+  check_active(active, grads);
+  check_precision(precision);
+}
+
+// The small matrices that are kept from one call to the next.
 inline void check_memory(const at::Tensor& grads, int64_t block_size, const std::optional<at::Tensor>& gram,
                          const std::optional<at::Tensor>& held) {
   TORCH_CHECK_VALUE(gram.has_value() == held.has_value(), "gram, held: expected both or none, got one");
@@ -56,19 +65,9 @@ inline void check_memory(const at::Tensor& grads, int64_t block_size, const std:
   TORCH_CHECK_VALUE(gram->is_contiguous() && held->is_contiguous(), "gram, held: expected contiguous tensors");
 }
 
-// All arguments of joint_step.
-inline void check_joint_step(const at::Tensor& grads, const at::Tensor& weights, const at::Tensor& kept, double damping,
-                             int64_t block_size, c10::string_view precision, const std::optional<at::Tensor>& gram,
-                             const std::optional<at::Tensor>& held) {
-  check_grads(grads, damping, block_size);
-  check_precision(precision);
-  check_vector(weights, "weights", at::kFloat, grads);
-  check_vector(kept, "kept", at::kBool, grads);
-  check_memory(grads, block_size, gram, held);
-}
-
-// The vectors and the factor of inverse_product.
-inline void check_product(const at::Tensor& grads, const at::Tensor& factor, const at::Tensor& x, int64_t block_size) {
+inline void check_inverse_product(const at::Tensor& grads, const at::Tensor& factor, const at::Tensor& x,
+                                  double damping, int64_t block_size, const std::optional<at::Tensor>& active) {
+  check_fisher(grads, damping, block_size, active);
   const int64_t m = grads.size(0), d = grads.size(1), width = std::min(block_size, std::max<int64_t>(d, 1));
   const int64_t s = std::min(m, width), blocks = (d + width - 1) / width;
   TORCH_CHECK_VALUE((x.dim() == 1 || x.dim() == 2) && x.size(-1) == d, "x: expected shape [", d, "] or [k, ", d,
@@ -81,6 +80,29 @@ inline void check_product(const at::Tensor& grads, const at::Tensor& factor, con
   for (const auto& [name, tensor] : {std::pair("x", x), std::pair("factor", factor)})
     TORCH_CHECK_VALUE(tensor.device() == grads.device(), name, ": expected on ", grads.device(), " like grads, got ",
                       tensor.device());
+}
+
+inline void check_joint_step(const at::Tensor& grads, const at::Tensor& weights, const at::Tensor& kept, double damping,
+                             int64_t block_size, c10::string_view precision, const std::optional<at::Tensor>& gram,
+                             const std::optional<at::Tensor>& held) {
+  check_fisher(grads, damping, block_size, std::nullopt, precision);
+  check_vector(weights, "weights", at::kFloat, grads);
+  check_vector(kept, "kept", at::kBool, grads);
+  check_memory(grads, block_size, gram, held);
+}
+
+inline void check_independent_update(const at::Tensor& grads, const at::Tensor& weights, const at::Tensor& kept,
+                                     const at::Tensor& inverse_diagonal, double damping, int64_t block_size,
+                                     const std::optional<at::Tensor>& active, c10::string_view precision) {
+  check_fisher(grads, damping, block_size, active, precision);
+  check_vector(weights, "weights", at::kFloat, grads);
+  check_vector(kept, "kept", at::kBool, grads);
+  check_vector(inverse_diagonal, "inverse_diagonal", at::kFloat, grads);
+}
+
+inline void check_quadratic_form(const at::Tensor& grads, const at::Tensor& x, double damping, int64_t block_size) {
+  check_grads(grads, damping, block_size);
+  check_vector(x, "x", at::kFloat, grads);
 }
 
 inline void check_groups(const at::Tensor& groups, const at::Tensor& subsets, const at::Tensor& grads) {
@@ -98,8 +120,18 @@ inline void check_groups(const at::Tensor& groups, const at::Tensor& subsets, co
   check(subsets, "subsets", 0, groups.size(1));
 }
 
-inline void check_selection(const at::Tensor& scores, at::IntArrayRef k, const at::OptionalIntArrayRef& sizes,
-                            const std::optional<at::Tensor>& weights) {
+inline void check_group_saliency(const at::Tensor& grads, const at::Tensor& weights, const at::Tensor& groups,
+                                 const at::Tensor& subsets, double damping, int64_t block_size,
+                                 const std::optional<at::Tensor>& active, c10::string_view precision,
+                                 const std::optional<at::Tensor>& gram, const std::optional<at::Tensor>& held) {
+  check_fisher(grads, damping, block_size, active, precision);
+  check_vector(weights, "weights", at::kFloat, grads);
+  check_groups(groups, subsets, grads);
+  check_memory(grads, block_size, gram, held);
+}
+
+inline void check_select_smallest(const at::Tensor& scores, at::IntArrayRef k, const at::OptionalIntArrayRef& sizes,
+                                  const std::optional<at::Tensor>& weights) {
   TORCH_CHECK_VALUE(scores.dim() == 1, "scores: expected one dimension, got shape ", scores.sizes());
   TORCH_CHECK_TYPE(scores.scalar_type() == at::kFloat, "scores: expected float32, got ", scores.scalar_type());
   const int64_t n = scores.size(0);

@@ -1,5 +1,5 @@
-// The Python module itself. The ops register themselves with torch; the module is only asked how it was built, and which
-// bfloat16 instructions the CPU kernels use.
+// The Python module. The ops register themselves with torch; the module only says how it was built, and which bfloat16
+// instructions the CPU kernels use.
 #include <pybind11/pybind11.h>
 
 #include "cpu/bf16.h"
@@ -58,7 +58,7 @@ py::dict build_config() {
   config["cuda"] = MFAC_CUDA;  // GPU architectures, ';' between them
   config["ahead_of_time"] = static_cast<bool>(MFAC_AHEAD_OF_TIME);
   config["torch"] = MFAC_TORCH_VERSION;
-  config["fingerprint"] = MFAC_FINGERPRINT;  // digest of the sources, and torch's version; _build.py looks for it
+  config["fingerprint"] = MFAC_FINGERPRINT;  // digest of the sources, and torch's version; mfac/_build looks for it
   return config;
 }
 

@@ -1,11 +1,17 @@
-"""Dependencies point one way: a module imports only from its own layer and those above it in CONTRIBUTING's tree."""
+"""Dependencies point one way: a module imports only from its own layer and those above it in CONTRIBUTING's tree.
+
+And the kernels: lines within the formatter's width, which it does not apply to comments, and a file per op.
+"""
 
 import ast
+import re
 from pathlib import Path
 
 import mfac
+from mfac import _build
 
 PACKAGE = Path(mfac.__file__).parent
+REPO = Path(__file__).parents[1]
 LAYERS = [
     {"checks", "extras", "interrupts"},
     {"settings", "_build"},
@@ -68,3 +74,23 @@ def test_no_circles():
 
     for name in graph:
         visit(name, [])
+
+
+def test_lines_of_the_kernels_are_within_the_formatters_width():
+    """clang-format leaves comments as they are."""
+    width = int(re.search(r"ColumnLimit: (\d+)", (REPO / ".clang-format").read_text())[1])
+    for folder in (_build.sources_root(), REPO / "tests"):
+        for path in (p for p in folder.rglob("*") if p.suffix in {".cpp", ".h", ".cu", ".cuh"}):
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                assert len(line) <= width, f"{path.name}:{number} has {len(line)} columns, not {width} at most"
+
+
+def test_every_op_has_its_files():
+    """One stem everywhere; joint_update is joint_step without the diagonal."""
+    root = _build.sources_root()
+    ops = set(re.findall(r'"(\w+)\(Tensor', (root / "schemas.h").read_text(encoding="utf-8")))
+    assert {"block_factor", "joint_step", "select_smallest"} <= ops
+    for op in ops - {"joint_update"}:
+        assert (root / "cpu" / f"{op}.cpp").exists() and (root / "cuda" / f"{op}.h").exists(), op
+    for device in ("cpu/bindings.h", "cuda/bindings.cpp"):
+        assert set(re.findall(r'm\.impl\("(\w+)"', (root / device).read_text(encoding="utf-8"))) == ops

@@ -4,15 +4,16 @@
 //
 //   left   [16 rows][16 pairs]       right   [16 pairs][16 columns]       each the other's transpose, as 32-bit words
 //
-// left x right is 16 x 16 sums of 32 terms. Products of two bfloat16 are exact in float32; the instructions round sums to nearest
-// even, take denormal operands as zero and flush denormal results to zero. The order of a sum of 32 terms differs:
+// left x right is 16 x 16 sums of 32 terms. Products of two bfloat16 are exact in float32; the instructions round sums
+// to nearest even, treat denormal operands as zero and flush denormal results to zero. The order of a sum of 32 terms
+// differs:
 //
 //   amx        tdpbf16ps: two sums from zero, of the first and of the second elements of the pairs, then their sum
 //   avx512     vdpbf16ps: one sum from zero, pair after pair, the second element before the first
 //   stand_in   plain C++, the order and the flushing of amx: the same bits
 //
-// Sums of 32 terms are then added one after another. Each path gives the same bits on any machine that has it, whatever the flags
-// of the build: the instructions are chosen at run time.
+// Sums of 32 terms are then added one after another. Each path gives the same bits on any machine that has it, whatever
+// the flags of the build: the instructions are chosen at run time.
 #pragma once
 
 #include <cstdint>
@@ -29,10 +30,10 @@
 
 namespace mfac::cpu {
 
-constexpr int64_t kTile = 16;              // rows or columns of a tile, and pairs
-constexpr int64_t kTileTerms = 2 * kTile;  // terms of a sum over one tile
-constexpr int64_t kTileWords = kTile * kTile;
-constexpr int64_t kSquare = 2 * kTile;  // rows and columns of one call of multiply_tiles: two tiles by two
+constexpr int64_t kTile = 16;  // rows, columns or pairs of a tile: AMX's tile registers have 16 rows of 64 bytes
+constexpr int64_t kTileTerms = 2 * kTile;      // terms of a sum over one tile
+constexpr int64_t kTileWords = kTile * kTile;  // 32-bit words of a tile
+constexpr int64_t kSquare = 2 * kTile;         // rows and columns of one call of multiply_tiles: two tiles by two
 
 enum class BFloat16Path { none, avx512, amx, stand_in };
 
@@ -56,8 +57,9 @@ inline bool path_available(BFloat16Path path) {
   return false;
 }
 
-// The path in use, chosen once: $MFAC_CPU_BF16 if it names one that is available, for tests and benchmarks, else the fastest.
-// Processors that have AMX run vdpbf16ps at half the flops of float32 (measured on Xeon 6), so avx512 is for those without it.
+// The path in use, chosen once: $MFAC_CPU_BF16 if it names one that is available, for tests and benchmarks, else the
+// fastest. Processors that have AMX run vdpbf16ps at half the flops of float32 (measured on Xeon 6), so avx512 is for
+// those without it.
 inline BFloat16Path& bf16_path() {
   static BFloat16Path path = [] {
     const char* asked = std::getenv("MFAC_CPU_BF16");
@@ -74,7 +76,7 @@ inline BFloat16Path& bf16_path() {
   return path;
 }
 
-// Tile registers of the calling thread, configured for as long as this lives: whoever calls multiply_tiles has one.
+// Configures the tile registers of the calling thread for its lifetime. multiply_tiles must be called within one.
 class TileRegisters {
  public:
   TileRegisters() : on_(bf16_path() == BFloat16Path::amx) {
@@ -165,7 +167,7 @@ inline void amx(const TileOperands* operands, int count, int64_t left_next, int6
 // Eight rows of two vectors: sixteen sums hide the latency, and a pair of the left side is broadcast as it is read.
 [[gnu::target("avx512f,avx512bf16")]] inline void avx512(const TileOperands& at, int64_t left_next, int64_t right_next,
                                                          int64_t tiles, float* out) {
-  constexpr int rows = 8;
+  constexpr int rows = 8;  // of two vectors: 16 of the 32 registers hold sums
   for (int64_t t = 0; t < tiles; ++t)
     for (int64_t r = 0; r < kSquare; r += rows) {
       const uint32_t* left = at.left + r / kTile * left_next + t * kTileWords + r % kTile * kTile;
@@ -196,8 +198,8 @@ inline void amx(const TileOperands* operands, int count, int64_t left_next, int6
 
 }  // namespace paths
 
-// out[kSquare][kSquare] = sum of the `count` products of two strips by two, `tiles` deep each, one after another. All pointers
-// are 64-byte aligned.
+// out[kSquare][kSquare] = sum of the `count` products of two strips by two, `tiles` deep each, one after another. All
+// pointers are 64-byte aligned.
 inline void multiply_tiles(const TileOperands* operands, int count, int64_t left_next, int64_t right_next,
                            int64_t tiles, float* out) {
 #if defined(__x86_64__)

@@ -1,7 +1,7 @@
 // The two large products of a block by bfloat16 instructions (bf16.h): the Gram matrix, and L⁻¹ G for the diagonal.
 //
-// A number enters as a sum of bfloat16 terms, each the rounding of what the terms before leave: gradients of bfloat16 are one
-// term, exactly. Products of terms whose size is below the rounding of the last term are left out.
+// A number enters as a sum of bfloat16 terms, each the rounding of what the terms before leave: gradients of bfloat16
+// are one term, exactly. Products of terms whose size is below the rounding of the last term are left out.
 #pragma once
 
 #include "bf16.h"
@@ -9,13 +9,13 @@
 
 namespace mfac::cpu {
 
-constexpr int kMaxTerms = 3;
+constexpr int kMaxTerms = 3;  // of 8 bits each: the 24 bits of a float32
 
-using Words = Few<uint32_t, kTile>;  // a row of a tile
-using Floats = Few<float, kTile>;
+using Words = VectorN<uint32_t, kTile>;  // a row of a tile
+using Floats = VectorN<float, kTile>;
 
-// Terms per gradient in bfloat16 products, 0 where they would not be faster than float32 ones: small matrices, which fill no tiles,
-// and float32 gradients where splitting them costs more than the products save (measured with AMX).
+// Terms per gradient in bfloat16 products, 0 where they would not be faster than float32 ones: small matrices, which do
+// not fill the tiles, and float32 gradients where splitting them costs more than the products save (measured with AMX).
 template <typename G>
 int product_terms(const Block<G>& block) {
   constexpr bool exact = std::is_same_v<G, BFloat16>;
@@ -25,7 +25,7 @@ int product_terms(const Block<G>& block) {
   return terms;
 }
 
-// Whether L⁻¹ G is to be a product of bfloat16 too: with two terms of L⁻¹, which is twice the work, only AMX is faster than a
+// Whether L⁻¹ G is a bfloat16 product too: with two terms of L⁻¹, which is twice the work, only AMX is faster than a
 // float32 substitution.
 template <typename G>
 bool inverse_by_products(const Block<G>& block) {
@@ -39,7 +39,7 @@ inline void split(const float* x, int terms, uint16_t* out, int64_t stride) {
     std::memcpy(&rest, x + i, sizeof rest);
     for (int t = 0; t < terms; ++t) {
       const Words bits = (Words)rest, term = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-      const auto half = __builtin_convertvector(term, Few<uint16_t, kTile>);
+      const auto half = __builtin_convertvector(term, VectorN<uint16_t, kTile>);
       std::memcpy(out + t * stride + i, &half, sizeof half);
       rest -= (Floats)(term << 16);
     }
@@ -53,16 +53,16 @@ template <typename G>
     for (int64_t c = 0; c < std::min(block.size() - c0, kTileTerms); ++c) out[c] = block.row(r)[block.column(c0 + c)];
 }
 
-// Terms of G[r, column c0 + i], i < kTileTerms, 0 outside of the block: term t is at t * kTileTerms of what is returned, which is
-// G itself or `scratch`.
+// Terms of G[r, column c0 + i], i < kTileTerms, 0 outside of the block. Term t is at t * kTileTerms of the pointer
+// returned, which points into G itself or to `scratch`.
 template <typename G>
 [[gnu::always_inline]] inline const uint16_t* load_terms(const Block<G>& block, int64_t r, int64_t c0, int terms,
                                                          uint16_t* scratch) {
-  const bool whole = block.dense && r < block.grads.m && c0 + kTileTerms <= block.width;
+  const bool inside = block.dense && r < block.grads.m && c0 + kTileTerms <= block.width;
   if constexpr (std::is_same_v<G, BFloat16>) {
-    if (whole) return &block.row(r)[c0].bits;
+    if (inside) return &block.row(r)[c0].bits;
     gather(block, r, c0, reinterpret_cast<G(&)[kTileTerms]>(*scratch));
-  } else if (whole) {
+  } else if (inside) {
     split(block.row(r) + c0, terms, scratch, kTileTerms);
   } else {
     G gathered[kTileTerms];
@@ -103,7 +103,7 @@ void pack_right(const Block<G>& block, int64_t r0, int64_t c0, int64_t tiles, in
     for (int t = 0; t < terms; ++t)
       for (int64_t s = 0; s < 2; ++s, first += kTile, second += kTile) {
         uint32_t* pairs = out + t * stride + s * next + p * kTile;
-        Few<uint16_t, kTile> low, high;
+        VectorN<uint16_t, kTile> low, high;
         std::memcpy(&low, first, sizeof low);
         std::memcpy(&high, second, sizeof high);
         const Words words = __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;
@@ -123,10 +123,12 @@ inline int term_products(const uint32_t* left, int64_t left_stride, int left_ter
   return count;
 }
 
-// Depth of a product before its float32 sums are added in float64: long enough that the addition costs less than the product.
+// Tiles along the depth of a product, 256 terms, before its float32 sums are added in float64: enough that the addition
+// costs less than the product, and few enough for the error bound kTermsRange of block.h.
 constexpr int64_t kTileDepth = 8;
 
-// Lower triangle of a[n, n] += Gram matrix of the smaller side over [begin, end) of the longer one (as add_gram of block.h).
+// Lower triangle of a[n, n] += Gram matrix of the smaller side over [begin, end) of the longer one (as add_gram of
+// block.h).
 template <typename G>
 void add_gram_terms(const Block<G>& block, int64_t begin, int64_t end, int terms, double* a) {
   const bool capacitance = block.capacitance();
@@ -182,12 +184,14 @@ void add_gram_terms(const Block<G>& block, int64_t begin, int64_t end, int terms
   }
 }
 
-// Two terms of L⁻¹ have rounding errors of 1.6e-6 of each element (rms), independent of each other. They move ‖L⁻¹ g‖² by
-// 2 · 1.6e-6 √(Σ_r y_r² Σ_j (L⁻¹)²_rj g_j²) <= 3.2e-6 max|g_j| / √μ, y = L⁻¹ g, ‖y‖ < 1, μ the smallest eigenvalue of L Lᵀ: by 2e-5
-// at most, 1e-4 of what is left of 1 - ‖y‖² above kCancellation, where max g_j² is below kTwoTerms μ.
+// Two terms of L⁻¹ have rounding errors of 1.6e-6 of each element (RMS), independent of each other. They change
+// ‖y‖², y = L⁻¹ g, ‖y‖ < 1, by 2 · 1.6e-6 √(Σ_r y_r² Σ_j (L⁻¹)²_rj g_j²) <= 3.2e-6 max|g_j| / √μ, μ the smallest
+// eigenvalue of L Lᵀ: by 2e-5 at most, 1e-4 of what is left of 1 - ‖y‖² above kCancellation, where max g_j² is below
+// kTwoTerms μ.
 constexpr double kTwoTerms = 40;
 
-// L⁻¹ of a lower triangular L[n, n], in `terms` bfloat16 terms, as left tiles: two strips for each kSquare rows, up to the diagonal.
+// L⁻¹ of a lower triangular L[n, n], in `terms` bfloat16 terms, as left tiles: two strips for each kSquare rows, up to
+// the diagonal.
 class InverseTiles {
  public:
   // `smallest`: eigenvalue of L Lᵀ.
@@ -237,12 +241,13 @@ class InverseTiles {
   Buffer<uint32_t> data_;
 };
 
-// Columns of a product L⁻¹ G: whole panels of any vector length, and enough of them for each piece of L⁻¹ that L2 delivers.
+// Columns of a product L⁻¹ G at a time: a multiple of the panel width of every instruction set, and enough of them that
+// a tile of L⁻¹, once loaded from L2, is used several times.
 constexpr int64_t kSolveColumns = 96;
 static_assert(kSolveColumns % kPanel<float> == 0 && kSolveColumns % kSquare == 0);
 
-// norms[c] = ‖L⁻¹ g_c‖² and squares[c] = ‖g_c‖² for the columns c0 .. c0 + kSolveColumns of a block, in the terms of G that the
-// product uses.
+// norms[c] = ‖L⁻¹ g_c‖² and squares[c] = ‖g_c‖² for the columns c0 .. c0 + kSolveColumns of a block, in the terms of G
+// that the product uses.
 template <typename G>
 void solve_terms(const Block<G>& block, const InverseTiles& l, int64_t c0, int terms, float* norms, float* squares) {
   constexpr int64_t parts = kSolveColumns / kSquare;

@@ -1,5 +1,5 @@
-// The CPU kernels as torch ops: checks, allocation of results, dispatch on the gradients' type, and torch's thread pool.
-// A header only so that mfac.cpp compiles it: torch's headers are most of the build time, and so are read once.
+// The CPU kernels as torch ops: checks, allocation of results, dispatch on the type of the gradients, and torch's
+// thread pool. A header, which mfac.cpp compiles together with the schemas: torch's headers are most of the build time.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -18,7 +18,8 @@ namespace mfac::cpu {
 
 int num_threads() { return at::get_num_threads(); }
 
-// Threads take runs of neighbouring tasks as they become free: on a shared machine one may be far slower than another.
+// Dynamic scheduling, in 16 runs of neighbouring tasks per thread: on a shared machine one thread may be far slower
+// than another.
 void run_parallel(int64_t count, Task task, const void* context) {
   const int64_t threads = std::min<int64_t>(num_threads(), count), run = std::max<int64_t>(1, count / (threads * 16));
   std::atomic<int64_t> next{0};
@@ -39,7 +40,8 @@ OptionalTensor contiguous(const OptionalTensor& mask) {
   return mask ? OptionalTensor(mask->contiguous()) : std::nullopt;
 }
 
-// Calls f with the gradients as the kernels see them. Rows may be apart (a slice of a larger matrix), elements may not.
+// Calls f with the gradients as the kernels see them. Rows may have any stride (a slice of a larger matrix); the
+// elements of a row are contiguous.
 template <typename F>
 auto dispatch(const Tensor& given, double damping, int64_t block_size, const F& f,
               c10::string_view precision = "highest") {
@@ -54,8 +56,7 @@ auto dispatch(const Tensor& given, double damping, int64_t block_size, const F& 
 }
 
 Tensor block_factor_op(const Tensor& grads, double damping, int64_t block_size, const OptionalTensor& active) {
-  check_grads(grads, damping, block_size);
-  check_active(active, grads);
+  check_fisher(grads, damping, block_size, active);
   const OptionalTensor mask = contiguous(active);
   return dispatch(grads, damping, block_size, [&](const auto& g) {
     const int64_t s = g.order();
@@ -67,9 +68,7 @@ Tensor block_factor_op(const Tensor& grads, double damping, int64_t block_size, 
 
 Tensor inverse_diagonal_op(const Tensor& grads, double damping, int64_t block_size, const OptionalTensor& active,
                            c10::string_view precision) {
-  check_grads(grads, damping, block_size);
-  check_precision(precision);
-  check_active(active, grads);
+  check_fisher(grads, damping, block_size, active, precision);
   const OptionalTensor mask = contiguous(active);
   Tensor out = at::empty({grads.size(1)}, grads.options().dtype(at::kFloat));
   dispatch(
@@ -80,9 +79,7 @@ Tensor inverse_diagonal_op(const Tensor& grads, double damping, int64_t block_si
 
 Tensor inverse_product_op(const Tensor& grads, const Tensor& factor, const Tensor& x, double damping,
                           int64_t block_size, const OptionalTensor& active) {
-  check_grads(grads, damping, block_size);
-  check_active(active, grads);
-  check_product(grads, factor, x, block_size);
+  check_inverse_product(grads, factor, x, damping, block_size, active);
   const OptionalTensor mask = contiguous(active);
   const Tensor vectors = x.contiguous(), l = factor.contiguous();
   Tensor out = at::empty_like(vectors);
@@ -124,12 +121,7 @@ Tensor joint_update_op(const Tensor& grads, Tensor& weights, const Tensor& kept,
 void independent_update_op(const Tensor& grads, Tensor& weights, const Tensor& kept, const Tensor& diagonal,
                            double damping, int64_t block_size, const OptionalTensor& active,
                            c10::string_view precision) {
-  check_grads(grads, damping, block_size);
-  check_precision(precision);
-  check_active(active, grads);
-  check_vector(weights, "weights", at::kFloat, grads);
-  check_vector(kept, "kept", at::kBool, grads);
-  check_vector(diagonal, "inverse_diagonal", at::kFloat, grads);
+  check_independent_update(grads, weights, kept, diagonal, damping, block_size, active, precision);
   const Tensor keep = kept.contiguous(), inverse = diagonal.contiguous();
   const OptionalTensor mask = contiguous(active);
   Tensor w = weights.contiguous();
@@ -144,8 +136,7 @@ void independent_update_op(const Tensor& grads, Tensor& weights, const Tensor& k
 }
 
 Tensor quadratic_form_op(const Tensor& grads, const Tensor& x, double damping, int64_t block_size) {
-  check_grads(grads, damping, block_size);
-  check_vector(x, "x", at::kFloat, grads);
+  check_quadratic_form(grads, x, damping, block_size);
   const Tensor step = x.contiguous();
   const double value = dispatch(grads, damping, block_size,
                                 [&](const auto& g) { return quadratic_form(g, step.const_data_ptr<float>()); });
@@ -155,12 +146,7 @@ Tensor quadratic_form_op(const Tensor& grads, const Tensor& x, double damping, i
 Tensor group_saliency_op(const Tensor& grads, const Tensor& weights, const Tensor& groups, const Tensor& subsets,
                          double damping, int64_t block_size, const OptionalTensor& active, c10::string_view precision,
                          const OptionalTensor& gram, const OptionalTensor& held) {
-  check_grads(grads, damping, block_size);
-  check_precision(precision);
-  check_active(active, grads);
-  check_vector(weights, "weights", at::kFloat, grads);
-  check_groups(groups, subsets, grads);
-  check_memory(grads, block_size, gram, held);
+  check_group_saliency(grads, weights, groups, subsets, damping, block_size, active, precision, gram, held);
   const Tensor w = weights.contiguous(), positions = groups.contiguous(), members = subsets.contiguous();
   const OptionalTensor mask = contiguous(active);
   Tensor out = at::empty({groups.size(0), subsets.size(0)}, grads.options().dtype(at::kFloat));
@@ -178,12 +164,12 @@ Tensor group_saliency_op(const Tensor& grads, const Tensor& weights, const Tenso
 
 Tensor select_smallest_op(const Tensor& scores, at::IntArrayRef k, at::OptionalIntArrayRef sizes,
                           const std::optional<Tensor>& weights) {
-  check_selection(scores, k, sizes, weights);
+  check_select_smallest(scores, k, sizes, weights);
   const Tensor values = scores.contiguous();
   Tensor kept = at::empty({scores.size(0)}, scores.options().dtype(at::kBool));
   std::optional<Tensor> w;
   if (weights) w = weights->contiguous();
-  const int64_t whole = scores.size(0), *segments = sizes ? sizes->data() : &whole;
+  const int64_t n = scores.size(0), *segments = sizes ? sizes->data() : &n;
   const int64_t nan =
       select_smallest(values.const_data_ptr<float>(), segments, k.data(), static_cast<int64_t>(k.size()),
                       kept.mutable_data_ptr<bool>(), w ? w->mutable_data_ptr<float>() : nullptr);

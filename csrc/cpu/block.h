@@ -3,22 +3,23 @@
 //   capacitance side   A = mλ I + G Gᵀ, [m, m]      F⁻¹ x = (x - Gᵀ A⁻¹ G x) / λ
 //   Fisher side        A = mλ I + GᵀG,  [n, n]      F⁻¹ x = m A⁻¹ x
 //
-// with n the number of columns in use: the Fisher side for n <= m. (At m = n the rows may span all directions, and the
-// difference in the first line cancels in each of them.) Where the diagonal of F⁻¹ is wanted, it is for more (wider_fisher).
-// A = L Lᵀ is float64 whatever the gradients are.
+// with n the number of columns in use. The Fisher side is taken for n <= m. (At m = n the rows may span all directions,
+// and the difference in the first line cancels in each of them.) Where the diagonal of F⁻¹ is needed, it is taken for
+// more (prefer_fisher_side). A = L Lᵀ is float64 whatever the gradients are.
 #pragma once
 
 #include <cstdio>
 #include <limits>
 #include <stdexcept>
 
+#include "../numerics.h"
 #include "bf16_products.h"
 #include "cholesky.h"
 
 namespace mfac::cpu {
 
-// Lower triangle of a[n, n] += Gram matrix of the smaller side over [begin, end) of the longer one; products in T, sums over
-// more than kDepth of them in float64.
+// Lower triangle of a[n, n] += Gram matrix of the smaller side over [begin, end) of the longer one; products in T, sums
+// over more than kDepth of them in float64.
 template <typename T, typename G>
 void add_gram(const Block<G>& block, int64_t begin, int64_t end, double* a) {
   const bool capacitance = block.capacitance();
@@ -39,15 +40,16 @@ void add_gram(const Block<G>& block, int64_t begin, int64_t end, double* a) {
   }
 }
 
-// Lower triangle of a[n, n] = ridge I + Gram matrix of the smaller side. A long side is cut into up to kSlices slices, for
-// the threads, each with a sum of its own. Products in T, or in `bf16_terms`. Returns the trace, an upper bound of the
-// largest eigenvalue.
+// Lower triangle of a[n, n] = ridge I + Gram matrix of the smaller side. A long side is cut into up to kMaxSlices
+// slices, which run in parallel, each with a sum of its own. Products in T, or in `bf16_terms`. Returns the trace, an
+// upper bound of the largest eigenvalue.
 template <typename T, typename G>
 double gram_block(const Block<G>& block, double ridge, double* a, int bf16_terms = 0) {
-  constexpr int64_t kSlices = 8, kSlice = 1 << 14;  // at least so many terms: sums and their addition cost little then
-  constexpr int64_t kSmall = 512;                   // a larger matrix has work for the threads, and sums take memory
+  constexpr int64_t kMaxSlices = 8;         // their sums take 16 MiB at most
+  constexpr int64_t kMinSlice = 1 << 14;    // terms: adding the sums of the slices then costs little
+  constexpr int64_t kMaxSlicedOrder = 512;  // a larger matrix has enough work for the threads without slices
   const int64_t n = block.order(), terms = block.terms();
-  const int64_t slices = n <= kSmall ? std::clamp<int64_t>(terms / kSlice, 1, kSlices) : 1;
+  const int64_t slices = n <= kMaxSlicedOrder ? std::clamp<int64_t>(terms / kMinSlice, 1, kMaxSlices) : 1;
   const auto add = [&](int64_t begin, int64_t end, double* sum) {
     if (bf16_terms > 0)
       add_gram_terms(block, begin, end, bf16_terms, sum);
@@ -72,47 +74,48 @@ double gram_block(const Block<G>& block, double ridge, double* a, int bf16_terms
   return trace;
 }
 
-// λ [F⁻¹]_ii = 1 - ‖L⁻¹ g_i‖² of a weight that the data constrain far more than λ does: below this, float32 leaves too few
-// digits of the difference.
+// λ [F⁻¹]_ii = 1 - ‖L⁻¹ g_i‖² is small for a weight that the data constrain far more than λ does: below this, float32
+// leaves too few digits of the difference.
 constexpr double kCancellation = 0.2;
 
-// The gradients for ops that need the diagonal of F⁻¹. It is λ [F⁻¹]_ii = 1 - m/n in the mean where λ is small: up to the n where
-// this comes to kCancellation most of it would be done twice on the capacitance side.
+// The gradients for ops that need the diagonal of F⁻¹, with blocks of up to m / (1 - kCancellation) columns in use on
+// the Fisher side. The mean of λ [F⁻¹]_ii is 1 - m/n where λ is small: up to that n it is below kCancellation, and most
+// columns would be solved twice on the capacitance side, in float32 and in float64.
 template <typename G>
-Gradients<G> wider_fisher(Gradients<G> grads) {
-  grads.fisher = static_cast<int64_t>(static_cast<double>(grads.m) / (1 - kCancellation));
+Gradients<G> prefer_fisher_side(Gradients<G> grads) {
+  grads.fisher_columns = static_cast<int64_t>(static_cast<double>(grads.m) / (1 - kCancellation));
   return grads;
 }
 
-// How far a condition number may go before float32 costs the fourth digit. Rounding errors of the float32 products of
-// gram_block are some 2e-8 of A's mean diagonal in each element where sums are long, kLongSum and more terms, and independent
-// of each other, hence 2e-8 trace(A)/√n in norm, and move ‖L⁻¹ g‖² by up to that norm over the smallest eigenvalue μ. Those
-// of a float32 substitution move it by 6e-8 √(trace(A)/μ). Both bounds, over kCancellation, are 1e-4. Those of float64 products
-// are 2⁻²⁹ of float32 ones.
+// The largest condition numbers at which float32 leaves four digits. Rounding errors of the float32 products of
+// gram_block are some 2e-8 of A's mean diagonal in each element where sums are long, kLongSum and more terms, and
+// independent of each other, hence 2e-8 trace(A)/√n in norm, and change ‖L⁻¹ g‖² by up to that norm over the smallest
+// eigenvalue μ. Those of a float32 substitution change it by 6e-8 √(trace(A)/μ). Both bounds, over kCancellation, are
+// 1e-4. Those of float64 products are 2⁻²⁹ of float32 ones.
 constexpr double kProductRange = 1000, kExactRange = kProductRange * 0x1p29, kSolveRange = 1e5, kLongSum = 512;
 
-// The same for bfloat16 products, whose float32 sums are up to 256 terms long, and a factor of float32 columns: the condition
-// number may go up to kTermsRange n on the capacitance side and kTermsRange n / 3 on the other, n the order of A. Measured
-// against float64 with AMX on random, positive, sparse, scaled, nearly parallel and low-rank gradients, m from 33 to 512, any
-// damping: 1 - ‖L⁻¹ g‖² above kCancellation is then wrong by 4e-5 at most, and ‖L⁻¹ e_i‖² by 7e-5. (Random errors E of A move
-// gᵀA⁻¹g by gᵀA⁻¹EA⁻¹g, √n less than the norm of E would allow; with e_i for g it is the largest of n errors, those of the
-// diagonal.)
+// The same for bfloat16 products, whose float32 sums are up to 256 terms long, and a factor of float32 columns: the
+// condition number may go up to kTermsRange n on the capacitance side and kTermsRange n / 3 on the other, n the order
+// of A. Measured against float64 with AMX on random, positive, sparse, scaled, nearly parallel and low-rank gradients,
+// m from 33 to 512, any damping: 1 - ‖L⁻¹ g‖² above kCancellation is then wrong by 4e-5 at most, and ‖L⁻¹ e_i‖² by
+// 7e-5. (Random errors E of A move gᵀA⁻¹g by gᵀA⁻¹EA⁻¹g, √n less than the norm of E would allow; with e_i for g it is
+// the largest of n errors, those of the diagonal.)
 constexpr double kTermsRange = 300;
 
-// bfloat16 products flush denormal numbers to zero: mean squares of gradients below this are left to float32.
-constexpr double kLeastSquare = 0x1p-100;
+// bfloat16 products flush numbers below 2⁻¹²⁶ to zero: mean squares of gradients below this, 2²⁶ times as large, are
+// left to float32.
+constexpr double kMinMeanSquare = 0x1p-100;
 
-// What an A was made of: products of float32, of float64, or of bfloat16 terms.
+// The products that an A was computed with: float32, float64, or bfloat16 terms.
 enum class Products { none, single, exact, terms };
 
-// What a caller that does not look at A gives for `made`, below.
-struct Unseen {
+// The default of `observe`, below.
+struct NoObserver {
   void operator()(const double*, Products, double) const {}
 };
 
-// How large the rounding errors of A are, its sums having as many terms as the block says: the trace that A would have if it
-// had these errors and long sums. In sums of fewer terms the elements beside the diagonal, and so their errors, are larger
-// relative to the trace.
+// The size of the rounding errors of A, as the trace of a matrix of long sums that would have the same errors. In sums
+// of fewer terms the elements off the diagonal, and so their errors, are larger relative to the trace.
 template <typename G>
 double rounding_of(const Block<G>& block, double trace) {
   return trace / std::sqrt(std::min(1.0, static_cast<double>(block.terms()) / kLongSum));
@@ -121,29 +124,29 @@ double rounding_of(const Block<G>& block, double trace) {
 // Thrown for a block; for_each_block says which.
 struct NoFactor {};
 
-// Factor by float64 products. Should rounding make A indefinite all the same (a condition number past 1e15), the ridge is
-// raised to the rounding error of A, the least change that can be told from none. Calls made(A, Products::exact, rounding_of A)
-// before A becomes L; not for a raised ridge. Returns the trace of A.
-template <typename G, typename F = Unseen>
-double factor_double(const Block<G>& block, double* l, const F& made = {}) {
-  double raise = 0;
-  for (int attempt = 0; attempt < 10; ++attempt) {
-    const double trace = gram_block<double>(block, block.ridge() + raise, l);
-    if (raise == 0) made(l, Products::exact, rounding_of(block, trace));
+// Factor by float64 products. If rounding makes A indefinite (a condition number past 1e15), a jitter is added to the
+// ridge: the rounding error of A, the least change that is not lost, then ten times as much at each further attempt.
+// Calls observe(A, Products::exact, rounding_of A) before A becomes L, if there is no jitter. Returns the trace of A.
+template <typename G, typename F = NoObserver>
+double factor_double(const Block<G>& block, double* l, const F& observe = {}) {
+  double jitter = 0;
+  for (int attempt = 0; attempt < kFactorAttempts; ++attempt) {
+    const double trace = gram_block<double>(block, block.ridge() + jitter, l);
+    if (jitter == 0) observe(l, Products::exact, rounding_of(block, trace));
     if (cholesky(l, block.order(), block.order()) > 0) return trace;
-    raise = std::max(raise * 10, std::numeric_limits<double>::epsilon() * trace);
+    jitter = std::max(jitter * 10, std::numeric_limits<double>::epsilon() * trace);
   }
   throw NoFactor();
 }
 
-// Whether bfloat16 products of the gradients, with this trace of A, are normal numbers.
+// Whether bfloat16 products of the gradients, given the trace of A, are normal numbers.
 template <typename G>
 bool above_denormal(const Block<G>& block, double trace) {
   const double elements = static_cast<double>(block.grads.m) * static_cast<double>(block.size());
-  return trace - static_cast<double>(block.order()) * block.ridge() >= kLeastSquare * elements;
+  return trace - static_cast<double>(block.order()) * block.ridge() >= kMinMeanSquare * elements;
 }
 
-// How far the condition number of A may go with such products and long sums.
+// The largest condition number of A that such products allow, with long sums.
 template <typename G>
 double product_range(const Block<G>& block, Products products) {
   const double n = static_cast<double>(block.order());
@@ -151,8 +154,9 @@ double product_range(const Block<G>& block, Products products) {
   return (products == Products::exact ? kExactRange : kProductRange) * std::sqrt(n);
 }
 
-// A of such products and rounding errors (rounding_of) becomes L. False if the products are not good enough. `smallest`: its
-// smallest eigenvalue, about, or 0. The ridge is a lower bound of it, and for float32 and bfloat16 mostly tells enough.
+// Factors A, computed with these products and rounding errors (rounding_of), in place. False if the products are not
+// precise enough. `smallest` becomes an estimate of the smallest eigenvalue, or 0. The ridge is a lower bound of it,
+// which for float32 and bfloat16 is mostly sufficient.
 template <typename G>
 bool factor_products(const Block<G>& block, Products products, double rounding, double* l, double& smallest) {
   const int64_t n = block.order();
@@ -166,9 +170,9 @@ bool factor_products(const Block<G>& block, Products products, double rounding, 
 
 struct Precision {
   bool exact_factor;  // from float64 products
-  bool float_solve;   // float32 is good enough for substitutions with it
-  int terms;          // bfloat16 terms of G that the factor is made of, 0: none
-  double smallest;    // eigenvalue of A, about
+  bool float_solve;   // float32 is precise enough for substitutions with it
+  int terms;          // bfloat16 terms of G in the products; 0: not from bfloat16
+  double smallest;    // estimate of the smallest eigenvalue of A
 };
 
 template <typename G>
@@ -177,17 +181,17 @@ Precision precision_of(const Block<G>& block, Products products, double smallest
   return {products == Products::exact, smallest * kSolveRange >= trace, terms, smallest};
 }
 
-// Cholesky factor of A into l[n, n] (row-major, lower triangle; above it zero), from bfloat16 products if there are any and
-// they are good enough, else from float32 ones, else from float64 ones. Calls made(A, its products, its rounding errors) before
-// each A becomes L: the last one is the A that is used.
-template <typename G, typename F = Unseen>
-Precision factor_block(const Block<G>& block, double* l, const F& made = {}) {
+// Cholesky factor of A into l[n, n] (row-major, lower triangle; above it zero), from bfloat16 products if the precision
+// permits them and they are good enough, else from float32 ones, else from float64 ones. Calls observe(A, its products,
+// its rounding errors) before each A becomes L: the last one is the A that is used.
+template <typename G, typename F = NoObserver>
+Precision factor_block(const Block<G>& block, double* l, const F& observe = {}) {
   double smallest = 0;
   bool single = true;  // whether float32 products may be good enough
   if (const int terms = product_terms(block)) {
     const double trace = gram_block<float>(block, block.ridge(), l, terms), rounding = rounding_of(block, trace);
     if (above_denormal(block, trace)) {
-      made(l, Products::terms, rounding);
+      observe(l, Products::terms, rounding);
       if (factor_products(block, Products::terms, rounding, l, smallest))
         return precision_of(block, Products::terms, smallest, trace);
       single = smallest * product_range(block, Products::single) >= rounding;
@@ -195,18 +199,18 @@ Precision factor_block(const Block<G>& block, double* l, const F& made = {}) {
   }
   if (single) {
     const double trace = gram_block<float>(block, block.ridge(), l), rounding = rounding_of(block, trace);
-    made(l, Products::single, rounding);
+    observe(l, Products::single, rounding);
     if (factor_products(block, Products::single, rounding, l, smallest))
       return precision_of(block, Products::single, smallest, trace);
   }
-  const double trace = factor_double(block, l, made);
+  const double trace = factor_double(block, l, observe);
   return precision_of(block, Products::exact, smallest_eigenvalue(l, block.order()), trace);
 }
 
-// The two passes over a block, G x and Gᵀ t, are bound by memory. The second finds the block in the cache, if it fits, and
-// fetches the next one meanwhile.
-constexpr int64_t kStrip = 512;  // columns of some rows of G and of a vector that stay in L1
-constexpr int64_t kUnroll = 4;   // vectors of float64 per step: a line of G, half or two
+// The two passes over a block, G x and Gᵀ t, are bound by memory bandwidth. The second finds the block in the cache, if
+// it fits, and prefetches the next one.
+constexpr int64_t kStrip = 512;  // columns at a time: some rows of G and 4 KiB of a vector stay in L1
+constexpr int64_t kUnroll = 4;   // vectors of float64 per step: independent sums, and half a line of G to two lines
 constexpr int64_t kStepColumns = kUnroll * kLanes<double>;
 
 // sum_c g[c] x[c]
@@ -226,8 +230,8 @@ double dot(const G* g, const double* x, int64_t n) {
   return total;
 }
 
-// t[v][r] = sum_c G[r, c] x[v][c] for `count` vectors x[count, width], over all columns of the block, in float64. One read
-// of G.
+// t[v][r] = sum_c G[r, c] x[v][c] for `count` vectors x[count, width], over all columns of the block, in float64. One
+// read of G.
 template <typename G>
 void multiply_rows(const Block<G>& block, const double* x, int64_t count, double* t) {
   const int64_t m = block.grads.m, width = block.width;
@@ -266,10 +270,11 @@ void add_rows(const Block<G>& block, int64_t r, int64_t c0, int64_t columns, con
     for (int i = 0; i < rows; ++i) out[c] += factor[i][0] * convert<double>(source[i][c]);
 }
 
-// x[v][c] = sum_r G[r, c] t[v][r] for `count` vectors t[count, m], for all columns of the block, in float64. One read of G.
+// x[v][c] = sum_r G[r, c] t[v][r] for `count` vectors t[count, m], for all columns of the block, in float64. One read
+// of G.
 template <typename G>
 void multiply_columns(const Block<G>& block, const double* t, int64_t count, double* x) {
-  constexpr int rows = 4;
+  constexpr int rows = 4;  // of G at a time: x is read and written once for four of them
   const int64_t m = block.grads.m, width = block.width;
   parallel_for(ceil_div(width, kStrip), kStrip * m * count, [&](int64_t s) {
     const int64_t c0 = s * kStrip, columns = std::min(kStrip, width - c0);
@@ -282,9 +287,9 @@ void multiply_columns(const Block<G>& block, const double* t, int64_t count, dou
   });
 }
 
-// out = F⁻¹ x for `count` vectors x and out [count, width], with L of the block's A in l (row stride ldl). Columns not in use
-// are those of F = λ I. Two passes over G on the capacitance side, of which the second finds it in the cache; none on the
-// Fisher side.
+// out = F⁻¹ x for `count` vectors x and out [count, width], with L of the block's A in l (row stride ldl). Columns not
+// in use are those of F = λ I. Two passes over G on the capacitance side, of which the second finds it in the cache;
+// none on the Fisher side.
 template <typename G>
 void apply_inverse(const Block<G>& block, const double* l, int64_t ldl, const double* x, int64_t count, double* out) {
   const double damping = block.grads.damping;
@@ -312,8 +317,8 @@ void apply_inverse(const Block<G>& block, const double* l, int64_t ldl, const do
   }
 }
 
-// Runs f(block index) for every block: whole blocks side by side when there are enough of them to keep the threads busy,
-// else one after another with the threads inside. Either way each block does the same arithmetic in the same order.
+// Runs f(block index) for every block: blocks in parallel when there are enough of them to keep the threads busy, else
+// one after another with the threads inside. Either way the arithmetic of a block has the same order.
 template <typename G, typename F>
 void for_each_block(const Gradients<G>& grads, const F& f) {
   const int64_t count = grads.blocks();

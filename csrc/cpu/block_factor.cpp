@@ -1,6 +1,6 @@
-// Cholesky factors of all blocks; the equation and the choice of side are in block.h. Per block with n = min(m, columns in
-// use): m * columns * n flops for the Gram matrix (its lower triangle), n³/3 for the factor. G is read once.
-// Products are float64 always: what these factors are kept for, F⁻¹ x for any x, may cancel to any degree.
+// Cholesky factors of all blocks; the equation and the choice of side are in block.h. Per block with n = min(m, columns
+// in use): m * columns * n flops for the Gram matrix (its lower triangle), n³/3 for the factor. G is read once.
+// Products are always float64: F⁻¹ x, which these factors are for, may cancel to any degree, depending on x.
 #include "kernels.h"
 
 namespace mfac::cpu {

@@ -1,20 +1,21 @@
-// Cholesky factorisation of the small matrix of a block and what is done with the factor, in float64, from the kernels of
-// tiles.h.
+// Cholesky factorisation of the small matrix of a block and solves with the factor, in float64, with the kernels of
+// microkernels.h.
 #pragma once
 
 #include <cmath>
 
-#include "tiles.h"
+#include "microkernels.h"
 
 namespace mfac::cpu {
 
-// Columns per step of the factorisation, and of that of its diagonal blocks: multiples of every kRows.
+// Columns per step of the factorisation, a multiple of every kRows. Larger steps mean fewer passes over A, smaller ones
+// less work in the diagonal blocks, which are slower; these are factored in steps of kDiagonal.
 constexpr int64_t kCholesky = 48, kDiagonal = round_up(12, kRows);
 
-// A = L Lᵀ in place: the lower triangle of A[n, n] (row stride lda) becomes L; the rest is not touched. Returns the smallest
-// pivot min L_ii², or a value <= 0 (or NaN) at the first pivot that is not positive, with A then in no useful state.
-// Right-looking, kStep columns at a time; their diagonal block is done the same way by smaller steps. The columns below it are
-// solved and multiplied in T, and what they change is added up in float64.
+// A = L Lᵀ in place: the lower triangle of A[n, n] (row stride lda) becomes L; the rest is not touched. Returns the
+// smallest pivot min L_ii², or the first pivot that is not positive (<= 0 or NaN); A is then undefined. Right-looking,
+// kStep columns at a time; their diagonal block is factored the same way in smaller steps. The rows below it are solved
+// and multiplied in T, and the products are accumulated in float64.
 template <typename T = double, int64_t kStep = kCholesky>
 double cholesky(double* a, int64_t n, int64_t lda) {
   constexpr int64_t width = kPanel<T>;
@@ -70,7 +71,7 @@ double cholesky(double* a, int64_t n, int64_t lda) {
   }
 }
 
-// x <- (L Lᵀ)⁻¹ x for one vector, L[n, n] of row stride ldl. Four rows at a time: their sums do not wait for each other.
+// x <- (L Lᵀ)⁻¹ x for one vector, L[n, n] of row stride ldl. Four rows at a time, for four independent sums.
 inline void cholesky_solve(const double* l, int64_t n, int64_t ldl, double* x) {
   constexpr int64_t rows = 4, lanes = kLanes<double>;
   for (int64_t i = 0; i < n; i += rows) {
@@ -111,13 +112,14 @@ inline void cholesky_solve(const double* l, int64_t n, int64_t ldl, double* x) {
   }
 }
 
-// Smallest eigenvalue of L Lᵀ, from above, by inverse iteration: four solves, n² flops each, nearly always come within a
-// factor of two. (The smallest pivot of L may be n times too large.)
+// An upper estimate of the smallest eigenvalue of L Lᵀ, by inverse iteration: four solves, n² flops each, nearly always
+// come within a factor of two. (The smallest pivot of L may be n times too large.)
 inline double smallest_eigenvalue(const double* l, int64_t n) {
   Buffer<double> x(n);
   double norm = 0;
-  for (int64_t i = 0; i < n; ++i) x[i] = 1 + 0.1 * static_cast<double>(i * 7919 % 17 - 8);  // no special direction
-  for (int iteration = 0; iteration < 5; ++iteration) {  // the first only gives a unit vector
+  for (int64_t i = 0; i < n; ++i)
+    x[i] = 1 + 0.1 * static_cast<double>(i * 7919 % 17 - 8);  // fixed, in no special direction
+  for (int iteration = 0; iteration < 5; ++iteration) {       // the first only gives a unit vector
     if (iteration > 0) cholesky_solve(l, n, n, x);
     double square = 0;
     for (int64_t i = 0; i < n; ++i) square += x[i] * x[i];

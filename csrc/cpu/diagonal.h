@@ -3,19 +3,20 @@
 //   capacitance side   [F⁻¹]_ii = (1 - ‖L⁻¹ g_i‖²) / λ      g_i = column i of G
 //   Fisher side        [F⁻¹]_ii = m ‖L⁻¹ e_i‖²              e_i = column i of the identity
 //
-// m² flops per weight (m < B). Columns are solved kPanel at a time in a panel that stays in L1 or L2 and is never stored; or L⁻¹ G is a
-// product of bfloat16 (bf16_products.h).
-// 1 - ‖.‖² loses digits where the data constrain a weight far more than λ does: a panel in which it falls below kCancellation
-// is done again in float64, from a float64 factor, and 1/F_ii <= [F⁻¹]_ii bounds what is left of it. On the Fisher side, where
-// nothing cancels, 1/λ is the bound.
+// m² flops per weight (m < B). Columns are solved kPanel at a time in a panel that stays in L1 or L2, so that L⁻¹ G is
+// never stored; or L⁻¹ G is a bfloat16 product (bf16_products.h).
+//
+// 1 - ‖.‖² loses digits where the data constrain a weight far more than λ does: a panel in which it falls below
+// kCancellation is solved again in float64, from a float64 factor, and 1/F_ii <= [F⁻¹]_ii is its lower bound. On the
+// Fisher side, where nothing cancels, 1/λ is the upper bound.
 #pragma once
 
 #include "block.h"
 
 namespace mfac::cpu {
 
-// out[c] = [F⁻¹]_cc for columns [c0, c0 + kPanel) of the block. Returns the smallest 1 - ‖L⁻¹ g_c‖² met, 1 on the Fisher
-// side, where nothing cancels.
+// out[c] = [F⁻¹]_cc for columns [c0, c0 + kPanel) of the block. Returns the smallest 1 - ‖L⁻¹ g_c‖² met, 1 on the
+// Fisher side, where nothing cancels.
 template <typename T, typename G>
 double solve_panel(const Block<G>& block, const Triangle<T>& l, int64_t c0, double* out) {
   constexpr int64_t width = kPanel<T>;
@@ -48,7 +49,7 @@ double solve_panel(const Block<G>& block, const Triangle<T>& l, int64_t c0, doub
   return smallest;
 }
 
-// The same for kSolveColumns columns by bfloat16 products; done[j], for panel j of float32: nothing in it cancelled.
+// The same for kSolveColumns columns by bfloat16 products. done[j]: nothing cancelled in panel j of float32.
 template <typename G>
 void solve_columns(const Block<G>& block, const InverseTiles& l, int64_t c0, int terms, double* out, char* done) {
   float norms[kSolveColumns], squares[kSolveColumns];
@@ -62,12 +63,12 @@ void solve_columns(const Block<G>& block, const InverseTiles& l, int64_t c0, int
   }
 }
 
-// diagonal[c] for the columns of `whole` that are in use, which are those of `block`, side by side or not; the others are left
-// as they are. `factor` is what factor_block has made, [n, n]; it is written if a float64 factor is needed.
+// diagonal[c] for the columns in use of `block`; others are not written. `packed` has the same columns, packed or not.
+// `factor` [n, n] is from factor_block; it is overwritten if a float64 factor is needed.
 template <typename G>
-void block_diagonal(const Block<G>& whole, const Block<G>& block, const Precision& precision, double* factor,
+void block_diagonal(const Block<G>& block, const Block<G>& packed, const Precision& precision, double* factor,
                     float* diagonal) {
-  const int64_t n = block.order(), size = block.size();
+  const int64_t n = packed.order(), size = packed.size();
   if (n == 0) return;
 
   // First all panels in float32, if the factor is good enough for that; then in float64 those that cancelled, or all.
@@ -77,15 +78,15 @@ void block_diagonal(const Block<G>& whole, const Block<G>& block, const Precisio
   const auto store = [&](int64_t c0, int64_t columns, const double* values) {
     using Limits = std::numeric_limits<float>;
     for (int64_t c = 0; c < columns; ++c)
-      diagonal[whole.column(c0 + c)] = static_cast<float>(std::clamp<double>(values[c], Limits::min(), Limits::max()));
+      diagonal[block.column(c0 + c)] = static_cast<float>(std::clamp<double>(values[c], Limits::min(), Limits::max()));
   };
-  if (precision.float_solve && precision.terms > 0 && inverse_by_products(block)) {
+  if (precision.float_solve && precision.terms > 0 && inverse_by_products(packed)) {
     Triangle<float> triangle(n);
     triangle.pack(factor, n, n);
     const InverseTiles l(triangle, n, std::is_same_v<G, BFloat16> ? kMaxTerms : 2, precision.smallest);
     parallel_for(ceil_div(size, kSolveColumns), n * n * kSolveColumns, [&](int64_t j) {
       double values[kSolveColumns];
-      solve_columns(block, l, j * kSolveColumns, precision.terms, values, &done[j * kSolveColumns / width]);
+      solve_columns(packed, l, j * kSolveColumns, precision.terms, values, &done[j * kSolveColumns / width]);
       store(j * kSolveColumns, std::min(kSolveColumns, size - j * kSolveColumns), values);
     });
   } else if (precision.float_solve) {
@@ -93,18 +94,18 @@ void block_diagonal(const Block<G>& whole, const Block<G>& block, const Precisio
     l.pack(factor, n, n);
     parallel_for(panels, n * n * width, [&](int64_t j) {
       double values[width];
-      done[j] = solve_panel(block, l, j * width, values) >= kCancellation;
+      done[j] = solve_panel(packed, l, j * width, values) >= kCancellation;
       store(j * width, std::min(width, size - j * width), values);
     });
   }
   if (std::count(done.begin(), done.end(), 1) == panels) return;
-  if (!precision.exact_factor) factor_double(block, factor);
+  if (!precision.exact_factor) factor_double(packed, factor);
   Triangle<double> l(n);
   l.pack(factor, n, n);
   parallel_for(2 * panels, n * n * half, [&](int64_t j) {
     double values[half];
     if (done[j / 2] || j * half >= size) return;
-    solve_panel(block, l, j * half, values);
+    solve_panel(packed, l, j * half, values);
     store(j * half, std::min(half, size - j * half), values);
   });
 }

@@ -1,14 +1,14 @@
-// The gradients as the kernels read them: a block of columns of G[m, d], element types, and the two ways in which a piece of
-// it becomes panels (tiles.h). G is converted and laid out while it is read; a second [m, columns] matrix exists
-// only of survivors, and only if it is small (SideBySide).
+// The gradients as the kernels read them: a block of columns of G[m, d], and the two ways in which a piece of it is
+// packed into panels (microkernels.h). G is converted and packed while it is read; a second [m, columns] matrix exists
+// only for columns with gaps between them, and only if it is small (PackedColumns).
 //
-// Rows of a block are far apart in memory, so the processor cannot foresee which lines come next: whoever works on a piece
-// prefetches the one after it.
+// Rows of a block are far apart in memory, which defeats the hardware prefetcher: code that works on a piece prefetches
+// the next one.
 #pragma once
 
 #include <vector>
 
-#include "tiles.h"
+#include "microkernels.h"
 
 namespace mfac::cpu {
 
@@ -17,10 +17,10 @@ template <typename G>
 struct Gradients {
   const G* data;  // [m, d], rows `stride` elements apart
   int64_t m, d, stride;
-  double damping;      // λ
-  int64_t block_size;  // B columns per block, the last block may have fewer
-  int terms = 0;       // bfloat16 terms that may stand for a float32 gradient in large products; 0: none, float32
-  int64_t fisher = m;  // up to so many columns in use a block is on the Fisher side
+  double damping;              // λ
+  int64_t block_size;          // B columns per block, the last block may have fewer
+  int terms = 0;               // bfloat16 terms per float32 gradient permitted in large products; 0: float32 products
+  int64_t fisher_columns = m;  // blocks with up to this many columns in use are on the Fisher side
 
   int64_t blocks() const { return ceil_div(d, block_size); }
   int64_t order() const { return std::min({m, block_size, d}); }  // of the largest factor
@@ -54,25 +54,31 @@ struct Block {
   int64_t column(int64_t c) const { return dense ? c : columns[c]; }
   const G* row(int64_t r) const { return grads.data + r * grads.stride + begin; }
   bool last() const { return begin + width == grads.d; }
-  bool capacitance() const { return grads.fisher < size(); }
+  bool capacitance() const { return grads.fisher_columns < size(); }
   int64_t order() const { return capacitance() ? grads.m : size(); }  // of A
   int64_t terms() const { return capacitance() ? size() : grads.m; }  // of a sum that is an element of A
   double ridge() const { return static_cast<double>(grads.m) * grads.damping; }
 };
 
-// The columns in use of a block: if there are others between them, copied side by side by copy_row, so that the rest finds
-// them in the cache, in one piece; unless the copy, [m, size], is too large for that.
+// The columns in use of a block. If there are others between them, copy_row packs them into a copy [m, size], so that
+// later passes find them contiguous and in the cache; unless the copy is too large for that.
 template <typename G>
-class SideBySide {
+class PackedColumns {
  public:
-  explicit SideBySide(const Block<G>& block)
+  explicit PackedColumns(const Block<G>& block)
       : source_(block),
-        copied_(!block.dense && block.grads.m * block.size() * static_cast<int64_t>(sizeof(G)) <= kMost),
+        copied_(!block.dense && block.grads.m * block.size() * static_cast<int64_t>(sizeof(G)) <= kMaxBytes),
         copy_(copied_ ? block.grads.m * block.size() : 0),
-        grads_{copy_,        block.grads.m,     block.size(),      block.size(), block.grads.damping,
-               block.size(), block.grads.terms, block.grads.fisher},
+        grads_{copy_,
+               block.grads.m,
+               block.size(),
+               block.size(),
+               block.grads.damping,
+               block.size(),
+               block.grads.terms,
+               block.grads.fisher_columns},
         block_(copied_ ? Block<G>(grads_, 0) : block) {}
-  SideBySide(const SideBySide&) = delete;  // block_ refers to grads_
+  PackedColumns(const PackedColumns&) = delete;  // block_ refers to grads_
   bool copied() const { return copied_; }
   void copy_row(int64_t r) const {
     const G* row = source_.row(r);
@@ -82,7 +88,7 @@ class SideBySide {
   const Block<G>& block() const { return block_; }
 
  private:
-  static constexpr int64_t kMost = 16 << 20;  // bytes, for each thread
+  static constexpr int64_t kMaxBytes = 16 << 20;  // of a copy, one per thread: a larger one would not stay in the cache
   const Block<G>& source_;
   bool copied_;
   Buffer<G> copy_;
@@ -90,7 +96,7 @@ class SideBySide {
   Block<G> block_;
 };
 
-// out[c] = G[r, column c0 + c] for one panel's width of columns in use, 0 past the last of them.
+// out[c] = G[r, column c0 + c] for c < kPanel<T>, columns in use; 0 past the last of them.
 template <typename T, typename G>
 inline void pack_row(const Block<G>& block, int64_t r, int64_t c0, T* out) {
   const G* row = block.row(r);
@@ -121,8 +127,8 @@ void transpose_rows(const G* const (&source)[kLanes<T>], int64_t depth, T* out) 
     for (int r = 0; r < lanes; ++r) out[c * kPanel<T> + r] = static_cast<T>(static_cast<float>(source[r][c]));
 }
 
-// A panel of kPanel rows from r0 on, transposed: out[c][r] = G[r0 + r, column c0 + c], c < depth <= kDepth, 0 past the last
-// row.
+// A panel of kPanel rows from r0 on, transposed: out[c][r] = G[r0 + r, column c0 + c], c < depth <= kDepth, 0 past the
+// last row.
 template <typename T, typename G>
 void pack_columns(const Block<G>& block, int64_t r0, int64_t c0, int64_t depth, T* out) {
   constexpr int lanes = kLanes<T>;

@@ -1,17 +1,18 @@
-// Saliency of groups of weights that go together: for a group P, a set of P positions, and a subset Q of it,
+// Saliency of groups of weights that are pruned together: for a group, a set of P positions, and a subset Q of it,
 //
-//   ½ w_Qᵀ ([F⁻¹]_QQ)⁻¹ w_Q      the least of ½ δᵀFδ over all δ with δ_Q = -w_Q (Optimal Brain Surgeon for several weights)
+//   ½ w_Qᵀ ([F⁻¹]_QQ)⁻¹ w_Q      the minimum of ½ δᵀFδ over all δ with δ_Q = -w_Q (Optimal Brain Surgeon for several)
 //
-// for each of the subsets that a pattern allows: all of P for a block, the C(M, N) ways to prune an N:M group. F⁻¹ has blocks, so
-// a group whose members lie in several of them is a sum of parts, one for each. Within a block the columns L⁻¹ g_i of the members
-// of a few groups are solved side by side, as for the diagonal (inverse_diagonal.cpp), and their Gram matrix gives
+// for each of the subsets that a pattern allows: the whole group for a block, the C(M, N) ways to prune an N:M group.
+// F⁻¹ is block-diagonal, so a group whose members lie in several blocks is a sum of parts, one per block. Within a
+// block the columns L⁻¹ g_i of the members of a few groups are solved in panels, as for the diagonal (diagonal.h), and
+// their Gram matrix gives
 //
 //   capacitance side   [F⁻¹]_ij = (δ_ij - (L⁻¹ g_i)·(L⁻¹ g_j)) / λ
 //   Fisher side        [F⁻¹]_ij = m (L⁻¹ e_i)·(L⁻¹ e_j)
 //
-// which is never stored: 2 m² flops per weight as for the diagonal, some 10 % more for the Gram matrix, and s³/6 for each
-// subset of s weights. Weights not in use (pruned before) have a column of λ I: they are zero, and so is what they cost. Where the
-// last update has left A (held_gram.h), it is not made again.
+// of which only the elements between members are computed: 2 m² flops per weight as for the diagonal, some 10 % more
+// for the Gram matrix, and s³/6 for each subset of s weights. Weights not in use (pruned before) have a column of λ I:
+// they are zero, and so is their saliency. If the last update has left A (held_gram.h), it is reused.
 #include "diagonal.h"
 #include "held_gram.h"
 
@@ -31,8 +32,9 @@ struct Part {
 
 namespace {
 
-// A pivot of [F⁻¹]_QQ below this part of the numbers it is a difference of is not left to float32, whose elements are good to
-// some 1e-7 of them; nor below kGroupTerms if the factor is made of bfloat16 products, good to some 1e-5.
+// A pivot of [F⁻¹]_QQ that is less than this part of the numbers that it is a difference of needs float64: float32
+// elements have errors of some 1e-7 of those numbers. kGroupTerms is the limit where the factor is from bfloat16
+// products, with errors of some 1e-5.
 constexpr double kGroupCancellation = 0.01, kGroupTerms = 0.1;
 
 // elements[i][j], j <= i, of F⁻¹ for `count` members of a block. Returns the smallest 1 - ‖L⁻¹ g_i‖² met, as in
@@ -91,15 +93,14 @@ double inverse_elements(const Block<G>& block, const Triangle<T>& l, const Membe
 struct Elements {
   std::vector<double> values;  // [count, count], lower triangle
   int64_t count;
-  double scale;  // 1/λ on the capacitance side, 0 on the other: there it is the diagonal element itself
+  double scale;  // 1/λ on the capacitance side; 0 on the Fisher side, where it is the diagonal element itself
 };
 
-// ½ w_Qᵀ A⁻¹ w_Q, A = [F⁻¹]_QQ, for the members at `chosen`; lowers `smallest` to the least pivot over its scale. Where the
-// data constrain some direction of Q far more than each weight in it, pivots are what rounding leaves of a difference; below
-// kLeastPivot, all that float64 leaves, they count as that.
+// ½ w_Qᵀ A⁻¹ w_Q, A = [F⁻¹]_QQ, for the members at `chosen`; lowers `smallest` to the least pivot over its scale. Where
+// the data constrain some direction of Q far more than each weight in it, pivots are what rounding leaves of a
+// difference; below kMinPivot they count as that.
 double subset_saliency(const Elements& elements, const double* w, const std::vector<int32_t>& chosen,
                        std::vector<double>& scratch, double& smallest) {
-  constexpr double kLeastPivot = 1e-13;
   const int64_t s = static_cast<int64_t>(chosen.size());
   scratch.resize(s * s + s);
   double *l = scratch.data(), *y = l + s * s, sum = 0;
@@ -116,7 +117,7 @@ double subset_saliency(const Elements& elements, const double* w, const std::vec
     double pivot = diagonal;
     for (int64_t k = 0; k < i; ++k) pivot -= row[k] * row[k];
     if (i > 0 && !(pivot >= smallest * scale)) smallest = pivot / scale;
-    row[i] = std::sqrt(std::max(pivot, i > 0 ? kLeastPivot * scale : 0));
+    row[i] = std::sqrt(std::max(pivot, i > 0 ? kMinPivot * scale : 0));
     y[i] = value / row[i];
     sum += y[i] * y[i];
   }
@@ -159,7 +160,7 @@ bool score_parts(const Block<G>& block, const Triangle<T>& l, const std::vector<
 template <typename G>
 void group_saliency(const Gradients<G>& given, const bool* active, const float* weights, const Groups& groups,
                     const Held& held, float* out) {
-  const Gradients<G> grads = wider_fisher(given), rows = capacitance_only(grads);
+  const Gradients<G> grads = prefer_fisher_side(given), rows = capacitance_only(grads);
   // Members by block, in the order of the groups, and their parts: slot p of `values` is for part p.
   const int64_t blocks = grads.blocks(), total = groups.count * groups.size;
   std::vector<int64_t> first_member(blocks + 1, 0), first_part(blocks + 1, 0), order;
@@ -184,15 +185,15 @@ void group_saliency(const Gradients<G>& given, const bool* active, const float* 
 
   for_each_block(grads, [&](int64_t index) {
     if (first_member[index] == first_member[index + 1]) return;
-    const Block<G> whole(grads, index, active);
-    const int64_t n = whole.order();
+    const Block<G> block(grads, index, active);
+    const int64_t n = block.order();
     std::vector<Member> members;
     std::vector<Part> parts;
     for (int64_t i = first_member[index]; i < first_member[index + 1]; ++i) {
       const int64_t group = order[i] / groups.size, at = i - first_member[index];
-      const int32_t column = static_cast<int32_t>(groups.positions[order[i]] - whole.begin);
-      const auto found = std::lower_bound(whole.columns.begin(), whole.columns.end(), column);
-      const int32_t position = whole.dense ? column : static_cast<int32_t>(found - whole.columns.begin());
+      const int32_t column = static_cast<int32_t>(groups.positions[order[i]] - block.begin);
+      const auto found = std::lower_bound(block.columns.begin(), block.columns.end(), column);
+      const int32_t position = block.dense ? column : static_cast<int32_t>(found - block.columns.begin());
       if (at == 0 || members.back().group != group) {
         if (at > 0) parts.back().end = at;
         parts.push_back({at, 0, first_part[index] + static_cast<int64_t>(parts.size())});
@@ -206,16 +207,16 @@ void group_saliency(const Gradients<G>& given, const bool* active, const float* 
     HeldGram gram(held, grads, index);
     Precision precision;
     std::vector<int32_t> where;
-    bool found = gram.find(whole, where);
-    if (found) found = factor_held(whole, where, Block<G>(rows, index, gram.others(where)), gram, factor, precision);
+    bool found = gram.find(block, where);
+    if (found) found = factor_held(block, where, Block<G>(rows, index, gram.others(where)), gram, factor, precision);
 
-    const bool read = whole.capacitance() || !found;  // whether the columns are needed
-    const SideBySide<G> packed(whole);
-    if (read && packed.copied()) parallel_for(grads.m, whole.size(), [&](int64_t r) { packed.copy_row(r); });
-    const Block<G>& block = read ? packed.block() : whole;
+    const bool read = block.capacitance() || !found;  // whether the columns are needed
+    const PackedColumns<G> packed(block);
+    if (read && packed.copied()) parallel_for(grads.m, block.size(), [&](int64_t r) { packed.copy_row(r); });
+    const Block<G>& columns = read ? packed.block() : block;
     if (!found)
-      precision = factor_block(block, factor, [&](const double* a, Products products, double rounding) {
-        gram.store(whole, a, products, rounding);
+      precision = factor_block(columns, factor, [&](const double* a, Products products, double rounding) {
+        gram.store(block, a, products, rounding);
       });
     // Strips of as many parts as one panel of float32 holds, or of one part.
     std::vector<int64_t> strips{0};
@@ -226,7 +227,7 @@ void group_saliency(const Gradients<G>& given, const bool* active, const float* 
     std::vector<char> done(count, 0);
     const double least_pivot = precision.terms > 0 ? kGroupTerms : kGroupCancellation;
     const auto score = [&](const auto& l, int64_t s) {
-      return score_parts(block, l, members, &parts[strips[s]], parts.data() + strips[s + 1], weights, groups,
+      return score_parts(columns, l, members, &parts[strips[s]], parts.data() + strips[s + 1], weights, groups,
                          least_pivot, values.data());
     };
     if (precision.float_solve) {
@@ -235,7 +236,7 @@ void group_saliency(const Gradients<G>& given, const bool* active, const float* 
       parallel_for(count, n * n * kPanel<float>, [&](int64_t s) { done[s] = score(l, s); });
     }
     if (std::count(done.begin(), done.end(), 1) == count) return;
-    if (!precision.exact_factor) factor_double(block, factor);
+    if (!precision.exact_factor) factor_double(columns, factor);
     Triangle<double> l(n);
     l.pack(factor, n, n);
     parallel_for(count, n * n * kPanel<float>, [&](int64_t s) {

@@ -1,12 +1,12 @@
-// The small matrix of a block, kept by the caller from one call of joint_step or group_saliency to the next, of the same
-// gradients, damping and blocks. With H the columns that it holds and S those in use now, all of which are in H,
+// The small matrix of a block, kept by the caller from one call of joint_step or group_saliency to the next, with the
+// same gradients, damping and blocks. With H the columns that it holds and S those in use now, a subset of H,
 //
-//   Fisher side        A = mλ I + GᵀG      of S it is a submatrix: no product is needed
-//   capacitance side   A = mλ I + G Gᵀ     A_S = A_H - G_Q G_Qᵀ, Q = H \ S: m² flops per column of Q in place of S
+//   Fisher side        A = mλ I + GᵀG      A_S is a submatrix: no product is needed
+//   capacitance side   A = mλ I + G Gᵀ     A_S = A_H - G_Q G_Qᵀ, Q = H \ S: m² flops per column of Q instead of S
 //
-// A difference keeps the rounding errors of what it is made of, while the trace falls: they are carried along (rounding_of) and
-// are what the smallest eigenvalue is measured against. Products of one kind are subtracted from products of the same kind, so
-// that what bfloat16 terms leave out of a column is taken away with it. Where the check fails, A is made anew from S.
+// A difference keeps the rounding errors of its terms while the trace falls: they are accumulated (rounding_of), and
+// the smallest eigenvalue is compared with them. Products are subtracted from products of the same precision, so that
+// what bfloat16 terms leave out of a column is removed with it. If the comparison fails, A is computed anew from S.
 #pragma once
 
 #include "kernels.h"
@@ -15,7 +15,7 @@ namespace mfac::cpu {
 
 class HeldGram {
  public:
-  // Of one block. held.gram[index] is: products (0: there is none), rounding errors, lower triangle row after row.
+  // For one block. held.gram[index] has: Products (0: there is no A), rounding errors, lower triangle row by row.
   template <typename G>
   HeldGram(const Held& held, const Gradients<G>& grads, int64_t index) {
     if (!held.gram) return;
@@ -27,7 +27,7 @@ class HeldGram {
     if (products() == Products::none) return;
     for (int64_t c = 0; c < width_; ++c)
       if (held_[c]) columns_.push_back(static_cast<int32_t>(c));
-    capacitance_ = grads.fisher < size();
+    capacitance_ = grads.fisher_columns < size();
     if (!fits(capacitance_ ? grads.m : size())) columns_.clear();
   }
   int64_t size() const { return static_cast<int64_t>(columns_.size()); }
@@ -35,8 +35,8 @@ class HeldGram {
   Products products() const { return static_cast<Products>(static_cast<int>(values_[0])); }
   double rounding() const { return values_[1]; }
 
-  // Whether A is of the block's side and holds all of its columns in use, and using it takes fewer products than making it anew.
-  // `where` becomes their positions among its columns.
+  // Whether A is of the block's side and holds all of the block's columns in use, and using it takes fewer products
+  // than computing it anew. `where` becomes their positions among the held columns.
   template <typename G>
   bool find(const Block<G>& block, std::vector<int32_t>& where) const {
     if (columns_.empty() || capacitance_ != block.capacitance()) return false;
@@ -73,8 +73,8 @@ class HeldGram {
     return trace;
   }
 
-  // Capacitance side: takes G Gᵀ of the columns `removed`, a block on that side, off A, of which those of `block` are left. Lower
-  // triangle of a[m, m] = A. Returns its trace.
+  // Capacitance side: subtracts G Gᵀ of the columns `removed`, a block on that side, from A, which then holds those of
+  // `block`. Lower triangle of a[m, m] = A. Returns its trace.
   template <typename G>
   double subtract(const Block<G>& block, const Block<G>& removed, double* a) {
     const int64_t m = block.grads.m;
@@ -118,10 +118,10 @@ class HeldGram {
     }
   }
 
-  // Fisher side: only the rows and columns `where` stay.
+  // Fisher side: keeps only the rows and columns `where`.
   void shrink(const std::vector<int32_t>& where) {
     const int64_t n = static_cast<int64_t>(where.size());
-    double* out = values_ + kHeader;  // never past what is still to be read
+    double* out = values_ + kHeader;  // in place: it never overtakes the elements still to be read
     for (int64_t i = 0; i < n; ++i) {
       const double* source = row(where[i]);
       for (int64_t j = 0; j <= i; ++j) *out++ = source[where[j]];
@@ -130,7 +130,7 @@ class HeldGram {
     for (const int32_t i : where) held_[columns_[i]] = true;
   }
 
-  // A of a block's columns in use, if there is room; else none.
+  // Stores A of a block's columns in use if there is room, else none.
   template <typename G>
   void store(const Block<G>& block, const double* a, Products products, double rounding) {
     const int64_t n = block.order();
@@ -146,7 +146,7 @@ class HeldGram {
   }
 
  private:
-  static constexpr int64_t kHeader = 2;
+  static constexpr int64_t kHeader = 2;  // Products and rounding errors
   bool fits(int64_t n) const { return n * (n + 1) / 2 <= capacity_; }
   double* row(int64_t i) const { return values_ + kHeader + i * (i + 1) / 2; }
   template <typename G>
@@ -166,13 +166,13 @@ class HeldGram {
 // A Fisher of the same gradients, with every block on the capacitance side.
 template <typename G>
 Gradients<G> capacitance_only(Gradients<G> grads) {
-  grads.fisher = 0;
+  grads.fisher_columns = 0;
   return grads;
 }
 
-// Factor of A of the columns in use of a block into l[n, n], from what is held, in which they are at `where` and which holds
-// those of `removed` besides (of capacitance_only gradients; not looked at on the Fisher side). False if that is not good enough.
-// On the capacitance side this A is held afterwards.
+// Factor of A of the columns in use of a block into l[n, n], from the held A, in which they are at `where` and which
+// holds the columns of `removed` besides (of capacitance_only gradients; unused on the Fisher side). False if that is
+// not precise enough. On the capacitance side the A of the block is held afterwards.
 template <typename G>
 bool factor_held(const Block<G>& block, const std::vector<int32_t>& where, const Block<G>& removed, HeldGram& gram,
                  double* l, Precision& precision) {

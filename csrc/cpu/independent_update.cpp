@@ -1,5 +1,5 @@
-// Independent update (M-FAC, equation 4, summed over the pruned weights): w <- w - F⁻¹ u with u_i = w_i / [F⁻¹]_ii on the
-// pruned set, then w = 0 there. Factor and product of a block in one visit; the factor is not kept.
+// Independent update (M-FAC, equation 4, summed over the pruned weights): w <- w - F⁻¹ u with u_i = w_i / [F⁻¹]_ii on
+// the pruned set, then w = 0 there. Factor and product of a block in one visit; the factor is scratch memory.
 #include "kernels.h"
 
 namespace mfac::cpu {

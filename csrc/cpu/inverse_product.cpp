@@ -1,6 +1,6 @@
-// F⁻¹ x for the k rows of x, from the factors of block_factor. Equation: block.h. On the capacitance side G comes from memory
-// once, for all vectors: the second pass over a block finds it in the cache, if it fits, while the next block is fetched.
-// Float64 sums; 4 m flops per weight and vector.
+// F⁻¹ x for the k rows of x, from the factors of block_factor. Equation: block.h. On the capacitance side G is read
+// from memory once for all vectors: the second pass over a block finds it in the cache, if it fits, and prefetches the
+// next block. Float64 sums; 4 m flops per weight and vector.
 #include "kernels.h"
 
 namespace mfac::cpu {
@@ -8,7 +8,7 @@ namespace mfac::cpu {
 template <typename G>
 void inverse_product(const Gradients<G>& grads, const bool* active, const double* factor, const float* x, int64_t k,
                      float* out) {
-  constexpr int64_t kVectorsAtOnce = 16;  // their share of a block stays in L2
+  constexpr int64_t kVectorsAtOnce = 16;  // their elements in a block stay in L2: 128 bytes per column
   const int64_t s = grads.order();
   for_each_block(grads, [&](int64_t index) {
     const Block<G> block(grads, index, active);

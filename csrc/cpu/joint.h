@@ -5,12 +5,12 @@
 //   |S| <= m    δ_S = (mλ I + G_SᵀG_S)⁻¹ G_Sᵀ r                           Gδ = G_S δ_S - r
 //   loss        ½ (λ ‖δ‖² + ‖Gδ‖² / m)
 //
-// (block inverse of F and the push-through identity). G comes from memory once: as a row is read for r, its surviving columns
-// are copied side by side, and the rest is done with the copy, in the cache. So the cost falls with the density: m |S|
-// min(m, |S|) flops. Weights pruned earlier are zero and drop out. Where mλ I + G Gᵀ is held of S and others (HeldGram), those are
-// copied too, and it is their columns that are multiplied.
+// (block inverse of F and the push-through identity). G is read from memory once: as a row is read for r, its kept
+// columns are packed, and later passes use the packed copy, in the cache. So the cost falls with the density: m |S|
+// min(m, |S|) flops. Weights pruned earlier are zero and drop out. If mλ I + G Gᵀ is held for a superset of S
+// (HeldGram), the other columns of the superset are packed too, and their products are subtracted.
 //
-// Where A = mλ I + GᵀG is held of all columns that are not zero, G is not read at all:
+// If A = mλ I + GᵀG is held for all columns whose weights are not zero, G is not read at all:
 //
 //   |S| <= m    δ_S = A_SS⁻¹ A_SQ w_Q      loss = δᵀAδ / 2m
 #pragma once
@@ -26,8 +26,8 @@ inline double norm_squared(const double* x, int64_t n) {
   return sum;
 }
 
-// The update from A: x [width] is w on Q and zero elsewhere, and becomes δ_S on S. False if A is not held, or not good enough,
-// with x as it was. diagonal[width], unless null: diag F⁻¹ on S.
+// The update from a held A: x [width] is w on Q and zero elsewhere, and becomes δ_S on S. False, with x as before, if A
+// is not held or not precise enough. diagonal[width], unless null: diag F⁻¹ on S.
 template <typename G>
 bool update_held(const Block<G>& survivors, HeldGram& gram, double* x, double& loss, float* diagonal) {
   std::vector<int32_t> where;
@@ -37,7 +37,7 @@ bool update_held(const Block<G>& survivors, HeldGram& gram, double* x, double& l
   double all = 0;
   for (int64_t c = 0; c < survivors.width; ++c) all += x[c] != 0;
   for (int64_t i = 0; i < held; ++i) all -= (step[i] = x[gram.columns()[i]]) != 0;
-  if (all != 0) return false;  // a weight that A does not hold
+  if (all != 0) return false;  // a weight of a column that is not held
   Precision precision;
   if (!factor_held(survivors, where, /*removed=*/survivors, gram, l, precision)) return false;
   gram.multiply(step, product);
@@ -54,22 +54,22 @@ bool update_held(const Block<G>& survivors, HeldGram& gram, double* x, double& l
   return true;
 }
 
-// The same from G, and on the capacitance side from what is held of A, if anything; leaves A in `gram` if there is room. With
-// nothing to prune only the diagonal is made.
+// The same from G, and on the capacitance side from a held A if there is one; stores A in `gram` if there is room. With
+// nothing to prune only the diagonal is computed.
 template <typename G>
-void update_from_gradients(const Block<G>& whole, int64_t index, HeldGram& gram, double* x, double& loss,
+void update_from_gradients(const Block<G>& block, int64_t index, HeldGram& gram, double* x, double& loss,
                            float* diagonal) {
-  const int64_t m = whole.grads.m, width = whole.width, n = whole.order(), size = whole.size();
+  const int64_t m = block.grads.m, width = block.width, n = block.order(), size = block.size();
   const double removed = norm_squared(x, width);
   std::vector<int32_t> where;
-  const bool found = whole.capacitance() && gram.find(whole, where);
-  const Gradients<G> rows = capacitance_only(whole.grads);
+  const bool found = block.capacitance() && gram.find(block, where);
+  const Gradients<G> rows = capacitance_only(block.grads);
   const Block<G> rest(rows, index, found ? gram.others(where) : std::vector<int32_t>());
-  const SideBySide<G> packed(whole), packed_rest(rest);
+  const PackedColumns<G> packed(block), packed_rest(rest);
   Buffer<double> r(m);
   parallel_for(m, width, [&](int64_t i) {
-    if (i + 3 < m) prefetch(whole.row(i + 3), width);
-    r[i] = removed != 0 ? dot(whole.row(i), static_cast<const double*>(x), width) : 0;
+    if (i + 3 < m) prefetch(block.row(i + 3), width);
+    r[i] = removed != 0 ? dot(block.row(i), static_cast<const double*>(x), width) : 0;
     if (packed.copied()) packed.copy_row(i);
     if (packed_rest.copied()) packed_rest.copy_row(i);
   });
@@ -79,11 +79,11 @@ void update_from_gradients(const Block<G>& whole, int64_t index, HeldGram& gram,
   if (n > 0) {
     Buffer<double> l(n * n), step(survivors.width), z(size);
     Precision precision;
-    if (!found || !factor_held(whole, where, packed_rest.block(), gram, l, precision))
+    if (!found || !factor_held(block, where, packed_rest.block(), gram, l, precision))
       precision = factor_block(survivors, l, [&](const double* a, Products products, double rounding) {
-        gram.store(whole, a, products, rounding);
+        gram.store(block, a, products, rounding);
       });
-    if (diagonal && removed == 0) return block_diagonal(whole, survivors, precision, l, diagonal);
+    if (diagonal && removed == 0) return block_diagonal(block, survivors, precision, l, diagonal);
     if (survivors.capacitance()) cholesky_solve(l, n, n, r);
     multiply_columns(survivors, r, 1, step);
     for (int64_t c = 0; c < size; ++c) z[c] = step[survivors.column(c)];
@@ -99,23 +99,23 @@ void update_from_gradients(const Block<G>& whole, int64_t index, HeldGram& gram,
       gradient_term = norm_squared(moved_rows, m);
     }
     moved = norm_squared(z, size);
-    for (int64_t c = 0; c < size; ++c) x[whole.column(c)] = z[c];
-    if (diagonal) block_diagonal(whole, survivors, precision, l, diagonal);
+    for (int64_t c = 0; c < size; ++c) x[block.column(c)] = z[c];
+    if (diagonal) block_diagonal(block, survivors, precision, l, diagonal);
   }
-  loss = 0.5 * (whole.grads.damping * (removed + moved) + gradient_term / static_cast<double>(m));
+  loss = 0.5 * (block.grads.damping * (removed + moved) + gradient_term / static_cast<double>(m));
 }
 
-// Updates the weights [d] in a block, and returns the loss. `diagonal` [d], unless null, becomes diag F⁻¹ of the kept columns,
-// 1/λ elsewhere; without it a block with nothing to prune is not read at all.
+// Updates the weights [d] in a block, and returns the loss. `diagonal` [d], unless null, becomes diag F⁻¹ of the kept
+// columns, 1/λ elsewhere; without it a block with nothing to prune is not read at all.
 template <typename G>
 double joint_block(const Gradients<G>& grads, int64_t index, const bool* kept, float* weights, float* diagonal,
                    HeldGram& gram) {
-  const Block<G> whole(grads, index, kept);
-  const int64_t width = whole.width;
-  float* w = weights + whole.begin;
-  const bool* keep = kept + whole.begin;
+  const Block<G> block(grads, index, kept);
+  const int64_t width = block.width;
+  float* w = weights + block.begin;
+  const bool* keep = kept + block.begin;
   if (diagonal) {
-    diagonal += whole.begin;
+    diagonal += block.begin;
     std::fill_n(diagonal, width, static_cast<float>(1 / grads.damping));
   }
   Buffer<double> x(width);
@@ -123,7 +123,7 @@ double joint_block(const Gradients<G>& grads, int64_t index, const bool* kept, f
   const bool pruned = norm_squared(x, width) != 0;
   if (!pruned && !diagonal) return 0;
   double loss = 0;
-  if (!update_held(whole, gram, x, loss, diagonal)) update_from_gradients(whole, index, gram, x, loss, diagonal);
+  if (!update_held(block, gram, x, loss, diagonal)) update_from_gradients(block, index, gram, x, loss, diagonal);
   if (!pruned) return 0;  // all bits stay as they are
   for (int64_t c = 0; c < width; ++c) w[c] = keep[c] ? static_cast<float>(w[c] + x[c]) : 0.0f;
   return loss;

@@ -1,6 +1,6 @@
-// Joint update and, if wanted, from the same factor, the diagonal of F⁻¹ of the kept columns (joint.h, diagonal.h): one visit
-// of G, one Gram matrix, one factor per block. What the caller keeps of it (held_gram.h) spares the next call visit and
-// products. Without the diagonal a block with nothing to prune is not read at all.
+// Joint update and, if asked for, from the same factor, the diagonal of F⁻¹ of the kept columns (joint.h, diagonal.h):
+// one pass over G, one Gram matrix and one factor per block. With a Gram matrix held from the last call (held_gram.h)
+// the pass and the products are saved. Without the diagonal a block with nothing to prune is not read at all.
 #include "joint.h"
 #include "kernels.h"
 
@@ -9,7 +9,7 @@ namespace mfac::cpu {
 template <typename G>
 double joint_step(const Gradients<G>& given, const bool* kept, float* weights, float* inverse_diagonal,
                   const Held& held) {
-  const Gradients<G> grads = wider_fisher(given);
+  const Gradients<G> grads = prefer_fisher_side(given);
   std::vector<double> losses(grads.blocks(), 0.0);
   for_each_block(grads, [&](int64_t index) {
     HeldGram gram(held, grads, index);

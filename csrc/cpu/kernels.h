@@ -1,5 +1,5 @@
-// Entry points of the CPU kernels: raw pointers and sizes, no torch. Each is defined in the file of its name, for G = float
-// and BFloat16. `active` and `kept` are masks of d elements, `active` may be null (every column is in use).
+// Entry points of the CPU kernels: raw pointers and sizes, no torch. Each is defined in the file of its name, for G =
+// float and BFloat16. `active` and `kept` are masks of d elements, `active` may be null (every column is in use).
 #pragma once
 
 #include "block.h"
@@ -19,16 +19,16 @@ template <typename G>
 void inverse_product(const Gradients<G>& grads, const bool* active, const double* factor, const float* x, int64_t k,
                      float* out);
 
-// What a call of joint_step or group_saliency keeps for the next one, or null: gram[blocks, stride] and columns[d]
-// (held_gram.h).
+// What a call of joint_step or group_saliency keeps for the next one (held_gram.h); pointers are null if nothing is
+// kept.
 struct Held {
-  double* gram;
+  double* gram;  // [blocks, stride]
   int64_t stride;
-  bool* columns;
+  bool* columns;  // [d]
 };
 
-// weights[d]: pruned weights become zero, kept ones move to the minimum of ½ δᵀFδ. Returns that minimum. inverse_diagonal[d],
-// unless null, becomes the diagonal of F⁻¹ with `kept` as the columns in use.
+// weights[d]: pruned weights become zero, kept ones move to the minimum of ½ δᵀFδ. Returns that minimum.
+// inverse_diagonal[d], unless null, becomes the diagonal of F⁻¹ with `kept` as the columns in use.
 template <typename G>
 double joint_step(const Gradients<G>& grads, const bool* kept, float* weights, float* inverse_diagonal,
                   const Held& held);
@@ -42,7 +42,7 @@ void independent_update(const Gradients<G>& grads, const bool* active, const boo
 template <typename G>
 double quadratic_form(const Gradients<G>& grads, const float* x);
 
-// Weights that go together, and the subsets of a group that are weighed against each other (group_saliency.cpp).
+// Groups of weights, and the subsets of a group whose saliencies are compared (group_saliency.cpp).
 struct Groups {
   const int64_t* positions;  // [count, size] in [0, d), or -1: the group has fewer members
   int64_t count, size;
@@ -55,8 +55,8 @@ template <typename G>
 void group_saliency(const Gradients<G>& grads, const bool* active, const float* weights, const Groups& groups,
                     const Held& held, float* out);
 
-// For each segment i of sizes[i] scores, one after another: kept = false for the k[i] smallest, ties to the lower index;
-// weights, unless null, become zero there. Returns the position of a NaN, with nothing written, or -1.
+// For each segment i of sizes[i] scores, one after another: kept = false for the k[i] smallest, ties to the lower
+// index; weights, unless null, become zero there. Returns the position of a NaN, with nothing written, or -1.
 int64_t select_smallest(const float* scores, const int64_t* sizes, const int64_t* k, int64_t segments, bool* kept,
                         float* weights);
 

@@ -1,5 +1,5 @@
-// ½ xᵀFx = ½ sum over blocks of (λ ‖x‖² + ‖G x‖² / m): the loss increase that the quadratic model predicts for a step x.
-// One pass over G, two flops per element; blocks in which x is zero are not read.
+// ½ xᵀFx = ½ sum over blocks of (λ ‖x‖² + ‖G x‖² / m): the loss increase that the quadratic model predicts for a step
+// x. One pass over G, two flops per element; blocks in which x is zero are not read.
 #include "kernels.h"
 
 namespace mfac::cpu {

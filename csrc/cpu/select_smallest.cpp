@@ -1,23 +1,24 @@
-// Masks of the k smallest of n float32 scores, exact, ties to the lower index: no sort, no index array, and two reads of the
-// scores, at the speed of memory.
+// Masks of the k smallest of n float32 scores, exact, ties to the lower index: no sort, no index array, and two reads
+// of the scores, at the speed of memory.
 //
-//   1  A sample, sorted in part, gives two values low <= high that enclose the k-th smallest with a probability of 99.7 %:
-//      its rank in the sample is known to within three standard deviations.
-//   2  One pass counts the scores below low, equal to low and equal to high, and copies those in between, one in a hundred.
-//      The k-th smallest is low, high, or in the copy. If it is outside, the sample was unlucky and a larger one is drawn,
-//      in the end all scores.
-//   3  One pass writes the mask and zeroes the weights. Of the scores equal to the k-th the first in index order are pruned;
-//      how many of them each task's range holds is known from the second step.
+//   1  A partially sorted sample gives two values low <= high that enclose the k-th smallest with a probability of
+//      99.7 %: its rank in the sample is known to within three standard deviations.
+//   2  One pass counts the scores below low, equal to low and equal to high, and copies those in between, one in a
+//      hundred. The k-th smallest is low, high, or in the copy. If it is not, a larger sample is drawn, in the end all
+//      scores.
+//   3  One pass writes the mask and zeroes the weights. Of the scores equal to the k-th the first in index order are
+//      pruned; how many of them the range of each task has is known from the second step.
 //
-// Tasks are cut by the number of scores alone and the sample has fixed positions: the same result for any number of threads.
+// Tasks are cut by the number of scores alone and the sample has fixed positions: the same result for any number of
+// threads.
 #include "kernels.h"
 
 namespace mfac::cpu {
 namespace {
 
-constexpr int64_t kRange = 1 << 16;   // scores per task at least
-constexpr int64_t kTasks = 64;        // at most
-constexpr int64_t kSample = 1 << 16;  // takes as long to sort in part as what lies between low and high, of 25 million
+constexpr int64_t kMinTaskScores = 1 << 16;  // 256 KiB: reading them takes longer than starting a task
+constexpr int64_t kMaxTasks = 64;            // of any number of scores: enough to balance the load of the threads
+constexpr int64_t kSample = 1 << 16;  // of 25 million scores, partial sorts of it and of those in between cost the same
 
 struct Count {
   int64_t below = 0, at_low = 0, at_high = 0;
@@ -27,7 +28,7 @@ struct Count {
 
 Count count_scores(const float* scores, int64_t n, float low, float high) {
   constexpr int64_t lanes = kLanes<float>, step = 4 * lanes;
-  using Ints = Few<int32_t, lanes>;  // a comparison yields -1 where it holds
+  using Ints = VectorN<int32_t, lanes>;  // a comparison yields -1 where it holds
   Ints below{}, at_low{}, at_high{}, nan{};
   Count count;
   std::vector<float> between(step);
@@ -51,7 +52,7 @@ Count count_scores(const float* scores, int64_t n, float low, float high) {
     if (!some) continue;
     if (between.size() < found + step) between.resize(2 * between.size());
     const int32_t* flags = reinterpret_cast<const int32_t*>(inside);
-    for (int64_t v = 0; v < step; ++v) {  // no branch: which of them it is cannot be foreseen
+    for (int64_t v = 0; v < step; ++v) {  // branch-free, as a branch would be mispredicted
       between[found] = scores[i + v];
       found -= flags[v];
     }
@@ -74,8 +75,8 @@ Count count_scores(const float* scores, int64_t n, float low, float high) {
   return count;
 }
 
-// kept[i] = scores[i] > threshold, and of the `ties` scores equal to it all but the first `pruned_ties`. Weights, if `zero`,
-// become zero where pruned.
+// kept[i] = scores[i] > threshold, and of the `ties` scores equal to it all but the first `pruned_ties`. Weights, if
+// `zero`, become zero where pruned.
 template <bool zero>
 void write_mask(const float* __restrict scores, int64_t n, float threshold, int64_t ties, int64_t pruned_ties,
                 bool* __restrict kept, float* weights) {
@@ -92,12 +93,12 @@ void write_mask(const float* __restrict scores, int64_t n, float threshold, int6
 }
 
 // Two values of the sample that probably enclose the k-th smallest of all (infinite where the sample does not reach far
-// enough), or NaN if the sample holds one.
+// enough), or NaN if the sample has one.
 std::pair<float, float> bracket(const float* scores, int64_t n, int64_t k, std::vector<float>& sample) {
   const int64_t count = static_cast<int64_t>(sample.size());
   const double stride = static_cast<double>(n) / static_cast<double>(count);
   uint32_t random = 1;
-  for (int64_t i = 0; i < count; ++i) {  // one of each `stride` scores in a row, lest a period in them be met
+  for (int64_t i = 0; i < count; ++i) {  // one at random of each `stride` scores: no aliasing with a period in them
     random = random * 1664525u + 1013904223u;
     const double position = (static_cast<double>(i) + (count < n ? random * 0x1p-32 : 0)) * stride;
     sample[i] = scores[std::min(n - 1, static_cast<int64_t>(position))];
@@ -117,11 +118,11 @@ std::pair<float, float> bracket(const float* scores, int64_t n, int64_t k, std::
   return {least, to_greatest ? INFINITY : *at(rank + deviation, low)};
 }
 
-// Where to cut n scores, and for each task's range of them how many are equal to the threshold and how many of these are
-// pruned: all if there are fewer, none if that is not positive.
+// Where to cut n scores, and for each task's range of them how many are equal to the threshold and how many of these
+// are pruned: all if there are fewer, none if that is not positive.
 struct Cut {
   explicit Cut(int64_t size)
-      : n(size), tasks(std::clamp<int64_t>(n / kRange, 1, kTasks)), ties(tasks), pruned_ties(tasks) {}
+      : n(size), tasks(std::clamp<int64_t>(n / kMinTaskScores, 1, kMaxTasks)), ties(tasks), pruned_ties(tasks) {}
   int64_t begin(int64_t task) const { return task * n / tasks; }
 
   int64_t n, tasks;

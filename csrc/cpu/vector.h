@@ -14,7 +14,8 @@
 
 namespace mfac::cpu {
 
-#if defined(MFAC_VECTOR_BYTES)  // a test that runs the shapes of another machine
+// The width of the vector registers.
+#if defined(MFAC_VECTOR_BYTES)  // tests: the shapes of another machine
 constexpr int kVectorBytes = MFAC_VECTOR_BYTES;
 #elif defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -38,10 +39,11 @@ struct BFloat16 {
   }
 };
 
+// A vector of `count` elements, a power of two.
 template <typename E, int count>
-using Few __attribute__((vector_size(count * sizeof(E)))) = E;
+using VectorN __attribute__((vector_size(count * sizeof(E)))) = E;
 
-inline Vector<double> widen(Few<float, kLanes<double>> x) {
+inline Vector<double> widen(VectorN<float, kLanes<double>> x) {
 #if defined(MFAC_VECTOR_BYTES)
   return __builtin_convertvector(x, Vector<double>);
 #elif defined(__AVX512F__)
@@ -61,11 +63,11 @@ inline Vector<T> load(const G* p) {
     std::memcpy(&values, p, sizeof values);
     return values;
   } else {
-    Few<float, kLanes<T>> values;
+    VectorN<float, kLanes<T>> values;
     if constexpr (std::is_same_v<G, BFloat16>) {
-      Few<uint16_t, kLanes<T>> bits;
+      VectorN<uint16_t, kLanes<T>> bits;
       std::memcpy(&bits, p, sizeof bits);
-      const auto wide = __builtin_convertvector(bits, Few<uint32_t, kLanes<T>>) << 16;
+      const auto wide = __builtin_convertvector(bits, VectorN<uint32_t, kLanes<T>>) << 16;
       std::memcpy(&values, &wide, sizeof values);
     } else {
       std::memcpy(&values, p, sizeof values);
@@ -81,10 +83,10 @@ inline T convert(G g) {
   return static_cast<T>(static_cast<float>(g));
 }
 
-// Into L2: the lines of p[0 .. count).
+// Prefetches the lines of p[0 .. count) into L2.
 template <typename G>
 inline void prefetch(const G* p, int64_t count) {
-  constexpr int64_t line = 64 / sizeof(G);
+  constexpr int64_t line = 64 / sizeof(G);  // elements of a cache line
   for (int64_t c = 0; c < count; c += line) __builtin_prefetch(p + c, 0, 2);
 }
 
@@ -98,7 +100,7 @@ inline void transpose(Vector<T> (&x)[kLanes<T>]) {
     return __builtin_shufflevector(a, b, (from + i / 2 + (i % 2 ? lanes : 0))...);
 #else  // GCC 11
     using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-    return __builtin_shuffle(a, b, Few<Index, lanes>{(from + i / 2 + (i % 2 ? lanes : 0))...});
+    return __builtin_shuffle(a, b, VectorN<Index, lanes>{(from + i / 2 + (i % 2 ? lanes : 0))...});
 #endif
   };
   for (int round = 1; round < lanes; round *= 2) {

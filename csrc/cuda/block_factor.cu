@@ -1,16 +1,17 @@
-// The small matrices of a tile: the gradients of its columns side by side, and
+// The small matrices of a tile of blocks, from its packed columns:
 //
-//   A + ridge I = L Lᵀ,  L⁻¹       A = G Gᵀ (capacitance side) or GᵀG (Fisher side), float64, n = min(m, columns in use)
+//   A + ridge I = L Lᵀ,  L⁻¹     A = G Gᵀ (capacitance side) or GᵀG (Fisher side), float64, n = min(m, columns in use)
 //
-// A comes from cuBLAS. One block of threads has one matrix; it works in panels of kStep rows of L, left to right. A thread has
-// a column of U = Lᵀ, kStep elements of it at a time, in registers:
+// A comes from cuBLAS. One block of threads per matrix, in panels of kStep rows of U = Lᵀ; one thread per column of U,
+// with kStep elements of it in registers:
 //
-//   panel k     u_ki = a_ki - Σ_{j<k} u_jk u_ji        the sum over j with a kStep x kStep tile of U in shared memory, which all
-//                                                      threads read at once, and the thread's own column, read in line
-//               its diagonal tile, factored by one warp; then a substitution with it in every thread
+//   panel k     u_ki = a_ki - Σ_{j<k} u_jk u_ji        a kStep x kStep tile of U in shared memory, broadcast to all
+//                                                      threads, and the thread's own column; loads are coalesced
+//               one warp factors the diagonal tile, then every thread substitutes with it
 //   L⁻¹         the same loop, with the identity in place of A: W_ic = (δ_ic - Σ_{j<i} l_ij W_jc) / l_ii
 //
-// n³/3 flops each, 2 n³ / kStep bytes from the second-level cache.
+// n³/3 flops each, 2 n³ / kStep bytes from L2; float64.
+#include "../numerics.h"
 #include "solve.cuh"
 
 namespace mfac::cuda {
@@ -20,15 +21,15 @@ constexpr int kStep = 32;  // rows of a panel: one for each lane of the warp tha
 
 struct Panel {
   double tile[kStep][kStep];          // of U: [j][r]
-  double diagonal[kStep][kStep + 1];  // of L: [r][c]; one more, lest a column lie in one bank
+  double diagonal[kStep][kStep + 1];  // of L: [r][c]; padded by one to avoid bank conflicts
   double reciprocal[kStep];           // of its diagonal
   double sums[kThreads / kWarp];
   double trace;
   int failed;
 };
 
-// One row of one block, kThreads columns of it; out [parts, tile.count, m, tile.width]. G is read once, `parts` times as much, or
-// twice (float64), is written.
+// A block of threads packs kThreads columns of one row of one block; out [parts, tile.count, m, tile.width]. G is read
+// once; writes 2 `parts` or 8 (float64) bytes per element. Coalesced, but for gaps between the columns listed.
 template <typename G, typename T>
 __global__ void __launch_bounds__(kThreads)
     pack_kernel(Gradients<G> grads, Layout layout, Tile tile, int parts, T* __restrict__ out) {
@@ -79,14 +80,14 @@ __device__ inline void substitute(const Panel& panel, double (&sums)[kStep]) {
   }
 }
 
-// Factors the diagonal tile in place: a warp, of which each lane has a row.
+// Factors the diagonal tile in place: one warp, one lane per row.
 __device__ inline void factor_tile(Panel& panel) {
   const int row = threadIdx.x;
   for (int j = 0; j < kStep; ++j) {
     const double pivot = panel.diagonal[j][j];
     if (!(pivot > 0)) {
       if (row == 0) panel.failed = 1;
-      return;  // the whole warp: it reads the same pivot
+      return;  // uniform in the warp: all lanes read the same pivot
     }
     const double root = sqrt(pivot);
     __syncwarp();
@@ -169,16 +170,16 @@ __global__ void __launch_bounds__(kThreads)
   a += matrix;
   u += matrix;
   l += matrix;
-  double raise = 0;
-  for (int attempt = 0; attempt < kAttempts; ++attempt) {
+  double jitter = 0;
+  for (int attempt = 0; attempt < kFactorAttempts; ++attempt) {
     if (threadIdx.x == 0) panel.failed = 0;
     __syncthreads();
     for (int64_t row = 0; row < n && !panel.failed; row += kStep) {
-      factor_panel(a, n, ridge + raise, row, u, l, panel);
+      factor_panel(a, n, ridge + jitter, row, u, l, panel);
       __syncthreads();
     }
     if (!panel.failed) break;
-    // Rounding made it indefinite.
+    // Rounding made it indefinite: a jitter, relative to the trace.
     double trace = 0;
     for (int64_t i = threadIdx.x; i < n; i += kThreads) trace += a[i * n + i] + ridge;
     trace = warp_sum(trace);
@@ -189,8 +190,8 @@ __global__ void __launch_bounds__(kThreads)
       for (int warp = 0; warp < kThreads / kWarp; ++warp) panel.trace += panel.sums[warp];
     }
     __syncthreads();
-    raise = attempt > 0 ? raise * 10 : rounding * panel.trace;
-    if (attempt == kAttempts - 1 && threadIdx.x == 0) failed[0] = 1 + ids[blockIdx.x];
+    jitter = attempt > 0 ? jitter * 10 : rounding * panel.trace;
+    if (attempt == kFactorAttempts - 1 && threadIdx.x == 0) failed[0] = 1 + ids[blockIdx.x];
   }
   if (inverse)
     for (int64_t row = 0; row < n; row += kStep) invert_panel(u, n, row, inverse + matrix, panel);

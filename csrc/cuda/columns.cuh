@@ -1,4 +1,4 @@
-// What all kernels know of gradients and of how columns make blocks.
+// Device functions that all kernels share: element types, and the columns of a block.
 #pragma once
 
 #include <device.cuh>
@@ -7,9 +7,10 @@
 
 namespace mfac::cuda {
 
-constexpr int kThreads = 256;  // of a block of threads, where nothing speaks for another number
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
+// Threads per block, unless stated otherwise: the 64 K registers then allow each thread the 255 that it can use.
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;                    // threads of a warp on all GPUs
+constexpr unsigned kAllLanes = 0xffffffffu;  // mask of a full warp
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

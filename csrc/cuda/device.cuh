@@ -1,5 +1,5 @@
-// What the kernels need of CUDA besides its language: how one is launched, and its shared memory. The kernels include it as
-// <device.cuh>, because tests/emulation has another one, which runs them as C++ on the CPU.
+// What the kernels need of the CUDA runtime: launches, shared memory, and memory sizes. The kernels include it as
+// <device.cuh>, because tests/emulation has a replacement, which runs them as C++ on the CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,7 +17,8 @@ __device__ T& shared() {
   return *reinterpret_cast<T*>(memory);
 }
 
-// Bytes of shared memory that a block of threads may have on the current GPU: from 99 KiB (RTX 30, 40, 50) to 227 (H100).
+// Maximum bytes of shared memory of a block of threads on the current GPU: from 99 KiB (RTX 30, 40, 50) to 227 KiB
+// (H100).
 inline int64_t shared_limit() {
   int device = 0, bytes = 48 << 10;
   if (cudaGetDevice(&device) == cudaSuccess)
@@ -25,25 +26,28 @@ inline int64_t shared_limit() {
   return bytes;
 }
 
-// Bytes that the temporaries of an op should keep to: so much that the blocks of a tile keep every multiprocessor busy, each
-// of which factors one of them at a time, on GPUs that have room for it.
+// Bytes that the temporaries of an op should not exceed: enough blocks of F at a time to keep every multiprocessor
+// busy, each of which factors one at a time. A batch of blocks of 512 columns takes 4 MiB per block with m = 256: at
+// most 256 of them.
 inline int64_t temporaries_limit() {
-  constexpr size_t kLeast = 128 << 20, kMost = 1 << 30, kShare = 16;
+  constexpr size_t kMin = 128 << 20, kMax = 1 << 30;  // on GPUs of less than 2 GiB, of more than 16 GiB
+  constexpr size_t kShare = 16;                       // of the GPU's memory: most of it is for the gradients
   size_t available = 0, total = 0;
-  if (cudaMemGetInfo(&available, &total) != cudaSuccess) return kLeast;
-  return static_cast<int64_t>(total / kShare < kLeast ? kLeast : total / kShare > kMost ? kMost : total / kShare);
+  if (cudaMemGetInfo(&available, &total) != cudaSuccess) return kMin;
+  return static_cast<int64_t>(total / kShare < kMin ? kMin : total / kShare > kMax ? kMax : total / kShare);
 }
 
-// Runs a kernel on `blocks` blocks of `threads` threads, if there are any, each with so many bytes of shared memory.
+// Launches a kernel on `blocks` blocks (possibly 0) of `threads` threads, each block with shared_bytes of shared
+// memory.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
             Arguments... arguments) {
-  constexpr size_t kUnasked = 48 << 10;  // bytes of shared memory that need no leave
+  constexpr size_t kDefaultSharedBytes = 48 << 10;  // available without opt-in
   if (blocks == 0) return;
   if (blocks > INT32_MAX)
     throw std::runtime_error("mfac: a CUDA kernel would need more than 2^31 - 1 blocks of threads");
   cudaError_t error = cudaSuccess;
-  if (shared_bytes > kUnasked)
+  if (shared_bytes > kDefaultSharedBytes)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config{};
@@ -54,7 +58,7 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t s
     error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   }
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // or torch would report it again, elsewhere
+  cudaGetLastError();  // clears it, or torch would report it again later
   throw std::runtime_error(std::string("mfac: a CUDA kernel cannot be launched: ") + cudaGetErrorString(error));
 }
 

@@ -1,18 +1,19 @@
-// Saliency of groups of weights that go together, as csrc/cpu/group_saliency.cpp says: ½ w_Qᵀ ([F⁻¹]_QQ)⁻¹ w_Q for the subsets Q
-// of a group, with, from the columns z of `solved`,
+// Saliency of groups of weights that are pruned together (csrc/cpu/group_saliency.cpp): ½ w_Qᵀ ([F⁻¹]_QQ)⁻¹ w_Q for the
+// subsets Q of a group, with, from the columns z of `solved`,
 //
 //   capacitance side   [F⁻¹]_ij = (δ_ij - z_i·z_j) / λ      z_i = L⁻¹ g_i
 //   Fisher side        [F⁻¹]_ij = m z_i·z_j                 z_i = column i of L⁻¹
 //
-// A warp has a part, the members of a group in one block: first their small piece of F⁻¹ in shared memory (lanes go along the
-// rows of z; members are near each other, so a second element of a row is in the cache), then, for one subset after another, a
-// Cholesky factorisation of it in place, lanes having rows. size²/2 products of length n per part; float64.
+// One warp per part, the members of a group in one block. First it computes their piece of F⁻¹ into shared memory,
+// lanes along the rows of z (members are near each other, so further elements of a row are in the cache). Then, subset
+// by subset, a Cholesky factorisation in place, one lane per row. size²/2 dot products of length n per part; float64.
+#include "../numerics.h"
 #include "columns.cuh"
 
 namespace mfac::cuda {
 namespace {
 
-// What one warp works in: elements[size][size], factor[s][s], y[s], chosen[s].
+// The memory of one warp: elements[size][size], factor[s][s], y[s], chosen[s].
 struct Scratch {
   __device__ Scratch(double* memory, int64_t size, int64_t s)
       : elements(memory),
@@ -50,7 +51,6 @@ __global__ void __launch_bounds__(kWarp)
     }
   __syncwarp();
 
-  constexpr double kLeastPivot = 1e-13;  // all that float64 leaves of a difference, over what it is a difference of
   for (int64_t k = 0; k < parts.subsets; ++k) {
     int count = 0;  // members of the subset that are here
     for (int64_t i = 0; i < s; ++i) {
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kWarp)
     double sum = 0;
     for (int j = 0; j < count; ++j) {
       const double diagonal = own.elements[own.chosen[j] * (size + 1)], least = capacitance ? 1 / damping : diagonal;
-      const double scale = least > diagonal ? least : diagonal, floor = j > 0 ? kLeastPivot * scale : 0;
+      const double scale = least > diagonal ? least : diagonal, floor = j > 0 ? kMinPivot * scale : 0;
       const double pivot = own.factor[j * count + j], root = sqrt(pivot > floor ? pivot : floor);
       const double y = own.y[j] / root;
       sum += y * y;

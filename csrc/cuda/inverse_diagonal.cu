@@ -1,9 +1,9 @@
-// Elements of diag F⁻¹ from what cuBLAS has solved:
+// Elements of diag F⁻¹ from L⁻¹ G or L⁻¹, which cuBLAS has computed:
 //
 //   capacitance side   [F⁻¹]_ii = (1 - ‖L⁻¹ g_i‖²) / λ, at least 1/F_ii, F_ii = λ + ‖g_i‖² / m, whatever the rounding
 //   Fisher side        [F⁻¹]_ii = m ‖column i of L⁻¹‖², at most 1/λ
 //
-// A thread has a column: it reads it once, in line with its neighbours, of `solved` and of G, and adds in float64.
+// One thread per column: it reads a column of `solved` and of G once, loads are coalesced, sums are float64.
 #include "columns.cuh"
 
 namespace mfac::cuda {
@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(kThreads)
   } else {
     value = m * norm < 1 / damping ? m * norm : 1 / damping;
   }
-  constexpr double kLeast = 0x1p-126, kMost = 3.4028234663852886e38;  // of float32
-  out[target] = static_cast<float>(value < kLeast ? kLeast : value > kMost ? kMost : value);
+  constexpr double kMinFloat = 0x1p-126, kMaxFloat = 3.4028234663852886e38;  // of float32
+  out[target] = static_cast<float>(value < kMinFloat ? kMinFloat : value > kMaxFloat ? kMaxFloat : value);
 }
 
 }  // namespace

@@ -1,20 +1,22 @@
-// Products with G and Gᵀ, block by block, with float64 sums: F⁻¹ x = (x - Gᵀ A⁻¹ G x) / λ, and what the updates need. Each reads
-// G once, and is bound by that: 2 flops per element and vector.
+// Products with G and Gᵀ, block by block, with float64 sums: F⁻¹ x = (x - Gᵀ A⁻¹ G x) / λ, and those of the updates and
+// of quadratic_form. Each reads G once and is bound by memory bandwidth: 2 flops per element and vector.
 //
-//   multiply_rows      a warp has kRows rows of a block, and kVectors of the vectors x at a time, so that an element of x is
-//                      loaded once for several rows; lanes go along the columns. Wide blocks are cut into ranges of columns, each
-//                      with a sum of its own, so that the result does not depend on which warp is first.
-//   multiply_columns   a thread has a column; t comes from shared memory, the same element for all threads at once.
-//   inverse_product    both, and the solution with A between them, for blocks that fit in shared memory: a block of threads
-//                      reads its block of G once, as it is, and has it there for all vectors.
+//   multiply_rows      One warp per kRows rows of a block, for kVectors of the vectors x at a time, so that an element
+//                      of x is loaded once for several rows; lanes go along the columns. Wide blocks are split into
+//                      ranges of columns, each with a sum of its own: no atomics, so that the result does not depend on
+//                      the order of the warps.
+//   multiply_columns   One thread per column; t is in shared memory and broadcast.
+//   inverse_product    Both, and the solve with A between them, for blocks that fit in shared memory: a block of
+//                      threads loads its block of G once for all vectors.
 #include "solve.cuh"
 
 namespace mfac::cuda {
 namespace {
 
-constexpr int kRows = 4;          // of G for each warp: four loads at a time, none of which waits for another
-constexpr int kVectors = 4;       // at most at a time: 16 sums in registers
-constexpr int64_t kSplit = 8192;  // columns of a wide block for each warp
+constexpr int kRows = 4;     // of G per warp: four independent loads in flight
+constexpr int kVectors = 4;  // at most at a time: 16 sums in registers
+// Columns of a wide block per warp: 256 per lane, so that the reduction over the warp costs little.
+constexpr int64_t kSplit = 8192;
 
 // x [k, d] from first_vector on; t [splits, k, tile.count, m], k = all_vectors.
 template <int vectors, typename G>
@@ -91,14 +93,14 @@ __global__ void __launch_bounds__(kThreads)
   for (int v = 0; v < vectors; ++v) out[(first_vector + v) * grads.d + position] = sums[v];
 }
 
-// What a block of threads of product_kernel has in shared memory: G of its block [m, width], then x [width], t [m].
+// Bytes of shared memory of product_kernel: solved [kSolveStep], x [width], t [m], G of the block [m, width].
 template <typename G>
 int64_t product_bytes(int64_t m, int64_t width) {
   return static_cast<int64_t>(sizeof(double)) * (kSolveStep + width + m) + m * width * static_cast<int64_t>(sizeof(G));
 }
 
-// out = (x - Gᵀ A⁻¹ G x) / λ in the listed columns of one block, for x and out [k, d] and l [tile.count, m, m]. 4 m flops per
-// column and vector.
+// out = (x - Gᵀ A⁻¹ G x) / λ in the listed columns of one block, for x and out [k, d] and l [tile.count, m, m]. 4 m
+// flops per column and vector.
 template <typename G>
 __global__ void __launch_bounds__(kThreads, 1)
     product_kernel(Gradients<G> grads, Layout layout, Tile tile, const double* __restrict__ l,

@@ -1,8 +1,8 @@
-// Entry points of the CUDA kernels: raw pointers to device memory, sizes and a stream, no torch and no CUDA header. Each is
-// defined in the .cu file of its name, or that of the op it belongs to. None waits for the GPU.
+// Entry points of the CUDA kernels: raw pointers to device memory, sizes and a stream, no torch and no CUDA header.
+// Each is defined in the .cu file of its name or of the op it belongs to. All are asynchronous.
 //
-// What is done with a block is matrix products, left to cuBLAS (bindings.cpp), and these kernels. Blocks are worked on in tiles:
-// some of them, all of one side, their columns in use packed side by side and padded with zeros to one width.
+// Large matrix products are left to cuBLAS (batches.h). Kernels work on tiles of blocks: some blocks of one side, their
+// columns in use packed and padded with zeros to one width.
 #pragma once
 
 #include <cstdint>
@@ -24,10 +24,10 @@ struct Gradients {
   int64_t m, d, stride;
 };
 
-// How d columns make blocks, and a list of some columns of each.
+// The partition of d columns into blocks, and a list of some columns of each.
 struct Layout {
   int64_t d, block_size;
-  // Of block b at [offsets[b], offsets[b + 1]), counted from its first column; null: all, in order.
+  // Those of block b are at [offsets[b], offsets[b + 1]), relative to its first column; null: all columns.
   const int32_t* columns = nullptr;
   const int64_t* offsets = nullptr;  // [blocks + 1]
 };
@@ -38,32 +38,32 @@ struct Tile {
   int64_t count, first, width;
 };
 
-// Bytes that the temporaries of an op should keep to on the current GPU.
+// Bytes that the temporaries of an op should not exceed on the current GPU.
 int64_t temporaries_bytes();
 
-// out[tile.count, m, tile.width] = the listed columns, zero beyond their number. As bfloat16, in `parts` terms which follow
-// each other, each the rounding error of those before: one is 8 bits of a number, two are 16.
+// out[tile.count, m, tile.width] = the listed columns, zero-padded. As bfloat16: out[parts, tile.count, m, tile.width],
+// each term the rounding error of the ones before; one term is 8 bits of a number, two are 16.
 template <typename G>
 void pack(const Gradients<G>& grads, const Layout& layout, const Tile& tile, double* out, Stream stream);
 template <typename G>
 void pack(const Gradients<G>& grads, const Layout& layout, const Tile& tile, int parts, BFloat16* out, Stream stream);
 
-// l[count, n, n] = lower Cholesky factors of a[count, n, n], with `ridge` added to the diagonal, zero above it; inverse[count,
-// n, n], unless null, L⁻¹. Orders up to kMostOrder. A matrix that rounding made indefinite gets a larger ridge: by `rounding`
-// times its trace at first, which is what a's sums are wrong by, then ten times that and so on; where that does not help, failed[0]
-// becomes 1 + ids[i], ids[count] the blocks of the matrices.
-constexpr int64_t kMostOrder = 512;  // beyond, one block of threads is too little for one matrix
-constexpr int kAttempts = 10;
+// l[count, n, n] = lower Cholesky factors of a[count, n, n], with `ridge` added to the diagonal, zero above it;
+// inverse[count, n, n], unless null, L⁻¹. Orders up to kMaxOrder. A matrix that rounding made indefinite gets a jitter
+// on its diagonal: `rounding` times its trace at first, the rounding error of a, then ten times as much at each further
+// attempt. After kFactorAttempts, failed[0] becomes 1 + ids[i]; ids[count] are the blocks of the matrices.
+constexpr int64_t kMaxOrder = 512;  // beyond, one block of threads per matrix is too few
 void cholesky(const double* a, int64_t count, int64_t n, double ridge, double rounding, const int32_t* ids,
               double* scratch, double* l, double* inverse, int32_t* failed, Stream stream);
 
-// out of the columns of a tile = their elements of diag F⁻¹, from solved[tile.count, rows, tile.width]: L⁻¹ G on the capacitance
-// side, where m < columns in use, else L⁻¹.
+// out of the columns of a tile = their elements of diag F⁻¹, from solved[tile.count, rows, tile.width]: L⁻¹ G on the
+// capacitance side, where m < columns in use, else L⁻¹.
 template <typename G, typename T>
 void inverse_diagonal(const Gradients<G>& grads, const Layout& layout, const Tile& tile, const T* solved, int64_t rows,
                       double damping, bool capacitance, float* out, Stream stream);
 
-// t[k, tile.count, m] = G x of each block alone, for x[k, d]; a wide block gives `splits` terms of it: t[splits, k, count, m].
+// t[k, tile.count, m] = G x of each block by itself, for x[k, d]. For wide blocks it is a sum of `splits` terms,
+// t[splits, k, count, m].
 int64_t row_splits(int64_t width);
 template <typename G>
 void multiply_rows(const Gradients<G>& grads, const Layout& layout, const Tile& tile, const double* x, int64_t k,
@@ -77,20 +77,20 @@ void multiply_columns(const Gradients<G>& grads, const Layout& layout, const Til
 // x[k, count, n] <- (L Lᵀ)⁻¹ x for l[count, n, n].
 void cholesky_solve(const double* l, int64_t count, int64_t n, int64_t k, double* x, Stream stream);
 
-// out[k, d] = F⁻¹ x in the listed columns of blocks on the capacitance side, with l[tile.count, m, m], if each fits in the shared
-// memory of a block of threads; else nothing is done and it returns false.
+// out[k, d] = F⁻¹ x in the listed columns of blocks on the capacitance side, with l[tile.count, m, m], if a block fits
+// in the shared memory of a block of threads; otherwise does nothing and returns false.
 template <typename G>
 bool inverse_product(const Gradients<G>& grads, const Layout& layout, const Tile& tile, const double* l,
                      const double* x, int64_t k, double damping, double* out, Stream stream);
 
-// packed[k, tile.count, tile.width] = the listed columns of x[k, d], zero beyond their number; and back, times a factor.
+// packed[k, tile.count, tile.width] = the listed columns of x[k, d], zero-padded; and back, times a factor.
 void gather(const Layout& layout, const Tile& tile, const double* x, int64_t k, double* packed, Stream stream);
 void scatter(const Layout& layout, const Tile& tile, const double* packed, int64_t k, double factor, double* x,
              Stream stream);
 
-// out[parts, subsets] = what it costs to prune the subsets of groups, as far as their members lie in one block: table[parts,
-// size] are their columns of solved[.., rows, width] after the first `first_column`, or -1; owner[parts] - first_owner is the
-// matrix of `solved`.
+// out[parts, subsets] = saliencies of the subsets of parts, a part being the members of a group that lie in one block.
+// table[parts, size] are their columns of solved[.., rows, width], plus first_column, or -1; owner[parts] - first_owner
+// is the matrix of `solved`.
 struct Parts {
   const int32_t *table, *owner;
   int32_t first_column, first_owner;
@@ -100,12 +100,12 @@ struct Parts {
   int64_t subsets, subset_size;
 };
 int64_t group_saliency_bytes(int64_t size, int64_t subset_size);  // of scratch memory for one part
-// scratch[parts, group_saliency_bytes]; null: in shared memory, if that fits.
+// Whether that fits in shared memory; `scratch` is then null, else [parts, group_saliency_bytes].
 bool group_saliency_fits(int64_t size, int64_t subset_size);
 void group_saliency(const Parts& parts, const double* solved, int64_t rows, int64_t width, double damping, int64_t m,
                     bool capacitance, void* scratch, double* out, Stream stream);
 
-// The steps of a selection among n scores; selection.h has their order. Keys are uint32 in the order of the scores.
+// The steps of a selection among n scores; select_smallest.h has their order. Keys: order_key.h.
 struct Bounds {
   uint32_t low, high;  // keys, both included
 };
@@ -113,19 +113,19 @@ struct Found {
   unsigned long long below, inside;  // how many keys are below `low`, and how many in bounds
   unsigned long long nan;            // the position of the first NaN, or n
 };
-constexpr int64_t kRadixBins = 2048;  // 11 bits of a key at a time
+constexpr int64_t kRadixBins = 2048;  // 11 bits of a key at a time: three passes; 8 KiB of counts per block of threads
 // sample[count]: scores at fixed but irregular positions.
 void sample_scores(const float* scores, int64_t n, int64_t count, float* sample, Stream stream);
-// Counts into found[1], which says 0, 0, n before, and copies keys in bounds to inside[capacity] as far as there is room.
+// Counts into found[1], initially {0, 0, n}, and copies the keys in bounds to inside[capacity] as far as there is room.
 void count_scores(const float* scores, int64_t n, Bounds bounds, uint32_t* inside, int64_t capacity, Found* found,
                   Stream stream);
-// cut[3]: the k-th smallest (k >= 1) of n keys, or of the keys in bounds of n scores if `keys` is null; how many are equal to it;
-// how many of these are among the k smallest. histogram[kRadixBins + 2] is scratch.
+// cut[3]: the k-th smallest (k >= 1) of n keys, or of the keys in bounds of n scores if `keys` is null; the number of
+// keys equal to it; the number of those among the k smallest. histogram[kRadixBins + 2] is scratch.
 void find_cut(const uint32_t* keys, const float* scores, int64_t n, Bounds bounds, int64_t k,
               unsigned long long* histogram, unsigned long long* cut, Stream stream);
-// kept = key > threshold, and of the keys equal to it all but the first `pruned_ties`; weights, unless null, become zero where
-// pruned. Where all or none of these go, ties_before is null and pruned_ties beyond n, or zero; else ties_before[tie_chunks(n)]
-// says how many come before each chunk: the running sum of what count_ties gives.
+// kept = key > threshold, and of the keys equal to it all but the first `pruned_ties`; weights, unless null, become
+// zero where pruned. If all or none of the ties are pruned, ties_before is null and pruned_ties > n or 0; otherwise
+// ties_before[tie_chunks(n)] is the exclusive prefix sum of the output of count_ties.
 int64_t tie_chunks(int64_t n);
 void count_ties(const float* scores, int64_t n, uint32_t threshold, int32_t* tie_counts, Stream stream);
 void write_mask(const float* scores, int64_t n, uint32_t threshold, int64_t pruned_ties, const int64_t* ties_before,

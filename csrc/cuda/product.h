@@ -1,4 +1,4 @@
-// The products of bfloat16 matrices with float32 sums, which ATen has for CUDA only: tests/emulation has another such header.
+// Products of bfloat16 matrices with float32 sums, which ATen has for CUDA only: tests/emulation replaces this header.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,34 +1,32 @@
-// Masks of the k smallest of n float32 scores, exact, ties to the lower index, in two reads of the scores and one write.
+// Masks of the k smallest of n float32 scores, exact, ties to the lower index, in two reads of the scores and one
+// write.
 //
-//   key      uint32 in the order of the scores: sign bit flipped, or all bits if negative; -0 counts as 0
-//   sample   of 2^16 scores gives two keys that enclose the k-th smallest nearly always (selection.h)
-//   count    one read: how many keys are below, and a copy of those in bounds, one in a hundred
-//   cut      of these the k-th by radix: 11, 11 and 10 bits, a histogram each, its prefix summed by one block of threads
-//   write    one read: kept = key > cut; of the keys equal to the cut the first in index order are pruned. Where these are not
-//            all, one more read counts them in each chunk, so that each chunk knows its share.
+//   key      uint32 in the order of the scores (order_key.h)
+//   sample   2^16 scores give two keys that nearly always enclose the k-th smallest (select_smallest.h)
+//   count    one read: the number of keys below, and a copy of those in bounds, one in a hundred
+//   cut      radix select of these: 11, 11 and 10 bits, a histogram each, prefix-summed by one block of threads
+//   write    one read: kept = key > cut; of the keys equal to the cut the first in index order are pruned. If not all
+//            of them are, one more read counts them in each chunk, for the prefix sum over chunks.
 //
-// A sample that misled, or too many equal keys, cost one or three more reads, never a wrong mask. 4 + 4 bytes are read and 1 is
-// written per score, 8 more for weights. All sums are of integers: the result does not depend on the order.
+// If the sample does not enclose it, or with too many equal keys, one or three more reads are needed; the mask is exact
+// in any case. 4 + 4 bytes are read and 1 is written per score, 8 more for weights. All sums are of integers: the
+// result does not depend on their order.
 #include "columns.cuh"
+#include "order_key.h"
 
 namespace mfac::cuda {
 namespace {
 
-constexpr int kPerThread = 16;                 // scores: four loads of 16 bytes, and 16 bytes of the mask
-constexpr int kChunk = kThreads * kPerThread;  // scores of a block of threads
-constexpr int kQuad = 4;
-constexpr int64_t kMostBlocks = 132 * 32;  // of a histogram: some for each multiprocessor, each with bins of its own
-
-__device__ inline uint32_t to_key(float score) {
-  const uint32_t bits = __float_as_uint(score + 0.0f);  // -0 + 0 = 0
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
+constexpr int kScoresPerThread = 16;                 // scores: four loads of 16 bytes, and 16 bytes of the mask
+constexpr int kChunk = kThreads * kScoresPerThread;  // scores of a block of threads
+constexpr int kQuad = 4;                             // scores of one load of 16 bytes
+constexpr int64_t kMaxBlocks = 132 * 32;  // of a histogram: 32 per multiprocessor of an H100, each with its own bins
 
 struct alignas(16) Quad {
   float score[kQuad];
 };
 
-// Four scores from position i on, by one load where they can be; zeros past the end.
+// Four scores from position i on, by one load if they are aligned; zeros past the end.
 __device__ inline Quad load_quad(const float* __restrict__ scores, int64_t i, int64_t n) {
   Quad quad = {};
   if (i + kQuad <= n && reinterpret_cast<uintptr_t>(scores + i) % sizeof(Quad) == 0) {
@@ -46,30 +44,30 @@ __global__ void __launch_bounds__(kThreads)
     sample_kernel(const float* __restrict__ scores, int64_t n, int64_t count, float* __restrict__ sample) {
   const int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (i >= count) return;
-  const uint32_t random = static_cast<uint32_t>(i) * 2654435761u;  // lest a period in the scores be met
+  const uint32_t random = static_cast<uint32_t>(i) * 2654435761u;  // no aliasing with a period in the scores
   const double stride = static_cast<double>(n) / static_cast<double>(count);
   const int64_t position = static_cast<int64_t>((static_cast<double>(i) + random * 0x1p-32) * stride);
   sample[i] = scores[position < n ? position : n - 1];
 }
 
-// scores [n], inside [capacity], found [1]; kPerThread scores for each thread, four at a time.
+// scores [n], inside [capacity], found [1]; kScoresPerThread scores for each thread, four at a time.
 __global__ void __launch_bounds__(kThreads)
     count_kernel(const float* __restrict__ scores, int64_t n, Bounds bounds, uint32_t* __restrict__ inside,
                  int64_t capacity, Found* __restrict__ found) {
   const int lane = threadIdx.x % kWarp;
   unsigned below = 0;
-  for (int q = 0; q < kPerThread / kQuad; ++q) {
+  for (int q = 0; q < kScoresPerThread / kQuad; ++q) {
     const int64_t i = blockIdx.x * static_cast<int64_t>(kChunk) + (q * kThreads + threadIdx.x) * kQuad;
     const Quad quad = load_quad(scores, i, n);
 #pragma unroll
     for (int e = 0; e < kQuad; ++e) {
       const bool valid = i + e < n;
       if (valid && quad.score[e] != quad.score[e]) atomicMin(&found->nan, static_cast<unsigned long long>(i + e));
-      const uint32_t key = to_key(quad.score[e]);
+      const uint32_t key = order_key(quad.score[e]);
       below += valid && key < bounds.low;
       const bool in_bounds = valid && bounds.low <= key && key <= bounds.high;
       const unsigned votes = __ballot_sync(kAllLanes, in_bounds);
-      if (votes == 0) continue;  // the whole warp
+      if (votes == 0) continue;  // uniform in the warp
       unsigned long long start = 0;
       if (lane == 0) start = atomicAdd(&found->inside, static_cast<unsigned long long>(__popc(votes)));
       start = __shfl_sync(kAllLanes, start, 0);
@@ -81,13 +79,14 @@ __global__ void __launch_bounds__(kThreads)
   if (lane == 0 && below) atomicAdd(&found->below, static_cast<unsigned long long>(below));
 }
 
-// What find_cut knows so far: the key's leading bits, and how many keys must still be found among those that share them.
+// The state of the radix select: the leading bits of the k-th smallest key, and its rank among the keys that share
+// them.
 struct Search {
   unsigned long long prefix, left;
 };
 
-// keys [n] or null, scores [n], bins [kRadixBins]: bins[digit] += keys whose bits above `shift + bits` are the prefix; digit = the
-// `bits` bits above `shift`.
+// keys [n] or null, scores [n], bins [kRadixBins]: bins[digit] += keys whose bits above `shift + bits` are the prefix;
+// digit = the `bits` bits above `shift`.
 __global__ void __launch_bounds__(kThreads)
     histogram_kernel(const uint32_t* __restrict__ keys, const float* __restrict__ scores, int64_t n, Bounds bounds,
                      const Search* __restrict__ search, int shift, int bits, unsigned long long* __restrict__ bins) {
@@ -99,11 +98,11 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t step = gridDim.x * static_cast<int64_t>(kThreads), rounds = (n + step - 1) / step;
   for (int64_t round = 0; round < rounds; ++round) {
     const int64_t i = round * step + blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
-    const uint32_t key = i < n ? keys ? keys[i] : to_key(scores[i]) : 0;
+    const uint32_t key = i < n ? keys ? keys[i] : order_key(scores[i]) : 0;
     const bool counts =
         i < n && bounds.low <= key && key <= bounds.high && static_cast<uint64_t>(key) >> (shift + bits) == prefix;
     const unsigned digit = key >> shift & ((1u << bits) - 1);
-    // Scores crowd into few bins: a warp that agrees adds once.
+    // Most keys fall into few bins: lanes with the same digit as the first add once, together.
     const unsigned votes = __ballot_sync(kAllLanes, counts);
     if (votes == 0) continue;
     int leader = 0;
@@ -127,7 +126,7 @@ __global__ void start_kernel(int64_t k, Search* search, unsigned long long* bins
 // Finds the bin in which the k-th key lies, into search [1] and cut [3], and clears bins [kRadixBins].
 __global__ void __launch_bounds__(kThreads)
     digit_kernel(unsigned long long* bins, int bits, Search* search, unsigned long long* cut) {
-  constexpr int kEach = kRadixBins / kThreads;
+  constexpr int kEach = kRadixBins / kThreads;  // bins per thread
   unsigned long long* sums = shared<unsigned long long[kThreads]>();
   unsigned long long sum = 0;
   for (int e = 0; e < kEach; ++e) sum += bins[threadIdx.x * kEach + e];
@@ -157,11 +156,11 @@ __global__ void __launch_bounds__(kThreads)
     ties_kernel(const float* __restrict__ scores, int64_t n, uint32_t threshold, int32_t* __restrict__ counts) {
   int32_t* sums = shared<int32_t[kThreads / kWarp]>();
   int32_t count = 0;
-  for (int q = 0; q < kPerThread / kQuad; ++q) {
+  for (int q = 0; q < kScoresPerThread / kQuad; ++q) {
     const int64_t i = blockIdx.x * static_cast<int64_t>(kChunk) + (q * kThreads + threadIdx.x) * kQuad;
     const Quad quad = load_quad(scores, i, n);
 #pragma unroll
-    for (int e = 0; e < kQuad; ++e) count += i + e < n && to_key(quad.score[e]) == threshold;
+    for (int e = 0; e < kQuad; ++e) count += i + e < n && order_key(quad.score[e]) == threshold;
   }
   for (int bits = kWarp / 2; bits > 0; bits /= 2) count += __shfl_xor_sync(kAllLanes, count, bits);
   if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = count;
@@ -171,8 +170,8 @@ __global__ void __launch_bounds__(kThreads)
   counts[blockIdx.x] = count;
 }
 
-// kept and weights (or null) [n]. `ordered`: some of the ties are kept, so that their order counts; ties_before[chunk] are those
-// of the chunks before.
+// kept and weights (or null) [n]. `ordered`: some of the ties are kept, so that their order matters; ties_before[chunk]
+// is the number of ties in the chunks before.
 template <bool ordered>
 __global__ void __launch_bounds__(kThreads)
     mask_kernel(const float* __restrict__ scores, int64_t n, uint32_t threshold, int64_t pruned_ties,
@@ -180,14 +179,14 @@ __global__ void __launch_bounds__(kThreads)
   int32_t* sums = shared<int32_t[kThreads / kWarp]>();
   int64_t before = ordered ? ties_before[blockIdx.x] : 0;  // ties at lower positions
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  for (int q = 0; q < kPerThread / kQuad; ++q) {
+  for (int q = 0; q < kScoresPerThread / kQuad; ++q) {
     const int64_t i = blockIdx.x * static_cast<int64_t>(kChunk) + (q * kThreads + threadIdx.x) * kQuad;
     const Quad quad = load_quad(scores, i, n);
     int64_t rank = before;
     if constexpr (ordered) {
       int32_t own = 0;
 #pragma unroll
-      for (int e = 0; e < kQuad; ++e) own += i + e < n && to_key(quad.score[e]) == threshold;
+      for (int e = 0; e < kQuad; ++e) own += i + e < n && order_key(quad.score[e]) == threshold;
       int32_t sum = own;
       for (int distance = 1; distance < kWarp; distance *= 2) {
         const int32_t other = __shfl_up_sync(kAllLanes, sum, distance);
@@ -205,7 +204,7 @@ __global__ void __launch_bounds__(kThreads)
     bool keep[kQuad];
 #pragma unroll
     for (int e = 0; e < kQuad; ++e) {
-      const uint32_t key = to_key(quad.score[e]);
+      const uint32_t key = order_key(quad.score[e]);
       keep[e] = key > threshold || (key == threshold && rank >= pruned_ties);
       if (ordered && key == threshold) ++rank;
     }
@@ -241,7 +240,7 @@ void find_cut(const uint32_t* keys, const float* scores, int64_t n, Bounds bound
               unsigned long long* histogram, unsigned long long* cut, Stream stream) {
   Search* search = reinterpret_cast<Search*>(histogram + kRadixBins);
   launch(start_kernel, 1, kThreads, 0, stream, k, search, histogram);
-  const int64_t most = ceil_div(n, kChunk), blocks = most < kMostBlocks ? most : kMostBlocks;
+  const int64_t most = ceil_div(n, kChunk), blocks = most < kMaxBlocks ? most : kMaxBlocks;
   int shift = 32;
   for (const int bits : {11, 11, 10}) {
     shift -= bits;

@@ -1,15 +1,15 @@
-// Substitution with a Cholesky factor in a block of threads.
+// Substitution with a Cholesky factor, by a block of threads.
 #pragma once
 
 #include "columns.cuh"
 
 namespace mfac::cuda {
 
-constexpr int kSolveStep = 32;  // unknowns at a time: one for each lane of a warp
+constexpr int kSolveStep = 32;  // unknowns at a time: one per lane of a warp
 
-// x <- (L Lᵀ)⁻¹ x for l[n, n] and x[n], and zero where a row of L is, by a whole block of threads: a warp solves with the
-// diagonal tile, then all threads subtract what it found from the unknowns that remain. `solved` is in shared memory; x has been
-// written by all when this returns.
+// x <- (L Lᵀ)⁻¹ x for l[n, n] and x[n], zero where a row of L is zero, by a whole block of threads: one warp solves
+// with the diagonal tile, then all threads subtract its unknowns from the remaining rows. `solved` is in shared memory.
+// Ends with a barrier.
 __device__ inline void solve_in_place(const double* __restrict__ l, int64_t n, double* x,
                                       double (&solved)[kSolveStep]) {
   const int lane = threadIdx.x;

@@ -1,4 +1,5 @@
-// The CUDA ops, kernels and all, as ops for CPU tensors: loaded after the extension, they take the place of the CPU kernels.
+// The CUDA ops, kernels and all, as ops for CPU tensors: loaded after the extension, they take the place of the CPU
+// kernels.
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <c10/cuda/CUDAGuard.h>

@@ -1,15 +1,15 @@
-// CUDA's execution model on a CPU, for the kernels of csrc/cuda compiled as C++: put this folder before csrc/cuda on the
-// include path. launch() runs the blocks of a grid one after another, each thread of a block as a fiber of its own:
+// CUDA's execution model on a CPU, for the kernels of csrc/cuda compiled as C++: put this folder before csrc/cuda on
+// the include path. launch() runs the blocks of a grid one after another, each thread of a block as a fiber of its own:
 //
 //   threadIdx, blockIdx, blockDim, gridDim       what the running fiber is
 //   __syncthreads, __syncwarp, shuffles, votes   a fiber waits there until all threads of its block or warp have come
 //   shared<T>()                                  new memory for each block, of the size asked for, all bits set
 //   atomics                                      the compiler's
 //
-// Threads that part ways at a barrier, or end while others wait, stop the program with a message. ThreadSanitizer knows the
-// fibers as threads, of which only barriers, atomics and the launch order accesses: it finds a race between any two threads
-// of a block, or of neighbouring blocks, whatever the order in which they happen to run here. AddressSanitizer finds accesses beyond shared and
-// global memory.
+// Threads that part ways at a barrier, or end while others wait, stop the program with a message. ThreadSanitizer knows
+// the fibers as threads, of which only barriers, atomics and the launch order accesses: it finds a race between any two
+// threads of a block, or of neighbouring blocks, whatever the order in which they happen to run here. AddressSanitizer
+// finds accesses beyond shared and global memory.
 #pragma once
 
 #include <sys/mman.h>
@@ -61,8 +61,8 @@ struct Index {
 
 enum class State { ready, at_barrier, in_warp, done };
 
-// Pushes the registers that a function must keep, saves the stack pointer, and goes on where another one was saved. (The C
-// library's swapcontext takes a system call each time, which is most of the time then.)
+// Pushes the registers that a function must keep, saves the stack pointer, and goes on where another one was saved.
+// (The C library's swapcontext takes a system call each time, which is most of the time then.)
 #if defined(__x86_64__)
 constexpr int kSaved = 6;
 __attribute__((naked, noinline)) inline void switch_stack(void** /* save */, void* /* load */) {

@@ -1,5 +1,5 @@
-// Every CUDA kernel on small problems, against loops in float64, without torch: for the sanitizers, which test_cuda_kernels.py
-// compiles this with. An argument names a fault to commit instead, which must be found.
+// Every CUDA kernel on small problems, against loops in float64, without torch: for the sanitizers, which
+// test_cuda_kernels.py compiles this with. An argument names a fault to commit instead, which must be found.
 #include <cfloat>
 #include <random>
 #include <string>
@@ -201,8 +201,8 @@ void test_selection(int64_t n, int64_t distinct, bool bounded) {
   Vector<int64_t> order(n);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return scores[i] < scores[j]; });
-  const Bounds bounds =
-      bounded ? Bounds{to_key(scores[order[k / 2]]), to_key(scores[order[k + (n - k) / 2]])} : Bounds{0, UINT32_MAX};
+  const Bounds bounds = bounded ? Bounds{order_key(scores[order[k / 2]]), order_key(scores[order[k + (n - k) / 2]])}
+                                : Bounds{0, UINT32_MAX};
   Found found{0, 0, static_cast<unsigned long long>(n)};
   Vector<uint32_t> inside(n);
   count_scores(scores.data(), n, bounds, inside.data(), n, &found, nullptr);
@@ -227,7 +227,8 @@ void test_selection(int64_t n, int64_t distinct, bool bounded) {
     expect("sample", static_cast<double>(std::count(scores.begin(), scores.end(), score) > 0), 1);
 }
 
-// Faults: threads of a block, threads of two blocks, writing beyond the end, and threads that do not all reach a barrier.
+// Faults: threads of a block, threads of two blocks, writing beyond the end, and threads that do not all reach a
+// barrier.
 void race_kernel(int* out, bool between_blocks) {
   if (threadIdx.x == (between_blocks ? 0 : blockIdx.x == 0 ? 0 : 64)) out[0] = 1;
   if (!between_blocks && threadIdx.x == 1) out[0] += 1;

@@ -1,10 +1,12 @@
-// The columns of G as tiles of blocks, their small matrices and factors, in terms of the kernels and of ATen's matrix products.
+// Batches of blocks that fit in memory, and what all ops do with a batch: pack its columns, factor its small matrices,
+// multiply and solve. It launches the kernels and leaves matrix products to ATen (cuBLAS).
 #pragma once
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/bmm.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/eye.h>
@@ -14,28 +16,31 @@
 #include <ATen/ops/nonzero.h>
 #include <ATen/ops/searchsorted.h>
 #include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <product.h>
 
 #include <optional>
-#include <string_view>
 #include <vector>
 
 #include "../checks.h"
+#include "../numerics.h"
 #include "kernels.h"
 
 namespace mfac::cuda {
 
 using at::Tensor;
+using c10::cuda::CUDAGuard;
+using OptionalTensor = std::optional<Tensor>;
 
 inline Stream current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
-// How G's and L⁻¹'s elements enter the large matrix products. The small matrices are float64 in any case.
+// The precision of G and L⁻¹ in the large matrix products. The small matrices are always float64.
 //   highest   float64: full speed on the GPUs of data centres (A100, H100, B200), 1/64 of it on others
 //   high      sums of two bfloat16, 16 bits, with float32 sums; G of bfloat16 is exact. Tensor cores; errors near 1e-5
 //   medium    one bfloat16, 8 bits; errors near 1e-2
 struct Precision {
-  Precision(std::string_view name, const Tensor& grads)
+  Precision(c10::string_view name, const Tensor& grads)
       : exact(name == "highest"),
         factor_parts(name == "high" ? 2 : 1),
         grads_parts(grads.scalar_type() == at::kBFloat16 ? 1 : factor_parts),
@@ -44,7 +49,8 @@ struct Precision {
                                     : 0x1p-22) {}
   bool exact;
   int factor_parts, grads_parts;
-  // Of a small matrix, over its trace: that of float64 sums, of float32 sums and the product left out, or of float32 sums.
+  // Rounding error of a small matrix over its trace: of float64 sums; of float32 sums and the product left out; of
+  // float32 sums.
   double rounding;
 };
 
@@ -57,7 +63,8 @@ inline Terms transposed(const Terms& terms) {
   return out;
 }
 
-// Products of batches, float64 or float32; terms smaller than the rounding of the last are left out.
+// Batched products, float64 or float32. Products of terms that are smaller than the rounding error of the last are left
+// out.
 inline Tensor multiply(const Terms& a, const Terms& b) {
   if (a[0].scalar_type() == at::kDouble) return at::bmm(a[0], b[0]);
   const size_t last = std::max(a.size(), b.size()) - 1;
@@ -87,7 +94,7 @@ void dispatch(const Tensor& grads, const F& f) {
     f(Gradients<float>{grads.const_data_ptr<float>(), m, d, stride});
 }
 
-// Blocks of one side, with as many columns in use as fit the widest of them.
+// Some blocks of one side, padded to the number of columns in use of the widest.
 struct Batch {
   Tensor ids;  // [count] int32
   Tile tile;
@@ -99,10 +106,10 @@ struct Factor {
   Tensor l, inverse;  // [count, order, order] float64
 };
 
-// G, and how its columns make blocks of which some columns are in use.
+// G, its partition into blocks of columns, and the columns in use of each.
 class Blocks {
  public:
-  Blocks(const Tensor& given, double damping, int64_t size, const std::optional<Tensor>& active)
+  Blocks(const Tensor& given, double damping, int64_t size, const OptionalTensor& active)
       : grads(given.stride(1) == 1 || given.size(1) <= 1 ? given : given.contiguous()),
         m(grads.size(0)),
         d(grads.size(1)),
@@ -136,8 +143,8 @@ class Blocks {
         .to(grads.device(), at::kInt, /*non_blocking=*/false, /*copy=*/true);
   }
 
-  // Calls f for tiles of the blocks that have columns in use, or, if `chosen` says so, of some of them: as many at a time as
-  // keep to limit when their columns are packed, or, for an f that packs nothing, all of a side.
+  // Calls f for batches of the blocks that have columns in use, or of those of them that are `chosen`: as many at a
+  // time as fit in `limit` bytes with their columns packed, or, for an f that packs nothing, all of a side.
   template <typename F>
   void for_each_batch(const std::vector<bool>& chosen, const F& f, bool packs = true) const {
     for (const bool side : {true, false}) {
@@ -150,7 +157,7 @@ class Blocks {
       for (size_t first = 0, last; first < list.size(); first = last) {
         int64_t width = 0, order = 0;
         for (last = first; last < list.size(); ++last) {
-          // Rows of 16 elements are what the tensor cores like; the Fisher side's matrix must not grow.
+          // Tensor cores need rows of a multiple of 16 elements for full speed; the Fisher side's matrix must not grow.
           const int64_t own = side ? (in_use[list[last]] + 15) / 16 * 16 : in_use[list[last]];
           const int64_t wider = std::max(width, own), n = side ? m : wider;
           const int64_t bytes = 8 * (2 * m * wider + 4 * n * n) * static_cast<int64_t>(last - first + 1);
@@ -164,11 +171,11 @@ class Blocks {
     }
   }
 
-  // Calls f for ranges of the batch's columns that keep to limit; there is one, but for a wide block.
+  // Calls f for ranges of the batch's columns that fit in `limit` bytes: a single one, unless a block is wide.
   template <typename F>
   void for_each_chunk(const Batch& batch, const F& f) const {
-    const int64_t most = std::max<int64_t>(256, limit / 2 / (8 * m * batch.tile.count));
-    const int64_t step = batch.capacitance ? most : batch.tile.width;  // the Fisher side has few columns
+    const int64_t max_columns = std::max<int64_t>(256, limit / 2 / (8 * m * batch.tile.count));
+    const int64_t step = batch.capacitance ? max_columns : batch.tile.width;  // the Fisher side has few columns
     Tile chunk = batch.tile;
     for (chunk.first = 0; chunk.first < batch.tile.width; chunk.first += step) {
       chunk.width = std::min(step, batch.tile.width - chunk.first);
@@ -176,7 +183,7 @@ class Blocks {
     }
   }
 
-  // The columns of a tile side by side, [count, m, width]; where bfloat16 gradients are so already, as they are.
+  // The columns of a tile packed, [count, m, width]; a view of bfloat16 gradients that are laid out like that already.
   Terms packed(const Layout& list, const Tile& tile, const Precision& precision) const {
     Tensor out;
     if (count == 1 && !list.columns && !precision.exact && grads.scalar_type() == at::kBFloat16)
@@ -194,7 +201,7 @@ class Blocks {
     return out.unbind(0);
   }
 
-  // L, and L⁻¹ if asked for, of the batch's matrices.
+  // L, and L⁻¹ if `invert`, of the batch's matrices.
   Factor factor(const Batch& batch, const Precision& precision, bool invert) const {
     Tensor a;
     for_each_chunk(batch, [&](const Tile& chunk) {
@@ -202,7 +209,7 @@ class Blocks {
       const Tensor product = batch.capacitance ? multiply(g, transposed(g)) : multiply(transposed(g), g);
       a = a.defined() ? a.add_(product) : product.to(at::kDouble);
     });
-    if (batch.order > kMostOrder) return library_factor(a, batch.ids, precision, invert);
+    if (batch.order > kMaxOrder) return library_factor(a, batch.ids, precision, invert);
     Factor out{at::empty_like(a), invert ? at::empty_like(a) : Tensor()};
     Tensor scratch = at::empty_like(a);
     cholesky(a.const_data_ptr<double>(), batch.tile.count, batch.order, ridge, precision.rounding, batch.tile.ids,
@@ -248,21 +255,21 @@ class Blocks {
   const Tensor grads;
   const int64_t m, d, block_size, count;
   const double ridge;
-  const int64_t limit;  // of the temporaries of a tile, if one block's do not exceed it
+  const int64_t limit;  // bytes of the temporaries of a batch; exceeded only by a single block
   Layout layout;
-  Tensor mask, positions, offsets, columns;  // of the columns in use, if not all are
-  std::vector<int32_t> in_use;               // how many, of each block
+  Tensor mask, positions, offsets, columns;  // of the columns in use; undefined if all are
+  std::vector<int32_t> in_use;               // the number of columns in use of each block
   mutable Tensor failed;
 
  private:
-  // For matrices too large for one block of threads. Few of them, so that waiting for the outcome costs nothing.
+  // For matrices too large for one block of threads. They are few, so that waiting for the outcome costs little.
   Factor library_factor(const Tensor& a, const Tensor& ids, const Precision& precision, bool invert) const {
     Tensor sum = a.clone();
     sum.diagonal(0, 1, 2).add_(ridge);
     const double trace = sum.diagonal(0, 1, 2).sum(1).max().item<double>();
-    double raise = 0;
+    double jitter = 0;
     Tensor worst;
-    for (int attempt = 0; attempt < kAttempts; ++attempt) {
+    for (int attempt = 0; attempt < kFactorAttempts; ++attempt) {
       const auto [l, info] = at::linalg_cholesky_ex(sum);
       if (info.max().item<int>() == 0) {
         const Tensor identity = at::eye(a.size(1), a.options()).expand_as(a);
@@ -271,13 +278,21 @@ class Blocks {
         return {l.contiguous(), inverse};
       }
       worst = info.argmax().reshape({1});
-      const double more = attempt > 0 ? raise * 10 : precision.rounding * trace;
-      sum.diagonal(0, 1, 2).add_(more - raise);
-      raise = more;
+      const double more = attempt > 0 ? jitter * 10 : precision.rounding * trace;
+      sum.diagonal(0, 1, 2).add_(more - jitter);
+      jitter = more;
     }
     failed.copy_(ids.index_select(0, worst) + 1);
     return {sum, sum};
   }
 };
+
+// Which blocks have an element of x [d] that is not zero.
+inline std::vector<bool> blocks_with(const Blocks& blocks, const Tensor& x) {
+  const Tensor padded = at::constant_pad_nd(x != 0, {0, blocks.count * blocks.block_size - blocks.d});
+  const Tensor any = padded.view({blocks.count, -1}).any(1).cpu();
+  const bool* values = any.const_data_ptr<bool>();
+  return std::vector<bool>(values, values + blocks.count);
+}
 
 }  // namespace mfac::cuda

@@ -1,16 +1,16 @@
-// Register-tiled matrix kernels that every op on the CPU is built from. No torch in here.
+// Register-tiled matrix kernels that every CPU op is built from. No torch in here.
 //
-// Everything runs on one data layout, the *panel*: kPanel<T> columns side by side, stored as [depth][kPanel<T>], 64-byte
-// aligned. One microkernel multiplies a kRows x kPanel tile; its accumulators fill the register file and stay there for
-// the whole depth, so that a step of the depth, 3 kRows fused multiply-adds, costs 3 vector loads and kRows broadcasts, all
-// from L1.
+// All of them use one data layout, the *panel*: kPanel<T> columns, packed as [depth][kPanel<T>], 64-byte aligned. One
+// microkernel multiplies a kRows x kPanel tile; its accumulators fill the register file and stay there for the whole
+// depth, so that a step of the depth, 3 kRows fused multiply-adds, costs 3 vector loads and kRows broadcasts, all from
+// L1.
 //
 //   multiply   A Bᵀ                       the microkernel
 //   gram       C += sign * PᵀP            lower triangle only: half the flops of a plain product
 //   solve      P <- L⁻¹ P, column norms   forward substitution in place, a group of kRows rows at a time
 //
-// Work is cut into tasks by the shape of the problem alone, and each sum has one fixed order, so results do not depend on
-// the number of threads.
+// Work is cut into tasks by the shape of the problem alone, and each sum has one fixed order, so results do not depend
+// on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -31,26 +31,26 @@
 
 namespace mfac::cpu {
 
-// Rows of a tile: 3 accumulators for each fill the registers, of which AVX-512 and aarch64 have 32 and AVX2 and SSE 16 (and
-// with SSE it must divide the panel width, which is 6 in double).
+// Rows of a tile: 3 accumulators per row fill the registers, of which AVX-512 and aarch64 have 32 and AVX2 and SSE 16.
+// (With SSE it must divide the panel width, which is 6 in double.)
 #if defined(__aarch64__)
 constexpr int kRows = 6;
 #else
 constexpr int kRows = kVectorBytes / 8;
 #endif
-constexpr int kVectors = 3;  // vectors per panel row
+constexpr int kVectors = 3;  // per panel row: with 3, a broadcast serves three multiply-adds
 template <typename T>
 constexpr int kPanel = kVectors * kLanes<T>;
 
-// Depth of a panel that is multiplied in one go: it and the panel it meets take 24 KiB of L1.
+// Depth of a panel that is multiplied at once: two panels take 24 KiB, which fits in L1.
 constexpr int64_t kDepth = 12 * 1024 / (kVectors * kVectorBytes);
-constexpr int64_t kPartial = 32;  // terms summed in one register before the sum is added to the others: rounding errors
+constexpr int64_t kPartial = 32;  // terms of a partial sum, for smaller rounding errors (see multiply)
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Memory that a thread has given back and may take again: malloc returns large pieces to the system, and fetching them anew for
-// every block, page by page, costs as much as a factorisation.
+// A cache of the thread's scratch memory: malloc returns large pieces to the system, and page faults on them for every
+// block cost as much as a factorisation.
 class Scratch {
  public:
   static void* take(size_t bytes) {
@@ -60,7 +60,7 @@ class Scratch {
     return std::aligned_alloc(64, bytes);
   }
   static void give(void* data, size_t bytes) {
-    if (bytes > kMost) return std::free(data);
+    if (bytes > kMaxKeptBytes) return std::free(data);
     Scratch& own = of_thread();
     const auto free = std::find_if(own.pieces_, own.pieces_ + kPieces, [](const Piece& piece) { return !piece.data; });
     Piece& place = free < own.pieces_ + kPieces ? *free : own.pieces_[own.next_++ % kPieces];
@@ -73,8 +73,8 @@ class Scratch {
   }
 
  private:
-  static constexpr int kPieces = 16;
-  static constexpr size_t kMost = 2 << 20;  // bytes of a piece that is kept
+  static constexpr int kPieces = 16;                // more than an op has at a time; with kMaxKeptBytes, 32 MiB at most
+  static constexpr size_t kMaxKeptBytes = 2 << 20;  // of a piece: a matrix of order 512
   struct Piece {
     void* data = nullptr;
     size_t bytes = 0;
@@ -104,9 +104,9 @@ class Buffer {
   T* data_;
 };
 
-// out[r][v] = sum_p a[p * stride + r] * panel[p][v], p < depth, for the first kUsed vectors v of the panel. In sums of
-// kPartial terms, which makes the rounding error of a sum of 128 terms a third of that of one after another. Not inlined:
-// the registers are all taken, and what surrounds a call must not get at them.
+// out[r][v] = sum_p a[p * stride + r] * panel[p][v], p < depth, for the first kUsed vectors v of the panel. In partial
+// sums of kPartial terms: the rounding error of a sum of 128 terms is a third of that of a sequential sum. Not inlined:
+// it uses all registers, and inlining would cause spills.
 template <typename T, int kUsed = kVectors>
 [[gnu::noinline]] void multiply(const T* a, int64_t stride, const T* panel, int64_t depth, Vector<T>* out) {
   Vector<T> total[kRows][kUsed] = {};
@@ -117,7 +117,7 @@ template <typename T, int kUsed = kVectors>
 #pragma GCC unroll 3
       for (int v = 0; v < kUsed; ++v) {
         b[v] = reinterpret_cast<const Vector<T>*>(panel)[v];
-        MFAC_KEEP_IN_REGISTER(b[v]);  // else it is loaded anew for every r, and loads bound the loop: a third slower
+        MFAC_KEEP_IN_REGISTER(b[v]);  // otherwise loaded again for every r, and loads bound the loop: a third slower
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r)
@@ -175,15 +175,15 @@ void gram(const T* panels, int64_t n, int64_t depth, double sign, double* c, int
         if (used == 3) on(std::integral_constant<int, 3>());
       }
   };
-  // The last rows are the longest: each task takes one from either end, so tasks are alike.
+  // The last rows are the longest: each task takes one from either end, for equal work.
   parallel_for(ceil_div(count, 2), n * width * depth, [&](int64_t task) {
     row_of_panels(task);
     if (count - 1 - task != task) row_of_panels(count - 1 - task);
   });
 }
 
-// A lower triangular matrix in the order in which `solve` reads it: groups of kRows rows, each [columns][kRows] up to and
-// including its diagonal, which holds the reciprocals. Rows past n are those of the identity.
+// A lower triangular matrix packed in the order in which `solve` reads it: groups of kRows rows, each [columns][kRows]
+// up to and including its diagonal, which has the reciprocals. Rows past n are those of the identity.
 template <typename T>
 class Triangle {
  public:
@@ -213,9 +213,9 @@ class Triangle {
 };
 
 // panel <- L⁻¹ panel, from row group `first` on (rows before it are known to be zero); norms[c] = ‖column c‖² of the
-// result. The panel has round_up(n, kRows) rows, those past n zero. Substitution goes by steps of at most kDepth rows: what is
-// known is taken off a whole step before the step itself is solved, so that the two pieces of the panel that meet stay in
-// L1 while L streams past, once.
+// result. The panel has round_up(n, kRows) rows, those past n zero. Blocked substitution, in steps of at most kDepth
+// rows: the known rows are subtracted from all rows of a step before the step is solved, so that two pieces of the
+// panel stay in L1 while L is streamed once.
 template <typename T>
 void solve(const Triangle<T>& l, T* panel, T* norms, int64_t first = 0) {
   constexpr int64_t step = kDepth / kRows;
