@@ -18,7 +18,7 @@ WAYS = {
 SHAPES = {  # m, B, d, share of the floor asked of the kernel
     "m=64": (64, 2000, 200_000, None),
     "m=1024": (1024, 2000, 20_000, 0.65),
-    "m=1024, B=50": (1024, 50, 20_000, 0.65),
+    "m=1024, B=50": (1024, 50, 20_000, 0.55),
     "full, d=270,000": (256, 270_000, 270_000, 0.65),
 }
 
@@ -42,7 +42,7 @@ def test_saliency(measure, grads, weights, way):
     measure(
         lambda: saliency(way, grads, weights, B), flops=diagonal_flops(m, widths(d, B)), bytes=4 * m * d,
         error=saliency_error(way, grads, weights, B), rounds=1 if way == "textbook recursion" else 3,
-        targets={"share": 0.75, "recursion": 20} if way == "compiled" else {},
+        targets={"share": 0.80} if way == "compiled" else {},
     )  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def test_lower_precision(measure, grads, weights, name, block_size):
         lambda: weights.square() / (2 * ops.inverse_diagonal(given, damping, block_size, None, precision)),
         flops=diagonal_flops(m, widths(d, block_size)), bytes=given.element_size() * m * d,
         dtype=torch.float32 if name == "float32" else torch.bfloat16, by=f"compiled, {name}",
-        error=float(error.abs().max()),
+        error=float(error.abs().max()), targets={"share": 0.80} if name == "float32" else {},
     )  # fmt: skip
 
 

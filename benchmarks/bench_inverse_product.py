@@ -34,5 +34,5 @@ def test_inverse_product(measure, grads, factor, k, way):
     measure(
         lambda: WAYS[way].inverse_product(grads, factor, x, DAMPING, B),
         flops=4 * m * d * k, bytes=4 * m * d, error=float((out - exact).norm() / exact.norm()),
-        by=way, targets={"reads": 1.3} if way == "compiled" and k == 1 else {},
+        by=way, targets={"reads": 1.6} if way == "compiled" and k == 1 else {},
     )  # fmt: skip

@@ -20,7 +20,6 @@ RESULTS = Path(__file__).parent / "results"
 M, B, D, DAMPING, DENSITY = 256, 2000, 1_000_000, 1e-5, 0.2  # gradients, block size, weights, λ, share kept
 WORDS = {
     "share": ("at least {:.0%} of the floor", "{:.0%}", 1),
-    "recursion": ("at least {:g}x the textbook recursion", "{:.1f}x", 1),
     "kthvalue": ("at least {:g}x torch.kthvalue and compare", "{:.1f}x", 1),
     "first": ("at most {:g}x of version 0.1.0", "{:.2f}x", -1),
     "published": ("at most {:g}x of the published step", "{:.2f}x", -1),
@@ -155,7 +154,6 @@ def _targets(benchmarks):
         others = {_by(x): x.stats.median for x in benchmarks if x.group == b.group}
         measured = {
             "share": info["floor"] / median,
-            "recursion": others.get("textbook recursion", 0) / median,
             "kthvalue": others.get("torch.kthvalue and compare", 0) / median,
             "first": median / others.get("as in 0.1.0: 8 sub-steps", median),
             "published": median / others.get("published: independent, one sub-step", median),
