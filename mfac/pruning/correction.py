@@ -11,10 +11,10 @@ from tqdm.auto import tqdm
 
 from mfac.interrupts import write_whole
 
-MOMENTUM = 0.5  # share of the last direction in the next
+MOMENTUM = 0.5  # share of the last direction in the next; measured (docs/defaults.md)
 FIRST_LENGTH = 0.01  # of the weights' own length: the first step that is tried
-_FACTOR = 3.0  # between two lengths that are tried
-_MAX_UP, _MAX_DOWN = 9, 5  # trials
+_FACTOR = 3.0  # between two lengths that are tried: a parabola refines what it brackets
+_MAX_UP, _MAX_DOWN = 9, 5  # trials: up to 3⁹ times the first length; down, where rather nothing helps, to 3⁻⁵
 
 
 @dataclass

@@ -40,7 +40,7 @@ def run(
         progress: Show progress bars.
 
     Returns:
-        The result of the last step, with all steps of this run; also ``engine.result``.
+        The result of the last step, with all steps of state run; also ``engine.result``.
 
     Raises:
         BaseException: Whatever a step, the model or the batches raise, with the result so far as ``error.result``. The
@@ -49,25 +49,25 @@ def run(
     engine.apply_masks()
     began, origin, settings = time.perf_counter(), dict(engine.reached), engine.settings
     engine.result = None
-    this = _Run(engine, grads, progress)
-    final = settings["final_corrections"] if this.parts else 0
+    state = _Run(engine, grads, progress)
+    final = settings["final_corrections"] if state.parts else 0
     try:
         with tqdm(total=recomputations + final, desc="pruning", disable=not progress) as bar:
             for r in range(1, recomputations + 1):
-                this.step(sparsities, interpolate_sparsities(origin, sparsities, r / recomputations))
-                this.show(bar)
+                state.step(sparsities, interpolate_sparsities(origin, sparsities, r / recomputations))
+                state.show(bar)
             for _ in range(final):
-                this.correct_again()
-                this.show(bar)
+                state.correct_again()
+                state.show(bar)
         if finish is not None:
-            this.steps[-1].loss_after = finish()
+            state.steps[-1].loss_after = finish()
     except BaseException as error:
-        engine.leave_result(error, this.steps)
+        engine.leave_result(error, state.steps)
         raise
     finally:
         engine.settings = settings  # "auto" as the user wrote it
         engine.release()
-    this.seconds["total"] = time.perf_counter() - began
+    state.seconds["total"] = time.perf_counter() - began
     return engine.result
 
 
