@@ -40,7 +40,7 @@ def run(
         progress: Show progress bars.
 
     Returns:
-        The result of the last step, with all steps of state run; also ``engine.result``.
+        The result of the last step, with all steps of this run; also ``engine.result``.
 
     Raises:
         BaseException: Whatever a step, the model or the batches raise, with the result so far as ``error.result``. The
