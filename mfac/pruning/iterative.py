@@ -72,9 +72,10 @@ def prune(
         >>> model = nn.Linear(20, 2)
         >>> data = [(torch.randn(8, 20), torch.randint(2, (8,))) for _ in range(8)]
         >>> loss_fn = nn.functional.cross_entropy
-        >>> result = prune(model, data, loss_fn, 0.75, recomputations=2, num_grads=8, progress=False)
+        >>> options = {"recomputations": 2, "final_corrections": 3, "num_grads": 8, "progress": False}
+        >>> result = prune(model, data, loss_fn, 0.75, **options)
         >>> int((model.weight == 0).sum()), len(result.steps)
-        (30, 2)
+        (30, 5)
     """
     engine = Engine(model, sparsity, settings)
     engine.check_reached()
