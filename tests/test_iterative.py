@@ -68,10 +68,12 @@ def test_only_weights_change(unchanged):
     assert sum(int((p == 0).sum()) for p in mfac.prunable_parameters(model).values()) == 144
 
 
-def test_all_fresh_and_an_eighth():
+def test_all_fresh_and_a_quarter():
     result = mfac.prune(make_model(), make_batches(), LOSS, 0.5, refresh=8, **FAST)
     assert [s.new_gradients for s in result.steps] == [8, 8, 8]
     result = mfac.prune(make_model(), make_batches(), LOSS, 0.5, **FAST)
+    assert [s.new_gradients for s in result.steps] == [8, 2, 2]
+    result = mfac.prune(make_model(), make_batches(60), LOSS, 0.5, **{**FAST, "corrections": 1})
     assert [s.new_gradients for s in result.steps] == [8, 1, 1]
 
 
@@ -204,16 +206,16 @@ def test_fewer_batches_than_gradients_are_used_again():
         mfac.prune(make_model(), make_batches(8), LOSS, 0.5, **FAST)
 
 
-@pytest.mark.parametrize("given", [6, 8, 8 + 1])
+@pytest.mark.parametrize("given", [6, 8 + 1, 8 + 2 + 1])
 def test_an_iterator_that_ends_early(given):
     """The model is as it was before the step for which there were no gradients."""
     model, other = make_model(), make_model()
-    done = {6: 0, 8: 1, 9: 2}[given]
+    done = {6: 0, 9: 1, 11: 2}[given]
     with pytest.raises(ValueError, match=r"batches: expected more batches, .*; pass a list or DataLoader"):
         mfac.prune(model, iter(make_batches(given)), LOSS, 0.8, **FAST)
     masks, source, buffer = None, iter(make_batches(given)), None
     for r in range(1, done + 1):
-        buffer = mfac.collect_gradients(other, source, LOSS, 8 if r == 1 else 1, buffer=buffer)
+        buffer = mfac.collect_gradients(other, source, LOSS, 8 if r == 1 else 2, buffer=buffer)
         masks = mfac.prune_step(
             other, buffer, interpolate_sparsity(0, 0.8, r / 3), masks=masks, damping=1e-3, block_size=50
         ).masks  # fmt: skip
@@ -223,14 +225,14 @@ def test_an_iterator_that_ends_early(given):
 def test_batches_that_end_after_the_last_step():
     """What has been pruned is not lost for want of batches to measure it with."""
     with pytest.warns(UserWarning, match="pruned, but not measured or without new BatchNorm statistics: batches"):
-        result = mfac.prune(make_model(), iter(make_batches(8 + 1 + 1)), LOSS, 0.8, **FAST)
+        result = mfac.prune(make_model(), iter(make_batches(8 + 2 + 2)), LOSS, 0.8, **FAST)
     assert result.sparsity == pytest.approx(0.8) and len(result.steps) == 3
     assert result.steps[-1].loss_after != result.steps[-1].loss_after  # NaN
 
 
 def test_not_a_number_in_json(tmp_path):
     with pytest.warns(UserWarning, match="not measured"):
-        result = mfac.prune(make_model(), iter(make_batches(8 + 1 + 1)), LOSS, 0.8, **FAST)
+        result = mfac.prune(make_model(), iter(make_batches(8 + 2 + 2)), LOSS, 0.8, **FAST)
     result.to_json(tmp_path / "result.json")
     assert json.loads((tmp_path / "result.json").read_text())["steps"][-1]["loss_after"] is None
 

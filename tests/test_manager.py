@@ -200,8 +200,8 @@ class Drawn:
     ("name", "epochs", "updates", "gradients"),
     [
         ("original_magnitude.md", (0.5, 1.0, 1.5, 2.0, 2.5, 3.0), [(1.0, 0.35, 0.1), (2.0, 0.96, 0.0)], 0),
-        # Training in such long strides that there is one update, to the final sparsity: 256 gradients, then 7 times 32.
-        ("original_mfac.md", (2.0, 3.0), [(2.0, 0.96, 0.0)], 256 + 7 * 32),
+        # Training in such long strides that there is one update, to the final sparsity: 256 gradients, then 7 times 64.
+        ("original_mfac.md", (2.0, 3.0), [(2.0, 0.96, 0.0)], 256 + 7 * 64),
     ],
 )
 def test_originals_run_unmodified(name, epochs, updates, gradients):

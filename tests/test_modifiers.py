@@ -148,7 +148,7 @@ def test_what_a_recipe_leaves_open_has_the_defaults_of_the_package():
 
 
 @pytest.mark.parametrize(
-    ("written", "batches"), [("", 8 + 1 + 1), ("    refresh: 8\n", 3 * 8), ("    refresh: 3\n", 8 + 3 + 3)]
+    ("written", "batches"), [("", 8 + 2 + 2), ("    refresh: 8\n", 3 * 8), ("    refresh: 3\n", 8 + 3 + 3)]
 )
 def test_refresh(written, batches):
     """Of m = 8 gradients, how many are new at each of the recomputations after the first."""

@@ -33,7 +33,7 @@ class GradientSource:
         batches: Iterable of batches, as for :func:`mfac.collect_gradients`.
         loss_fn: Loss of (outputs, targets), or None.
         num_grads: m, rows of the Fisher.
-        refresh: How many of them are renewed from the second collection on, in [1, m]; None for an eighth.
+        refresh: How many of them are renewed from the second collection on, in [1, m]; None for a quarter.
         dtype: Of the rows.
         device: Where they are; see :class:`GradientBuffer`.
         mode: ``"eval"``, or ``"train"``: modules are in training mode while gradients are collected.
@@ -73,7 +73,7 @@ class GradientSource:
         """Check the arguments."""
         check_functions(loss_fn, forward)
         self.num_grads = check_int("num_grads", num_grads)
-        refresh = max(1, self.num_grads // 8) if refresh is None else refresh
+        refresh = max(1, self.num_grads // 4) if refresh is None else refresh
         self.refresh = check_int("refresh", refresh, 1, self.num_grads)
         self.dtype, self.device = check_dtype("dtype", dtype), device
         self._loss_fn, self._forward, self._mode = loss_fn, forward, check_choice("mode", mode, MODES)

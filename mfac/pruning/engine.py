@@ -351,13 +351,26 @@ class Engine:
             batches,
             loss_fn,
             num_grads=settings["num_grads"],
-            refresh=settings["refresh"],
+            refresh=self._refresh(),
             dtype=settings["dtype"],
             device=settings["grads_device"],
             mode=settings["mode"],
             forward=settings["forward"],
             announce=announce,
         )
+
+    def _refresh(self) -> int | None:
+        """New gradients at each recomputation; None for a quarter. With corrections they do more good at the end."""
+        settings = self.settings
+        if settings["refresh"] is None and self.corrections:
+            return max(1, settings["num_grads"] // 8)
+        return settings["refresh"]
+
+    @property
+    def corrections(self) -> int:
+        """Corrections at each recomputation. Whoever asks for another update, or for none, is given none unasked."""
+        given = self.settings["corrections"]
+        return int(self.settings["update"] == "joint") if given is None else given
 
     def correct(
         self,

@@ -85,11 +85,8 @@ class _Run:
         self.seconds: dict[str, float] = {"gradients": 0.0}
         self.parts: list[int] = []
         self._descent = Descent()
-        corrections = engine.settings["corrections"]
-        if corrections is None:  # whoever asks for another update, or for none, is not given one
-            corrections = int(engine.settings["update"] == "joint")
-        if isinstance(grads, GradientSource) and corrections:
-            count = min(corrections, grads.refresh)
+        if isinstance(grads, GradientSource) and engine.corrections:
+            count = min(engine.corrections, grads.refresh)
             self.parts = [grads.refresh * (i + 1) // count - grads.refresh * i // count for i in range(count)]
 
     def _collect(self, count: int | None = None) -> tuple[GradientBuffer | None, int]:

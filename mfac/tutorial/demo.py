@@ -41,7 +41,7 @@ class Method:
     variables: dict[str, Any] = field(default_factory=dict)  # of the recipe, to set
 
 
-_PUBLISHED = {"update": "independent", "substeps": 1, "damping": 1e-5, "block_size": 2000}
+_PUBLISHED = {"update": "independent", "substeps": 1, "damping": 1e-5, "block_size": 2000, "corrections": 0}
 METHODS = (
     Method("magnitude", "magnitude.md", "#d95f02"),
     Method("M-FAC as published", "mfac.md", "#7570b3", _PUBLISHED),
@@ -254,7 +254,7 @@ def demo(
     tqdm.write(f"dense: top-1 {dense_top1:.1f} %")
     tqdm.write("loading the kernels; at their first use they are compiled, which takes half a minute")
     select_backend()  # here, so that no method's time contains it
-    budget = {"num_grads": num_grads, "recomputations": recomputations}
+    budget = {"num_grads": num_grads, "recomputations": recomputations, "refresh": max(1, num_grads // 4)}
     runs = []
     for seed in range(seeds):
         for method in METHODS:
