@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import mfac
+from mfac.gradients.source import GradientSource
 from mfac.pruning.correction import MOMENTUM, Correction, correct, search_step_length
 
 LOSS = nn.functional.cross_entropy
@@ -324,3 +325,79 @@ def test_mean_of_the_newest_rows():
     )
     with pytest.raises(ValueError, match="newest: expected an int 1 to 3, got 4"):
         buffer.mean(4)
+
+
+def test_a_model_that_writes_to_its_inputs_is_judged_on_the_same_ones():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = make_model()
+
+        def forward(self, x):
+            return self.inner(x.sub_(1.0).mul_(2.0))
+
+    source = GradientSource(make_batches(), LOSS, num_grads=4)
+    measure = source.hold(Writes().eval(), 3)
+    assert measure() == measure() == measure()
+
+
+def test_batches_that_are_not_finite_do_not_judge():
+    batches = make_batches(20)
+    batches[2] = (batches[2][0] * math.nan, batches[2][1])
+    result = mfac.prune(make_model(), batches, LOSS, 0.5, **FAST)
+    assert any(step.step_length for step in result.steps)
+    options = {"batches": [batches[2]], "loss_fn": LOSS, "correction_batches": 2}
+    with pytest.warns(UserWarning, match="corrections: expected batches of finite loss"):
+        result = mfac.prune_step(make_model(), torch.randn(8, 180), 0.5, **options)
+    assert result.step_length == 0
+
+
+def test_several_processes_are_refused(monkeypatch):
+    def refuse(model):
+        raise ValueError("model: one of several processes")
+
+    monkeypatch.setattr("mfac.pruning.step.refuse_distributed", refuse)
+    with pytest.raises(ValueError, match="several processes"):
+        mfac.prune_step(make_model(), torch.randn(8, 180), 0.5, batches=make_batches(), loss_fn=LOSS)
+
+
+def test_an_update_whose_corrections_were_interrupted_stays_due():
+    calls, model = [], make_model()
+
+    def loss_fn(out, y):
+        calls.append(1)
+        if len(calls) == 20:  # after 8 gradients and some judges
+            raise RuntimeError("of the loss")
+        return LOSS(out, y)
+
+    settings = {**FAST, "recomputations": 1, "corrections": 1, "final_corrections": 1}
+    pruner = mfac.Pruner(model, make_batches(), loss_fn, sparsity=0.5, end=1, **settings)
+    with pytest.raises(RuntimeError, match="of the loss"):
+        pruner.step()
+    assert pruner.sparsity == 0.5 and pruner.results == []
+    result = pruner.step()
+    assert len(result.steps) == 2 and pruner.finished and len(pruner.results) == 1 and pruner.step() is None
+
+
+def test_final_corrections_need_corrections():
+    with pytest.raises(ValueError, match="final_corrections: expected 0 without corrections, got 5"):
+        mfac.Pruner(make_model(), make_batches(), LOSS, sparsity=0.5, end=1, final_corrections=5)
+
+
+def test_weights_that_do_not_move_keep_their_digits_and_infinite_ones_are_not_taken():
+    weights = {"p": torch.full((4,), math.pi, dtype=torch.float64)}
+    direction = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    done = correct(weights, direction, lambda: float(weights["p"][1]), 1.0)
+    assert done.step_length > 0 and weights["p"][0] == weights["p"][2] == math.pi
+    half = {"p": torch.ones(2, dtype=torch.float16)}
+    correct(half, -torch.ones(2), lambda: -float(half["p"].float().clamp(max=1e6).sum()), 1e4)
+    assert torch.isfinite(half["p"]).all()
+
+
+def test_results_from_before_there_were_corrections():
+    values = mfac.prune(make_model(), make_batches(), LOSS, 0.5, **FAST).to_dict()
+    del values["step_length"], values["substeps"]
+    for row in values["steps"]:
+        del row["step_length"], row["substeps"]
+    read = mfac.PruneResult.from_dict(values)
+    assert read.substeps == 1 and read.steps[0].step_length is None

@@ -1,5 +1,6 @@
 """mfac.prune: recomputations, rolling gradients, measurements, errors that leave the model as it was."""
 
+import contextlib
 import csv
 import json
 import warnings
@@ -135,6 +136,22 @@ def test_batchnorm_statistics_that_are_worse_are_not_kept():
         result = mfac.prune(model, batches, LOSS, 0.5, batchnorm_batches=8, **FAST)
     assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
     assert result.steps[-1].loss_after > 0
+
+
+@pytest.mark.parametrize("error", [ValueError("of the loss"), RuntimeError("of the loss"), KeyboardInterrupt()])
+def test_batchnorm_statistics_that_are_not_judged_are_not_kept(error):
+    calls, model = [], make_model()
+    model.register_buffer("expanded", torch.ones(1).expand(5))  # cannot be written
+
+    def loss_fn(out, y):
+        calls.append(1)
+        if len(calls) == 8 + 2 + 2 + 2 + 1:  # the gradients, the loss before, and the first batch after
+            raise error
+        return LOSS(out, y)
+
+    with contextlib.suppress(RuntimeError, KeyboardInterrupt):
+        mfac.prune(model, make_batches(), loss_fn, 0.5, batchnorm_batches=3, **FAST)
+    assert len(calls) == 15 and torch.equal(model[1].running_mean, torch.zeros(12))
 
 
 def test_result_as_text_json_and_csv(tmp_path):

@@ -125,6 +125,12 @@ def test_sparsity_by_layer_errors(final, message):
         Manager.from_recipe(text)
 
 
+@pytest.mark.parametrize("name", ["corrections", "final_corrections", "correction_batches", "num_grads"])
+def test_magnitude_takes_no_settings_of_gradients(name):
+    with pytest.raises(ValueError, match=name):
+        Manager.from_recipe((PRUNING % "MagnitudePruningModifier") + f"    {name}: 1\n")
+
+
 @pytest.mark.parametrize("groups", ["0", "[x]", "[-1]", "[true]", "[0.5]"])
 def test_group_errors(groups):
     text = f"modifiers:\n  - !SetLearningRateModifier {{learning_rate: 1, param_groups: {groups}}}\n"

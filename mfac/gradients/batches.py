@@ -64,7 +64,7 @@ def move_batch(batch: Any, device: torch.device, copies: bool = False) -> Any:
                 new[key] = move_batch(value, device, copies)
             return new
         if hasattr(leaf, "to"):
-            return leaf.to(device)
+            return (copy.deepcopy(leaf) if copies else leaf).to(device)
         if isinstance(leaf, Mapping):
             return type(leaf)({key: move_batch(value, device, copies) for key, value in leaf.items()})
         new = leaf

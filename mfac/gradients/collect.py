@@ -203,7 +203,7 @@ def _check_reached(missing: list[str], buffer: GradientBuffer) -> None:
         )
 
 
-def mean_loss(
+def batch_losses(
     model: nn.Module,
     batches: Iterator[Any],
     loss_fn: Callable[[Any, Any], Tensor] | None,
@@ -212,8 +212,8 @@ def mean_loss(
     mode: str = "eval",
     forward: Forward | None = None,
     seed: int | None = None,
-) -> float:
-    """Measure the loss; the model and the random state are as before afterwards.
+) -> list[float]:
+    """Measure losses; the model and the random state are as before afterwards.
 
     Args:
         model: Any module.
@@ -225,9 +225,10 @@ def mean_loss(
         seed: Of what the model draws at random; None: it goes on from torch's random state.
 
     Returns:
-        The mean over the batches.
+        The loss of each batch.
     """
     device = model_device(model)
     with evaluation(model, (), mode, seed), torch.no_grad():
-        losses = (batch_loss(model, move_batch(next(batches), device), loss_fn, forward) for _ in range(num_batches))
-        return sum(map(float, losses)) / num_batches
+        return [
+            float(batch_loss(model, move_batch(next(batches), device), loss_fn, forward)) for _ in range(num_batches)
+        ]

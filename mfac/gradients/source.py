@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from mfac.checks import check_choice, check_int
 from mfac.gradients.arguments import check_dtype
 from mfac.gradients.batches import MODES, Forward, check_functions, model_device, move_batch
 from mfac.gradients.buffer import GradientBuffer
-from mfac.gradients.collect import append_batches, mean_loss
+from mfac.gradients.collect import append_batches, batch_losses
 from mfac.gradients.seeds import SeedKind, derive_seed
 from mfac.gradients.stream import BatchStream
 from mfac.model.targets import prunable_parameters
@@ -125,10 +126,11 @@ class GradientSource:
             The mean.
         """
         try:
-            return mean_loss(
+            losses = batch_losses(
                 model, self.batches, self._loss_fn, num_batches,
                 seed=self._seed(SeedKind.MEASURE), mode=self._mode, forward=self._forward,
             )  # fmt: skip
+            return sum(losses) / num_batches
         finally:
             self.batches.close()
 
@@ -140,14 +142,23 @@ class GradientSource:
             num_batches: How many; copies of them are kept where the model is, as long as the function is.
 
         Returns:
-            The function.
+            The function: NaN if no batch has a finite loss; those that have none at the first call do not count.
         """
         try:
             held = [move_batch(next(self.batches), model_device(model), copies=True) for _ in range(num_batches)]
         finally:
             self.batches.close()
         settings = {"seed": self._seed(SeedKind.MEASURE), "mode": self._mode, "forward": self._forward}
-        return lambda: mean_loss(model, iter(held), self._loss_fn, num_batches, **settings)
+        judges: list[int] = []  # those of finite loss at first, as gradients that are not finite are left out
+
+        def measure() -> float:
+            copies = (move_batch(batch, model_device(model), copies=True) for batch in held)  # models may write to them
+            losses = batch_losses(model, copies, self._loss_fn, num_batches, **settings)
+            if not judges:
+                judges.extend(i for i, loss in enumerate(losses) if math.isfinite(loss))
+            return sum(losses[i] for i in judges) / len(judges) if judges else math.nan
+
+        return measure
 
     def _seed(self, kind: SeedKind) -> int:
         state = self.batches.state_dict()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from mfac.checks import check_int
+from mfac.checks import check_int, warn
 from mfac.gradients.batches import Forward, check_functions, evaluation, model_device, move_batch, run_model
 from mfac.gradients.seeds import current_seed
 from mfac.gradients.stream import BatchStream
+from mfac.interrupts import write_whole
 
 _NORMS = torch.nn.modules.batchnorm._BatchNorm
 
@@ -46,7 +48,7 @@ def reestimate_batchnorm(
     check_functions(None, forward)
     num_batches = check_int("num_batches", num_batches)
     stream = BatchStream(batches, current_seed())
-    layers = [layer for layer in model.modules() if isinstance(layer, _NORMS) and layer.running_mean is not None]
+    layers = _layers(model)
     if not layers:
         return
     momenta = [layer.momentum for layer in layers]
@@ -76,3 +78,49 @@ def reestimate_batchnorm(
             for layer, momentum in zip(layers, momenta, strict=True):
                 layer.momentum = momentum
             stream.close()
+
+
+def improve_batchnorm(
+    model: nn.Module,
+    batches: Iterable[Any],
+    num_batches: int,
+    measure: Callable[[], float],
+    forward: Forward | None = None,
+) -> float:
+    """Re-estimate the statistics, and keep the new ones if they do not raise a loss.
+
+    Args:
+        model: See :func:`reestimate_batchnorm`.
+        batches: See there.
+        num_batches: See there.
+        measure: Returns the loss of the model as it is.
+        forward: See there.
+
+    Returns:
+        The loss with the statistics that stay. After an error they are as before.
+    """
+    buffers = [(x, x.clone()) for layer in _layers(model) for x in layer.buffers(recurse=False)]
+    before, after = measure(), math.nan
+
+    def restore() -> None:
+        for x, value in buffers:
+            x.copy_(value)
+
+    kept = False
+    try:
+        reestimate_batchnorm(model, batches, num_batches, forward=forward)
+        after = measure()
+        kept = math.isfinite(after) and not after > before
+    finally:
+        if not kept:
+            with torch.no_grad():
+                write_whole(restore)
+    if kept:
+        return after
+    warn(f"batchnorm_batches: new statistics raise the loss from {before:.4g} to {after:.4g}; the old ones stay")
+    return before
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that have running statistics."""
+    return [layer for layer in model.modules() if isinstance(layer, _NORMS) and layer.running_mean is not None]

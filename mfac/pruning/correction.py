@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -105,8 +106,9 @@ def correct(
 
     def move(length: float) -> None:
         for name, p in params.items():
-            old = before[name]
-            p.detach().copy_(old if length == 0 else old.float() - length * parts[name].view(old.shape))
+            old, part = before[name], parts[name].view(before[name].shape)
+            new = (old.float() - length * part).to(old.dtype)
+            p.detach().copy_(torch.where((part == 0) | (length == 0), old, new))  # what does not move keeps its digits
 
     best = 0.0
     with tqdm(desc="correction", unit=" losses", disable=not progress, leave=False) as bar:
@@ -114,7 +116,7 @@ def correct(
         def loss(length: float) -> float:
             move(length)
             bar.update()
-            return measure()
+            return measure() if all(torch.isfinite(p).all() for p in params.values()) else math.inf
 
         try:
             best, losses = search_step_length(loss, start)

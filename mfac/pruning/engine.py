@@ -407,6 +407,10 @@ class Engine:
             if start is None:  # moves the weights by some share of their length
                 start = FIRST_LENGTH * math.hypot(*(float(p.norm()) for p in params.values())) / length
             done = correct(params, direction, measure, start, progress)
+            if done.evaluations == 1:
+                warn(
+                    "corrections: expected batches of finite loss to judge them, got none; the weights stay as they are"
+                )
             descent.direction = direction if done.step_length else None
             descent.step_length = done.step_length or descent.step_length
             return done

@@ -125,6 +125,11 @@ class Pruner:
             raise ValueError(
                 f"corrections: expected 0 with a buffer (batches judge them), got {settings['corrections']}"
             )
+        if settings["final_corrections"] and settings["corrections"] == 0:
+            raise ValueError(
+                f"final_corrections: expected 0 without corrections, got {settings['final_corrections']}; "
+                "corrections=1 makes one at each recomputation"
+            )
         self._engine = Engine(model, sparsity, settings, None if buffer is None else buffer.names, only_keys=True)
         if buffer is not None and self._engine.names != buffer.names:
             raise ValueError(
@@ -143,6 +148,7 @@ class Pruner:
         self._stepped = False  # by this very object, not by one that it was copied or loaded from
         self._time: float | None = None  # of the latest call
         self._updates = 0
+        self._interrupted = False  # an update, which may have pruned all, but not corrected
         self._last: float | None = None  # nominal time of the last update
         self.results: list[tuple[float, PruneResult]] = []
 
@@ -226,10 +232,13 @@ class Pruner:
             # A run that goes on with another schedule keeps its sparsity until that has caught up.
             reached = self._engine.reached
             sparsities = {key: max(reached[key], schedule.sparsity(now)) for key, schedule in self._schedules.items()}
-            if sparsities == reached:  # nothing to prune, as at a start from zero: no gradients are collected for it
+            # Nothing to prune, as at a start from zero: no gradients are collected, but to correct what is pruned.
+            if sparsities == reached and not (self._interrupted and self._engine.corrections):
                 self._last = now
                 return None
+            self._interrupted = True
             result = self._update(sparsities)
+            self._interrupted = False
         self._last = now
         self._updates += 1
         self.results.append((time, dataclasses.replace(result, masks={})))

@@ -6,12 +6,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from mfac.checks import warn
 from mfac.gradients.source import GradientSource
-from mfac.pruning.batchnorm import reestimate_batchnorm
+from mfac.pruning.batchnorm import improve_batchnorm
 from mfac.pruning.engine import Engine
 from mfac.pruning.result import PruneResult
 from mfac.pruning.run import run
@@ -96,16 +95,7 @@ def _finish(model: nn.Module, source: GradientSource, batchnorm_batches: int, fo
         if not batchnorm_batches:
             return source.loss(model, source.refresh)
         measure = source.hold(model, source.refresh)
-        before, buffers = measure(), {name: (b, b.detach().clone()) for name, b in model.named_buffers()}
-        reestimate_batchnorm(model, source.batches, batchnorm_batches, forward=forward)
-        after = measure()
-        if after <= before:
-            return after
-        with torch.no_grad():
-            for b, value in buffers.values():
-                b.copy_(value)
-        warn(f"batchnorm_batches: new statistics raise the loss from {before:.4g} to {after:.4g}; the old ones stay")
-        return before
+        return improve_batchnorm(model, source.batches, batchnorm_batches, measure, forward)
     except ValueError as error:
         warn(f"pruned, but not measured or without new BatchNorm statistics: {error}")
         return math.nan

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,13 @@ class PruneStep:
     sparsity: float
     damping: float | None
     block_size: int | None
-    substeps: int
     new_gradients: int
     loss_before: float
     predicted_loss_increase: float | None
     loss_after: float = math.nan
     step_length: float | None = None
     seconds: float = math.nan
+    substeps: int = 1
 
     @classmethod
     def of(
@@ -170,7 +170,8 @@ class PruneResult:
             ValueError: If something is missing.
         """
         values = dict(values)
-        missing = {f.name for f in fields(cls)} - {"masks"} - set(values)
+        required = {f.name for f in fields(cls) if f.default is MISSING}  # the others may be newer
+        missing = required - {"masks"} - set(values)
         if missing:
             raise ValueError(f"values: expected what to_dict returned, got none of {', '.join(sorted(missing))}")
         values["layers"] = [(row["name"], row["weights"], row["kept"]) for row in values["layers"]]

@@ -219,7 +219,8 @@ class CorrectionSettings(JudgeSettings, total=False):
         Setting(
             0,
             count_from(0, _MAX_ROUNDS),
-            "As many more at the end, under the final masks, each with new gradients, as many as a part has.",
+            "As many more at the end, under the final masks, each with new gradients, as many as a part has; none "
+            "without ``corrections``.",
         ),
     ]
 

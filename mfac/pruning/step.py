@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mfac.gradients.buffer import GradientBuffer
 from mfac.gradients.source import GradientSource
+from mfac.model.distributed import refuse_distributed
 from mfac.pruning.engine import Engine
 from mfac.pruning.quadratic import timed
 from mfac.pruning.result import PruneResult
@@ -76,6 +77,7 @@ def prune_step(
     if batches is not None:
         if grads is None:
             raise ValueError("batches: expected None without gradients, which a correction needs, got batches")
+        refuse_distributed(model)
         judges = GradientSource(batches, loss_fn, num_grads=1, mode=settings["mode"], forward=settings["forward"])
     try:
         result = engine.step(grads, engine.sparsities, settings["progress"])

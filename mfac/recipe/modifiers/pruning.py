@@ -16,7 +16,7 @@ from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.gradual import Pruner
 from mfac.pruning.patterns import parse_pattern
 from mfac.pruning.schedule import CURVES
-from mfac.pruning.settings import GradientSettings, PrunerSettings
+from mfac.pruning.settings import CorrectionSettings, GradientSettings, PrunerSettings
 from mfac.recipe.modifiers.base import Modifier, names, number, plain_number, positive
 from mfac.settings import definitions
 
@@ -63,7 +63,8 @@ class MagnitudePruning(Modifier):
     defaults: ClassVar[dict[str, Any]] = {}  # of settings, where they differ from mfac's
     reported: ClassVar[tuple[str, ...]] = ()  # settings that the result depends on most
     not_taken: ClassVar[tuple[str, ...]] = (  # settings that make no sense without gradients
-        *_BY_THE_FORMAT, *definitions(GradientSettings), *definitions(SourceSettings), "update", "substeps", "damping",
+        *_BY_THE_FORMAT, *definitions(GradientSettings), *definitions(SourceSettings),
+        *definitions(CorrectionSettings), "update", "substeps", "damping",
         "block_size", "precision",
     )  # fmt: skip
 
