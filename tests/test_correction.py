@@ -5,6 +5,7 @@ import math
 import oracle
 import pytest
 import torch
+from perceptron import make_batches, make_model
 from torch import nn
 
 import mfac
@@ -13,17 +14,6 @@ from mfac.pruning.correction import MOMENTUM, Correction, correct, search_step_l
 
 LOSS = nn.functional.cross_entropy
 FAST = {"num_grads": 8, "refresh": 4, "recomputations": 3, "progress": False, "damping": 1e-3, "block_size": 50}
-
-
-def make_model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(10, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 5))
-
-
-def make_batches(count=60, size=16, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, size, 10, generator=generator)
-    return [(a, a[:, :5].argmax(1)) for a in x]
 
 
 @pytest.mark.parametrize("start", [1e-4, 0.03, 1.0, 50.0])

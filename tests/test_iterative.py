@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from perceptron import make_batches, make_model
 from torch import nn
 
 import mfac
@@ -15,17 +16,6 @@ from mfac.pruning.schedule import interpolate_sparsity
 LOSS = nn.functional.cross_entropy
 PLAIN = {"corrections": 0, "final_corrections": 0}  # tests/test_correction.py is about these
 FAST = {"num_grads": 8, "recomputations": 3, "progress": False, "damping": 1e-3, "block_size": 50, **PLAIN}
-
-
-def make_model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(10, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 5))
-
-
-def make_batches(count=12, size=16, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, size, 10, generator=generator)
-    return [(a, a[:, :5].argmax(1)) for a in x]
 
 
 def test_it_is_the_steps_made_by_hand():
@@ -64,15 +54,15 @@ def test_measured_losses(unchanged):
 def test_only_weights_change(unchanged):
     model = make_model()
     with unchanged(model, weights=False):
-        result = mfac.prune(model, make_batches(), LOSS, 0.8, **FAST)
+        result = mfac.prune(model, make_batches(12), LOSS, 0.8, **FAST)
     assert result.sparsity == pytest.approx(144 / 180)
     assert sum(int((p == 0).sum()) for p in mfac.prunable_parameters(model).values()) == 144
 
 
 def test_all_fresh_and_a_quarter():
-    result = mfac.prune(make_model(), make_batches(), LOSS, 0.5, refresh=8, **FAST)
+    result = mfac.prune(make_model(), make_batches(12), LOSS, 0.5, refresh=8, **FAST)
     assert [s.new_gradients for s in result.steps] == [8, 8, 8]
-    result = mfac.prune(make_model(), make_batches(), LOSS, 0.5, **FAST)
+    result = mfac.prune(make_model(), make_batches(12), LOSS, 0.5, **FAST)
     assert [s.new_gradients for s in result.steps] == [8, 2, 2]
     result = mfac.prune(make_model(), make_batches(60), LOSS, 0.5, **{**FAST, "corrections": 1})
     assert [s.new_gradients for s in result.steps] == [8, 1, 1]
@@ -106,18 +96,18 @@ def test_auto_is_chosen_once_for_the_final_sparsity():
 
 
 def test_dicts_patterns_and_names():
-    result = mfac.prune(make_model(), make_batches(), LOSS, {"0.weight": 0.5}, params=["0.weight"], **FAST)
+    result = mfac.prune(make_model(), make_batches(12), LOSS, {"0.weight": 0.5}, params=["0.weight"], **FAST)
     assert [(name, kept) for name, _, kept in result.layers] == [("0.weight", 60)]
-    result = mfac.prune(make_model(), make_batches(), LOSS, 0.5, pattern="2:4", **FAST)
+    result = mfac.prune(make_model(), make_batches(12), LOSS, 0.5, pattern="2:4", **FAST)
     assert [kept for _, _, kept in result.layers] == [120 - 12 * 4, 30]  # 8 of 10 input channels make groups
-    assert mfac.prune(make_model(), make_batches(), LOSS, 0.5, criterion="magnitude", **FAST).sparsity == 0.5
+    assert mfac.prune(make_model(), make_batches(12), LOSS, 0.5, criterion="magnitude", **FAST).sparsity == 0.5
 
 
 def test_batchnorm_is_reestimated_if_asked_for():
     models = [make_model(), make_model()]
     for model, count in zip(models, (0, 4), strict=True):
         model[1].running_mean.fill_(-50)  # far off
-        mfac.prune(model, make_batches(), LOSS, 0.8, batchnorm_batches=count, **FAST)
+        mfac.prune(model, make_batches(12), LOSS, 0.8, batchnorm_batches=count, **FAST)
     assert torch.equal(models[0][0].weight, models[1][0].weight)
     assert torch.equal(models[0][1].running_mean, torch.full((12,), -50.0))
     assert models[1][1].running_mean.abs().max() < 2
@@ -130,7 +120,7 @@ def test_batchnorm_statistics_that_are_worse_are_not_kept():
     with torch.no_grad():
         model[0].weight.copy_(torch.eye(5, 10))
         model[1].running_mean.fill_(-1), model[1].weight.fill_(4), model[1].bias.copy_(torch.arange(5.0) - 6)
-    batches = [(x, model.eval()(x).argmax(1)) for x, _ in make_batches()]
+    batches = [(x, model.eval()(x).argmax(1)) for x, _ in make_batches(12)]
     before = {name: b.clone() for name, b in model.named_buffers()}
     with pytest.warns(UserWarning, match="batchnorm_batches: new statistics raise the loss .*; the old ones stay"):
         result = mfac.prune(model, batches, LOSS, 0.5, batchnorm_batches=8, **FAST)
@@ -150,12 +140,12 @@ def test_batchnorm_statistics_that_are_not_judged_are_not_kept(error):
         return LOSS(out, y)
 
     with contextlib.suppress(RuntimeError, KeyboardInterrupt):
-        mfac.prune(model, make_batches(), loss_fn, 0.5, batchnorm_batches=3, **FAST)
+        mfac.prune(model, make_batches(12), loss_fn, 0.5, batchnorm_batches=3, **FAST)
     assert len(calls) == 15 and torch.equal(model[1].running_mean, torch.zeros(12))
 
 
 def test_result_as_text_json_and_csv(tmp_path):
-    result = mfac.prune(make_model(), make_batches(), LOSS, 0.8, **{**FAST, "damping": "auto"})
+    result = mfac.prune(make_model(), make_batches(12), LOSS, 0.8, **{**FAST, "damping": "auto"})
     lines = str(result).splitlines()
     assert lines[4].split()[:4] == ["step", "sparsity", "new", "gradients"]
     assert [line.split()[0] for line in lines[5:8]] == ["1", "2", "3"]
@@ -210,7 +200,7 @@ def test_result_as_text_json_and_csv(tmp_path):
 )
 def test_bad_input(change, error, message, unchanged):
     model = make_model()
-    arguments = {"batches": make_batches(), "loss_fn": LOSS, "sparsity": 0.5, **FAST, **change}
+    arguments = {"batches": make_batches(12), "loss_fn": LOSS, "sparsity": 0.5, **FAST, **change}
     with unchanged(model), pytest.raises(error, match=message):
         mfac.prune(model, **arguments)
 
@@ -264,6 +254,6 @@ def test_a_loss_that_turns_nan(unchanged):
 
     model = make_model()
     with unchanged(model, weights=False), pytest.raises(ValueError, match="got 16 with NaN or infinity and 0 finite"):
-        mfac.prune(model, make_batches(), loss_fn, 0.8, **FAST)
+        mfac.prune(model, make_batches(12), loss_fn, 0.8, **FAST)
     zeros = sum(int((p == 0).sum()) for p in mfac.prunable_parameters(model).values())
     assert zeros == round(180 * interpolate_sparsity(0, 0.8, 1 / 3))

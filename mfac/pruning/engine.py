@@ -396,7 +396,7 @@ class Engine:
             params, result = self.params, self.result
             kept = flatten_masks(self.masks, params)
             fisher = self.fisher(grads).replace(active=kept, damping=result.damping, block_size=result.block_size)
-            mean = fisher.grads.float().mean(0) if newest is None else grads.mean(newest)
+            mean = fisher.grads.mean(0, dtype=torch.float32) if newest is None else grads.mean(newest)
             direction = fisher.inverse_product(mean.to(self.device)).masked_fill_(~kept, 0)
             descent = descent or Descent()
             if descent.direction is not None:
