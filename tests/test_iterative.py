@@ -164,8 +164,8 @@ def test_result_as_text_json_and_csv(tmp_path):
     ("change", "error", "message"),
     [
         ({"sparsity": 1.2}, ValueError, r"sparsity: expected in \[0, 1\], got 1.2"),
-        ({"recomputations": 0}, ValueError, "recomputations: expected an int 1 to 10000, got 0"),
-        ({"recomputations": 2.5}, TypeError, "recomputations: expected an int, got 2.5"),
+        ({"recomputations": 0}, ValueError, "recomputations: expected an int 1 to 10000 or 'auto', got 0"),
+        ({"recomputations": 2.5}, TypeError, "recomputations: expected an int or .auto., got 2.5"),
         ({"num_grads": 0}, ValueError, "num_grads: expected an int >= 1, got 0"),
         ({"refresh": 9}, ValueError, "refresh: expected an int 1 to 8, got 9"),
         ({"refresh": 0}, ValueError, "refresh: expected an int >= 1, got 0"),

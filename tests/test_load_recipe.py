@@ -1,8 +1,37 @@
 """Recipes: reading files and text, variables, stages, errors."""
 
+import os
+import warnings
+from pathlib import Path
+
 import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
 
 from mfac.recipe import Manager, load_recipe
+
+EVERYTHING = Path(__file__).parent / "recipes" / "everything.yaml"
+WORDS = [
+    "eval(", ")", "&a ", "*a", "!", "- !", "{", "}", "[", "]", ": ", "\n", "\n  ", "---\n", "1e-7", "1:30",
+    "re:(", "|", ">", "~", "'", '"', "#", "%", "<<: *a", "__ALL__", "__FROM_PARAM__", "modifiers:", "-1",
+    ".inf", "\t", "\x85", "2:4", "True", "null", "-", "0", "lr_kwargs: {}", "final_sparsity: {0.5: [a]}", "9" *
+    30,
+]  # fmt: skip
+
+
+@st.composite
+def mutated(draw):
+    """The recipe with every construct, with a few pieces of it cut out, repeated, swapped or replaced by words."""
+    text = EVERYTHING.read_text()
+    for _ in range(draw(st.integers(1, 6))):
+        start = draw(st.integers(0, len(text)))
+        end = min(len(text), start + draw(st.integers(0, 40)))
+        piece = draw(st.one_of(st.sampled_from(WORDS), st.text(max_size=8), st.just(text[start:end] * 2), st.just("")))
+        text = text[:start] + piece + text[end:]
+    return text
 
 
 @pytest.mark.parametrize(
@@ -94,3 +123,130 @@ def test_recipe_args_errors():
     ]:
         with pytest.raises(ValueError, match=message):
             load_recipe("end: 2\nmodifiers:\n  - !EpochRangeModifier {end_epoch: eval(end)}", arguments)
+
+
+FENCED = """# Recipes
+
+## The baseline
+
+```yaml
+modifiers:
+  - !EpochRangeModifier {end_epoch: 1}
+```
+
+    python train.py  # no recipe
+
+```bash
+ls
+```
+
+## Ours
+
+~~~
+---
+end: 2
+modifiers:
+  - !EpochRangeModifier {end_epoch: eval(end)}
+  - !SetLearningRateModifier {learning_rate: fast}
+---
+~~~
+"""
+
+
+def test_fenced_recipes_of_a_markdown_file(tmp_path):
+    path = tmp_path / "doc.md"
+    path.write_text(FENCED)
+    assert load_recipe(f"{path}#1").items[0].arguments == {"end_epoch": 1}
+    assert load_recipe(f"{path}#2", "end=3").items[0].arguments == {"end_epoch": 3}
+    several = (
+        r"doc.md: expected the number of one of its recipes, got several: .*doc.md#1 \(line 6: The baseline\), .*#2"
+    )
+    with pytest.raises(ValueError, match=several):
+        load_recipe(path)
+    with pytest.raises(ValueError, match=r"doc.md: expected 3 fenced recipes or more, got 2"):
+        load_recipe(f"{path}#3")
+    with pytest.raises(ValueError, match=r"doc.md line 23: !SetLearningRateModifier: learning_rate: expected a number"):
+        Manager.from_recipe(f"{path}#2")
+    path.write_text(FENCED.split("## Ours")[0])
+    assert load_recipe(path).items[0].arguments == {"end_epoch": 1}
+
+
+def test_what_is_given_twice():
+    """The later one counts, as in the original program; where they differ, that is said."""
+    text = "a: &a 1\nb: 2\na: &a 1\nmodifiers:\n  - !EpochRangeModifier {end_epoch: *a}\n"
+    assert load_recipe(text).items[0].arguments == {"end_epoch": 1}
+    with pytest.warns(UserWarning, match="recipe line 3: 'a' is given again, with another value than in line 1"):
+        assert load_recipe(text.replace("a: &a 1\nm", "a: &a 3\nm")).items[0].arguments == {"end_epoch": 3}
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [("damp: x", 4), ("num_grads: 1.5", 4), ("mask_type: 5:4", 4), ("dampp: 1", 4), ("params: [1]", 4)],
+)
+def test_errors_give_file_and_line_of_the_argument(tmp_path, argument, line):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        f"modifiers:\n  - !MFACPruningModifier\n    end_epoch: 1\n    {argument}\n    final_sparsity: 0.5\n"
+        + ("" if "params" in argument else "    params: __ALL__\n")
+    )
+    with pytest.raises(ValueError, match=f"{path} line {line}: !MFACPruningModifier: "):
+        Manager.from_recipe(path)
+
+
+def test_a_recipe_written_back_means_the_same():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        recipe = load_recipe(EVERYTHING, "num_epochs=7")
+        again = load_recipe(str(recipe))
+        assert [(i.name, i.arguments) for i in again.items] == [(i.name, i.arguments) for i in recipe.items]
+        assert again.metadata == recipe.metadata
+        first, second = Manager.from_recipe(EVERYTHING, "num_epochs=7"), Manager.from_recipe(str(recipe))
+    assert [repr(a) for a in first.modifiers] == [repr(b) for b in second.modifiers]
+
+
+def test_every_construct_runs_to_the_end():
+    """And reaches the sparsities that it asks for."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    batches = [(torch.randn(16, 8), torch.randint(2, (16,))) for _ in range(8)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        manager = Manager.from_recipe(EVERYTHING)
+    assert sorted(str(w.message).split("!")[-1] for w in caught) == [
+        "DistillationModifier neither prunes nor trains; it is skipped",
+        "QuantizationModifier neither prunes nor trains; it is skipped",
+        "use_gradient_buffering and grad_sampler_kwargs have no effect: gradients come from the batches given to "
+        "Manager.apply",
+    ]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=0.1)
+    session = manager.apply(model, optimizer, batches, F.cross_entropy)
+    rates, sparsities = [], {}
+    for step in range(48):
+        inputs, targets = batches[step % 8]
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+        session.step((step + 1) / 8)
+        rates.append(optimizer.param_groups[0]["lr"])
+        sparsities[(step + 1) / 8] = [float((model[i].weight == 0).float().mean()) for i in (0, 2)]
+    assert rates[6] == 0.05 and rates[23] == pytest.approx(0.08) and rates[-1] == pytest.approx(0.001)
+    assert sparsities[0.5][0] == round(64 * 0.25 * (1 - 0.75 ** (1 / 3))) / 64
+    assert sparsities[2.0] == [0.25, 0.4375]  # the second: 7/8 of the way, in blocks of 4
+    assert sum(sparsities[6.0]) / 2 == 0.75
+    assert optimizer.param_groups[0]["weight_decay"] == 0
+    assert session.sparsity == pytest.approx(96 / 144)
+
+
+@settings(
+    max_examples=int(os.environ.get("MFAC_FUZZ", "60")), deadline=1000, suppress_health_check=[HealthCheck.too_slow]
+)
+@given(data=st.data())
+def test_no_text_gives_another_error(data):
+    """MFAC_FUZZ=10000 runs as many cases; a recipe is an error of its own kind, within a second, or loads."""
+    text = data.draw(mutated())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            Manager.from_recipe(text)
+        except ValueError as error:
+            assert len(str(error)) < 3000

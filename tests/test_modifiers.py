@@ -10,6 +10,7 @@ from torch import nn
 import mfac
 from mfac.pruning.settings import PrunerSettings
 from mfac.recipe import Manager
+from mfac.recipe.modifiers import Target
 from mfac.settings import definitions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,7 +29,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ("linear", "linear\n    mask_type: filter", "mask_type: expected 'unstructured', .*, got 'filter'; tensorrt"),
         ("linear", "linear\n    substeps: 0", "substeps: expected an int 1 to 10000 or 'auto', got 0"),
         ("linear", "linear\n    damp: 1*men", "damping: expected a number in .* got '1[*]men'"),
-        ("linear", "linear\n    leave_enabled: false", "leave_enabled: expected True"),
+        ("linear", "linear\n    leave_enabled: perhaps", "leave_enabled: expected true or false, got 'perhaps'"),
+        ("0.25", "__FROM_WEIGHTS__", "init_sparsity: expected a number, got '__FROM_WEIGHTS__'"),
         ("linear", "linear\n    damp: 0", "damping: expected a number in .*, got 0"),
         ("linear", "linear\n    damp: .nan", "damping: expected a number in .*, got nan"),
         ("linear", "linear\n    damp: true", "damping: expected a number, got True"),
@@ -43,7 +45,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ("linear", "linear\n    mfac_options: [1]", r"mfac_options: expected a mapping, got \[1\]"),
         ("[0.weight]", "[1]", r"params: expected a name or a list of names, got \[1\]"),
         ("linear", "linear\n    num_grads: 1.5", "num_grads: expected an int, got 1.5"),
-        ("linear", "linear\n    num_grads: {0.0: 64}", "num_grads: expected an int"),
+        ("linear", "linear\n    num_grads: {0.5: 64}", "num_grads: expected {sparsity: number} with the sparsity 0.0"),
+        ("linear", "linear\n    num_grads: {0.0: many}", "num_grads: expected an int, got 'many'"),
+        ("linear", "linear\n    num_grads: {0.0: 8, 0.5: 4}\n    refresh: 5", "refresh: expected an int 1 to 4, got 5"),
         ("linear", "linear\n    update: both", "update: expected one of joint, independent, none, got 'both'"),
         ("linear", "linear\n    dampp: 1", "argument: expected one of .*, got 'dampp'.*mean 'damp'"),
     ],
@@ -94,7 +98,7 @@ def test_mask_type(written, pattern):
     assert modifier.mask_type == pattern
     modifier.final_sparsity = 0.5
     net = nn.Sequential(nn.Linear(8, 8))
-    modifier.pruner(net, None, None, 3.0, False, one_shot=True).step()
+    modifier.bind(Target(net, None, None, None, 3.0, False, one_shot=True)).step(0.0, 0.0)
     expected = copy.deepcopy(net)
     mfac.prune_step(expected, None, 0.5, criterion="magnitude", pattern=pattern)
     assert torch.equal(net[0].weight, expected[0].weight) and int((net[0].weight == 0).sum()) in (32, 33)
@@ -148,7 +152,7 @@ def test_what_a_recipe_leaves_open_has_the_defaults_of_the_package():
     for name in ("block_size", "refresh", "update", "substeps", "corrections"):
         assert modifier.settings[name] == defaults[name].default
     (line,) = manager.describe()
-    assert line.startswith("MFACPruning: of the recipe damping=1e-05, num_grads=64; by default recomputations=8, ")
+    assert line.startswith("MFACPruning: of the recipe damping=1e-05, num_grads=64; by default recomputations=auto, ")
     assert "block_size=512" in line and "substeps=auto" in line
     assert Manager.from_recipe(PRUNING % "MagnitudePruningModifier").describe() == []
 

@@ -73,12 +73,21 @@ class GradientSource:
     ) -> None:
         """Check the arguments."""
         check_functions(loss_fn, forward)
-        self.num_grads = check_int("num_grads", num_grads)
-        refresh = max(1, self.num_grads // 4) if refresh is None else refresh
-        self.refresh = check_int("refresh", refresh, 1, self.num_grads)
+        self.resize(num_grads, refresh)
         self.dtype, self.device = check_dtype("dtype", dtype), device
         self._loss_fn, self._forward, self._mode = loss_fn, forward, check_choice("mode", mode, MODES)
         self.batches = BatchStream(batches, torch.initial_seed(), self.num_grads if announce else None)
+
+    def resize(self, num_grads: int, refresh: int | None) -> None:
+        """Change the number of rows; all rows are new at the next collection.
+
+        Args:
+            num_grads: m.
+            refresh: How many of them are renewed from the second collection on; None for a quarter.
+        """
+        self.num_grads = check_int("num_grads", num_grads)
+        refresh = max(1, self.num_grads // 4) if refresh is None else refresh
+        self.refresh = check_int("refresh", refresh, 1, self.num_grads)
         self._buffer: GradientBuffer | None = None
 
     def collect(

@@ -31,6 +31,7 @@ from mfac.pruning.masks import check_masks, complete_masks, count_kept, flatten_
 from mfac.pruning.quadratic import Plan, prune_vector, timed
 from mfac.pruning.result import PruneResult, PruneStep
 from mfac.pruning.selection import Selection, Sparsities, parse_sparsity
+from mfac.pruning.settings import num_grads_at
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -350,7 +351,7 @@ class Engine:
         return GradientSource(
             batches,
             loss_fn,
-            num_grads=settings["num_grads"],
+            num_grads=num_grads_at(settings["num_grads"], self.sparsity),
             refresh=self._refresh(),
             dtype=settings["dtype"],
             device=settings["grads_device"],
@@ -359,11 +360,17 @@ class Engine:
             announce=announce,
         )
 
+    def resize(self, source: GradientSource) -> None:
+        """Let a source collect as many gradients as the settings say for the sparsity now; all are new then."""
+        count = num_grads_at(self.settings["num_grads"], self.sparsity)
+        if count != source.num_grads:
+            source.resize(count, self._refresh())
+
     def _refresh(self) -> int | None:
         """New gradients at each recomputation; None for a quarter. With corrections they do more good at the end."""
         settings = self.settings
         if settings["refresh"] is None and self.corrections:
-            return max(1, settings["num_grads"] // 8)
+            return max(1, num_grads_at(settings["num_grads"], self.sparsity) // 8)
         return settings["refresh"]
 
     @property

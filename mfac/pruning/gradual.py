@@ -116,7 +116,7 @@ class Pruner:
         if sources > 1 or (sources == 0 and needs_gradients):
             wanted = f"exactly one of them for criterion={criterion!r}" if needs_gradients else "at most one of them"
             raise ValueError(f"batches, buffer: expected {wanted}, got {'both' if sources else 'neither'}")
-        if buffer is not None and settings["recomputations"] > 1:
+        if buffer is not None and settings["recomputations"] not in (1, "auto"):
             raise ValueError(
                 "recomputations: expected 1 with a buffer (new gradients need batches), got "
                 f"{settings['recomputations']}"
@@ -137,9 +137,15 @@ class Pruner:
             )
         self._source = None if batches is None else self._engine.source(batches, loss_fn)
         self._buffer = buffer
+        initial = settings["initial_sparsity"]
         self._schedules = {  # they differ in sparsity only
             key: Schedule(
-                settings["initial_sparsity"], value, settings["start"], end, settings["frequency"], settings["schedule"]
+                self._engine.reached[key] if initial == "current" else initial,
+                value,
+                settings["start"],
+                end,
+                settings["frequency"],
+                settings["schedule"],
             )
             for key, value in self._engine.sparsities.items()
         }
@@ -253,6 +259,8 @@ class Pruner:
         settings, buffer = self._engine.settings, self._buffer
         if buffer is not None and len(buffer) < buffer.num_grads:
             warn(f"buffer: only {len(buffer)} of {buffer.num_grads} gradients so far")
+        if self._source is not None:
+            self._engine.resize(self._source)
         try:
             return run(
                 self._engine,
@@ -357,6 +365,7 @@ class Pruner:
             "time": self._time,
             "last": self._last,
             "reached": dict(self._engine.reached),
+            "initial": {key: schedule.initial_sparsity for key, schedule in self._schedules.items()},
             "settings": {name: settings[name] for name in _SAVED_SETTINGS},
             "names": list(self._engine.names),
             "source": None if self._source is None else self._source.state_dict(),
@@ -387,6 +396,9 @@ class Pruner:
             self._source.load_state_dict(state["source"])
         engine.masks = {name: masks[name].to(p.device, copy=True) for name, p in params.items() if masks}
         engine.reached = dict(state["reached"])
+        if engine.settings["initial_sparsity"] == "current":  # of the model as it was at first
+            for key, schedule in self._schedules.items():
+                self._schedules[key] = dataclasses.replace(schedule, initial_sparsity=state["initial"][key])
         self._calls, self._updates = state["calls"], state["updates"]
         self._time, self._last = state["time"], state["last"]
         self.results = results
@@ -403,15 +415,17 @@ class Pruner:
             ValueError: If it belongs to other parameters, sparsities or settings.
         """
         engine = self._engine
-        missing = {"masks", "calls", "updates", "time", "last", "reached", "settings", "names", "source"} - set(state)
+        missing = {"masks", "calls", "updates", "time", "last", "reached", "initial", "settings", "names", "source"}
+        missing -= set(state)
         if missing:
             raise ValueError(
                 f"state: expected the keys of Pruner.state_dict(), got none of {', '.join(sorted(missing))}"
             )
         if list(state["names"]) != engine.names:
             raise ValueError(f"state: expected the parameters {shorten(engine.names)}, got {shorten(state['names'])}")
-        if set(state["reached"]) != set(self._schedules):
-            raise ValueError(f"state: expected sparsities for {list(self._schedules)}, got {list(state['reached'])}")
+        for part in ("reached", "initial"):
+            if set(state[part]) != set(self._schedules):
+                raise ValueError(f"state: expected sparsities for {list(self._schedules)}, got {list(state[part])}")
         for name in ("calls", "updates"):
             check_int(f"state[{name!r}]", state[name], 0)
         for name in ("time", "last"):

@@ -16,7 +16,7 @@ from mfac.pruning.correction import Descent
 from mfac.pruning.engine import Engine
 from mfac.pruning.quadratic import timed
 from mfac.pruning.result import PruneResult, PruneStep
-from mfac.pruning.schedule import interpolate_sparsities
+from mfac.pruning.schedule import interpolate_sparsities, num_recomputations
 from mfac.pruning.selection import Sparsities
 
 
@@ -24,7 +24,7 @@ def run(
     engine: Engine,
     grads: GradientSource | GradientBuffer | None,
     sparsities: Sparsities,
-    recomputations: int,
+    recomputations: int | str,
     *,
     finish: Callable[[], float] | None = None,
     progress: bool = False,
@@ -35,7 +35,7 @@ def run(
         engine: The model, its masks and settings.
         grads: Where gradients come from; a buffer serves for all steps, and there are no corrections then.
         sparsities: Key -> sparsity at the end.
-        recomputations: R.
+        recomputations: R, or ``"auto"``; with a buffer, whose gradients stay the same, that is 1.
         finish: Called after the last step; returns the loss then.
         progress: Show progress bars.
 
@@ -49,6 +49,8 @@ def run(
     engine.apply_masks()
     began, origin, settings = time.perf_counter(), dict(engine.reached), engine.settings
     engine.result = None
+    if recomputations == "auto":
+        recomputations = num_recomputations(origin, sparsities) if isinstance(grads, GradientSource) else 1
     state = _Run(engine, grads, progress)
     final = settings["final_corrections"] if state.parts else 0
     try:

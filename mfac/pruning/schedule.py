@@ -15,6 +15,8 @@ CURVES = {
     "inverse_cubic": lambda x: 1 - (1 - x) ** (1 / 3),
 }
 
+_MAX_RECOMPUTATIONS = 16  # of "auto"
+
 Key = TypeVar("Key")
 
 
@@ -115,6 +117,28 @@ def interpolate_sparsity(start: float, end: float, share: float) -> float:
     if end == 1:
         return start + (end - start) * share
     return min(max(start, 1 - (1 - start) * ((1 - end) / (1 - start)) ** share), end)  # whatever the rounding
+
+
+def num_recomputations(start: Mapping[Key, float], end: Mapping[Key, float]) -> int:
+    """Return the recomputations of ``"auto"``: 2 for each halving of the weights, on the longest of the ways.
+
+    Args:
+        start: Key -> sparsity to start from.
+        end: Key -> sparsity to reach.
+
+    Returns:
+        R, from 1 to 16.
+
+    Example:
+        >>> num_recomputations({None: 0.35}, {None: 0.95})
+        7
+    """
+    halvings = [
+        math.log2((1 - start[key]) / (1 - end[key])) if end[key] < 1 else math.inf
+        for key in end
+        if end[key] > start[key]
+    ]
+    return round(min(max(2 * max(halvings, default=0.0), 1), _MAX_RECOMPUTATIONS))
 
 
 def interpolate_sparsities(start: Mapping[Key, float], end: Mapping[Key, float], share: float) -> dict[Key, float]:

@@ -42,6 +42,47 @@ def _substeps(name: str, value: Any) -> int | str:
     return check_int(name, value, 1, _MAX_ROUNDS, also=" or 'auto'")
 
 
+def _recomputations(name: str, value: Any) -> int | str:
+    if isinstance(value, str):
+        return check_choice(name, value, ("auto",))
+    return check_int(name, value, 1, _MAX_ROUNDS, also=" or 'auto'")
+
+
+def _num_grads(name: str, value: Any) -> int | dict[float, int]:
+    if not isinstance(value, Mapping):
+        return check_int(name, value)
+    counts = {check_sparsity(name, key): check_int(name, count) for key, count in value.items()}
+    if 0.0 not in counts:
+        raise ValueError(f"{name}: expected {{sparsity: number}} with the sparsity 0.0, got {value!r:.80}")
+    return dict(sorted(counts.items()))
+
+
+def num_grads_at(num_grads: int | Mapping[float, int], sparsity: float) -> int:
+    """Return the number of gradients for an update that starts from a sparsity.
+
+    Args:
+        num_grads: m, or m by the sparsity from which on it counts.
+        sparsity: The sparsity now.
+
+    Returns:
+        m.
+    """
+    if not isinstance(num_grads, Mapping):
+        return num_grads
+    return num_grads[max(key for key in num_grads if key <= sparsity)]
+
+
+def least_num_grads(num_grads: int | Mapping[float, int]) -> int:
+    """Return the smallest number of gradients that :func:`num_grads_at` may give."""
+    return min(num_grads.values()) if isinstance(num_grads, Mapping) else num_grads
+
+
+def _initial_sparsity(name: str, value: Any) -> float | str:
+    if isinstance(value, str):
+        return check_choice(name, value, ("current",))
+    return check_sparsity(name, value)
+
+
 def _pattern(name: str, value: Any) -> Any:
     parse_pattern(value)
     return value if isinstance(value, str) else [int(x) for x in value]
@@ -169,7 +210,15 @@ class StepSettings(MethodSettings, total=False):
 class GradientSettings(TypedDict, total=False):
     """How many gradients, and how often they are renewed."""
 
-    num_grads: Annotated[int, Setting(256, count_from(), "m, gradients of the Fisher; one batch gives one gradient.")]
+    num_grads: Annotated[
+        int | Mapping[float, int],
+        Setting(
+            256,
+            _num_grads,
+            "m, gradients of the Fisher; one batch gives one gradient. Or {sparsity: m}, with 0.0 among the keys: m "
+            "counts for updates that start from that sparsity or more.",
+        ),
+    ]
     refresh: Annotated[
         int | None,
         Setting(
@@ -180,13 +229,14 @@ class GradientSettings(TypedDict, total=False):
         ),
     ]
     recomputations: Annotated[
-        int,
+        int | str,
         Setting(
             1,
-            count_from(1, _MAX_ROUNDS),
+            _recomputations,
             "R: the sparsity is reached in R steps at equal ratios of the remaining weights, with new gradients at "
             "each. A big jump at once defeats every quadratic model; collecting gradients is most of the cost, "
-            "``num_grads + (R - 1) · refresh`` backward passes before the final corrections.",
+            '``num_grads + (R - 1) · refresh`` backward passes before the final corrections. ``"auto"``: 2 for each '
+            "halving of the weights, rounded, at least 1 and at most 16: 1 from dense to 35 %, 7 from there to 95 %.",
         ),
     ]
 
@@ -246,7 +296,14 @@ class PruneSettings(StepSettings, GradientSettings, CorrectionSettings, SourceSe
 class PrunerSettings(StepSettings, GradientSettings, CorrectionSettings, SourceSettings, total=False):
     """The settings of :class:`mfac.Pruner`."""
 
-    initial_sparsity: Annotated[float, Setting(0.0, check_sparsity, "Sparsity at the first update.")]
+    initial_sparsity: Annotated[
+        float | str,
+        Setting(
+            0.0,
+            _initial_sparsity,
+            'Sparsity at the first update; ``"current"``: that of the ``masks``, of each key by itself.',
+        ),
+    ]
     start: Annotated[float, Setting(0, checked_later, "Time of the first update, which gives ``initial_sparsity``.")]
     frequency: Annotated[
         float, Setting(1, checked_later, "Time between updates, due at start, start + frequency, ... and end.")

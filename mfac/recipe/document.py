@@ -1,4 +1,4 @@
-"""Read the text of a recipe: find its front matter and parse the YAML, within bounds that no recipe comes near.
+"""Read the text of a recipe: find its YAML and parse it, within bounds that no recipe comes near.
 
 A recipe may come from anywhere, so that a file made to exhaust time or memory must end in an error at once.
 """
@@ -6,11 +6,14 @@ A recipe may come from anywhere, so that a file made to exhaust time or memory m
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from mfac.checks import warn
 
 SUFFIXES = (".yaml", ".yml", ".md")
 MAX_FILE = 2**20  # bytes; the largest recipes in use have some 20,000
@@ -21,15 +24,29 @@ _MAX_NODES = 50_000  # values, with every alias expanded; one per 100 characters
 _MAX_DEPTH = 32  # of lists and mappings; PyYAML recurses
 _MAX_SCALAR = 10_000  # characters; PyYAML converts numbers such as 1:30:00 in quadratic time
 _SPACE = re.compile(r"\s*")
+_NUMBERED = re.compile(r"(.+\.md)#(\d{1,4})")  # a fenced recipe of a Markdown file
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})\s*(\S*)")
 
 
 @dataclass(frozen=True)
 class Item:
-    """A modifier as written: its name without the `!`, its arguments, and the line it starts on."""
+    """A modifier as written.
+
+    Attributes:
+        name: Its name without the `!`.
+        arguments: Its arguments.
+        line: The line it starts on.
+        lines: The line of each argument.
+    """
 
     name: str
     arguments: dict[str, Any]
     line: int
+    lines: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+
+    def at(self, key: str) -> int:
+        """Return the line of an argument or, if it has none, of the modifier."""
+        return self.lines.get(key, self.line)
 
 
 class _Refused(yaml.MarkedYAMLError):
@@ -40,10 +57,14 @@ class _Refused(yaml.MarkedYAMLError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without arbitrary objects, within bounds; a tag `!Name` becomes an Item, and a repeated key is an error."""
+    """YAML without arbitrary objects, within bounds; a tag `!Name` becomes an Item.
 
-    def __init__(self, text: str) -> None:
+    Of a key or an anchor that is defined again, the later definition counts; there is a warning if they differ.
+    """
+
+    def __init__(self, text: str, name: str) -> None:
         super().__init__(text)
+        self.name_of_text = name
         self._nodes = 0
         self._depth = 0
         self._sizes: dict[str, int] = {}  # nodes of each finished anchor, expanded
@@ -51,6 +72,9 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event, before = self.peek_event(), self._nodes
         is_alias = isinstance(event, yaml.AliasEvent)
+        if event.anchor is not None and not is_alias:  # YAML allows what PyYAML refuses
+            self.anchors.pop(event.anchor, None)
+            self._sizes.pop(event.anchor, None)
         if is_alias and event.anchor in self.anchors and event.anchor not in self._sizes:
             raise _Refused(f"expected an alias of another value, got *{event.anchor} inside itself", event.start_mark)
         if is_alias:
@@ -77,16 +101,20 @@ class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         mapping = super().compose_mapping_node(anchor)
         self._check_entries(mapping)
-        keys = set()
-        for node, _ in mapping.value:
+        values: dict[Any, yaml.Node] = {}
+        for node, value in mapping.value:
             if node.tag == "tag:yaml.org,2002:merge":
                 continue
             key = self.construct_object(node) if isinstance(node, yaml.ScalarNode) else None
             if not isinstance(node, yaml.ScalarNode) or isinstance(key, (list, dict, set, Item)):
                 raise _Refused(f"expected a number or a string as a key, got a {node.id}", node.start_mark)
-            if key in keys:
-                raise _Refused(f"expected each key once in a mapping, got {key!r:.80} again", node.start_mark)
-            keys.add(key)
+            if key in values and not _same(values[key], value):
+                lines = (values[key].start_mark.line + 1, value.start_mark.line + 1)
+                warn(
+                    f"{self.name_of_text} line {lines[1]}: {key!r:.80} is given again, with another value than in line "
+                    f"{lines[0]}; the later one counts"
+                )
+            values[key] = value
         return mapping
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
@@ -113,10 +141,18 @@ class _Loader(yaml.SafeLoader):
             )
 
 
+def _same(one: yaml.Node, other: yaml.Node) -> bool:
+    """Return whether two nodes are one, or scalars that are written alike."""
+    scalars = isinstance(one, yaml.ScalarNode) and isinstance(other, yaml.ScalarNode)
+    return one is other or (scalars and (one.tag, one.value) == (other.tag, other.value))
+
+
 def _construct_item(loader: _Loader, suffix: str, node: yaml.Node) -> Item:
     line = node.start_mark.line + 1
     if isinstance(node, yaml.MappingNode):
-        return Item(suffix, loader.construct_mapping(node, deep=True), line)
+        arguments = loader.construct_mapping(node, deep=True)  # merges are expanded now
+        lines = {key.value: key.start_mark.line + 1 for key, _ in node.value}
+        return Item(suffix, arguments, line, lines)
     if isinstance(node, yaml.ScalarNode) and not node.value:
         return Item(suffix, {}, line)
     raise _Refused(f"expected `name: value` arguments after !{suffix:.80}, got a {node.id}", node.start_mark)
@@ -136,8 +172,8 @@ def load_yaml(text: str, name: str) -> Any:
         The value: plain Python objects, and an Item for each tag `!Name`.
 
     Raises:
-        ValueError: If it is not valid YAML, repeats a key in a mapping, or exceeds the bounds at the head of this
-            module. The message gives the line.
+        ValueError: If it is not valid YAML, or exceeds the bounds at the head of this module. The message gives the
+            line.
 
     Example:
         >>> load_yaml("a: &x [1, 2]\nb: *x", "recipe")
@@ -146,7 +182,11 @@ def load_yaml(text: str, name: str) -> Any:
     if len(text) > _MAX_YAML:
         raise ValueError(f"{name}: expected at most {_MAX_YAML} characters of YAML, got {len(text)}")
     try:
-        return yaml.load(text, Loader=_Loader)
+        loader = _Loader(text, name)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         if not isinstance(error, yaml.MarkedYAMLError):  # a character that YAML does not allow
             raise ValueError(f"{name}: expected valid YAML, got an error: {' '.join(str(error).split())}") from error
@@ -184,35 +224,84 @@ def _front_matter(text: str) -> tuple[int, int] | None:
     return None
 
 
-def read_document(source: str | Path, hint: str = "") -> dict[Any, Any]:
+@dataclass(frozen=True)
+class _Fenced:
+    """A fenced block of a Markdown file that holds a recipe: where its text is, and the heading above it."""
+
+    start: int
+    end: int
+    line: int
+    heading: str
+
+
+def _fenced(text: str) -> Iterator[_Fenced]:
+    """Find the fenced blocks that hold recipes; each line is looked at once."""
+    fence, heading, start, first, at = "", "", 0, 0, 0
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        match = _FENCE.match(line)
+        if fence and match and match[1].startswith(fence) and not match[2]:
+            if "modifiers" in text[start:at] and "!" in text[start:at]:
+                yield _Fenced(start, at, first, heading)
+            fence = ""
+        elif not fence and match:
+            fence, start, first = match[1], at + len(line), number + 1
+        elif not fence and line.startswith("#"):
+            heading = line.strip("# \r\n")
+        at += len(line)
+
+
+def _only(text: str, span: tuple[int, int]) -> str:
+    """Return a part of a text after as many empty lines as there are lines before it: line numbers stay."""
+    return "\n" * text.count("\n", 0, span[0]) + text[slice(*span)]
+
+
+def _find_yaml(text: str, name: str, number: int | None) -> str:
+    """Return the YAML of a recipe's text: its front matter, the only fenced recipe or that of a number, or all."""
+    front = _front_matter(text) if number is None else None
+    if front:
+        return _only(text, front)
+    if not name.endswith(".md"):
+        return text
+    blocks = list(_fenced(text))
+    if number is None and len(blocks) > 1:
+        found = ", ".join(f"{name}#{i} (line {block.line}: {block.heading:.60})" for i, block in enumerate(blocks, 1))
+        raise ValueError(f"{name}: expected the number of one of its recipes, got several: {found:.1500}")
+    if not 1 <= (number or 1) <= len(blocks):
+        wanted = "YAML front matter between two `---` lines" if number is None else f"{number} fenced recipes or more"
+        raise ValueError(f"{name}: expected {wanted}, got {len(blocks) or 'none'}")
+    block = blocks[(number or 1) - 1]
+    inner = _front_matter(text[block.start : block.end])
+    return _only(text, (block.start + inner[0], block.start + inner[1]) if inner else (block.start, block.end))
+
+
+def read_document(source: str | Path, hint: str = "") -> tuple[dict[Any, Any], str]:
     """Read a recipe's top-level mapping.
 
     Args:
-        source: A path ending in .yaml, .yml or .md (front matter), or the text of a recipe; at most 1 MiB.
+        source: A path ending in .yaml, .yml or .md (front matter, or a fenced recipe: ``FILE.md#2`` is the second), or
+            the text of a recipe; at most 1 MiB.
         hint: Said in the error if there is no such file.
 
     Returns:
-        The mapping; its modifiers are Items, its expressions are not evaluated yet.
+        The mapping, whose modifiers are Items and whose expressions are not evaluated yet, and what to call the recipe
+        in errors.
 
     Raises:
         TypeError: If `source` is neither a string nor a path.
-        ValueError: If there is no such file, it is too large, or it does not hold a mapping in YAML.
+        ValueError: If there is no such file, it is too large, it holds several recipes, or not a mapping in YAML.
     """
     if not isinstance(source, (str, Path)):
         raise TypeError(f"recipe: expected a path or a string, got {type(source).__name__}")
-    text, name = _read_text(source, hint)
-    found = _front_matter(text)
-    if found:  # lines above it stay, as empty ones, so that line numbers are those of the file
-        text = "\n" * text.count("\n", 0, found[0]) + text[slice(*found)]
-    elif name.endswith(".md"):
-        raise ValueError(f"{name}: expected YAML front matter between two `---` lines, got none")
+    numbered = _NUMBERED.fullmatch(str(source)) if len(str(source)) < _MAX_SCALAR else None
+    text, name = _read_text(numbered[1] if numbered else source, hint)
+    text = _find_yaml(text, name, int(numbered[2]) if numbered else None)
     document = load_yaml(text, name)
     if not isinstance(document, dict):
         raise ValueError(
             f"{name}: expected a recipe (a mapping that holds a list of modifiers) or a path ending in "
             f"{', '.join(SUFFIXES)}, got {text.strip()[:80]!r}"
         )
-    return document
+    return document, name
 
 
 def _read_text(source: str | Path, hint: str) -> tuple[str, str]:
@@ -234,3 +323,25 @@ def _read_text(source: str | Path, hint: str) -> tuple[str, str]:
         return data.decode("utf-8-sig"), str(path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 text, got byte {data[error.start]:#04x} at {error.start}") from error
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML in which an Item is a tag with arguments, and nothing is an alias."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_representer(Item, lambda dumper, item: dumper.represent_mapping(f"!{item.name}", item.arguments))
+
+
+def dump_yaml(value: Any) -> str:
+    """Return YAML that :func:`load_yaml` reads as the same value.
+
+    Args:
+        value: Plain Python objects and Items.
+
+    Returns:
+        The text.
+    """
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

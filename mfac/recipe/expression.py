@@ -8,6 +8,7 @@ functions, and still leave nesting and the total unbounded.
 from __future__ import annotations
 
 import ast
+import contextlib
 import itertools
 import operator
 from collections.abc import Callable, Mapping
@@ -135,7 +136,11 @@ class Scope:
 
     def _compute(self, node: ast.AST, text: str, depth: int) -> Any:
         def number(child: ast.AST) -> int | float:
-            return _number(self._compute(child, text, depth), text)
+            value = self._compute(child, text, depth)
+            if isinstance(value, str):  # YAML 1.1 reads 1e-7 as a string
+                with contextlib.suppress(ValueError):
+                    value = float(value)
+            return _number(value, text)
 
         match node:
             case ast.Constant():

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mfac.recipe.document import MAX_DIGITS, MAX_ENTRIES, MAX_FILE, Item, load_yaml, read_document
+from mfac.checks import suggestion
+from mfac.recipe.document import MAX_DIGITS, MAX_ENTRIES, MAX_FILE, Item, dump_yaml, load_yaml, read_document
 from mfac.recipe.expression import Scope
 
 
@@ -17,6 +18,12 @@ class Recipe:
 
     items: list[Item]
     metadata: Any = None
+    name: str = "recipe"  # in errors: the file, if it is one
+
+    def __str__(self) -> str:
+        """Return YAML that means the same, its variables filled in."""
+        metadata = {} if self.metadata is None else {"__metadata__": self.metadata}
+        return dump_yaml({**metadata, "modifiers": self.items})
 
 
 def tutorial_recipes() -> Path:
@@ -87,7 +94,7 @@ def _variables(mapping: dict[Any, Any]) -> dict[Any, Any]:
     }
 
 
-def _items(mapping: dict[Any, Any], scope: Scope) -> list[Item]:
+def _items(mapping: dict[Any, Any], scope: Scope, name: str) -> list[Item]:
     """Return the modifiers in the groups of a recipe or stage, with their arguments evaluated."""
     items = []
     for key, group in mapping.items():
@@ -95,16 +102,22 @@ def _items(mapping: dict[Any, Any], scope: Scope) -> list[Item]:
             continue
         if isinstance(group, dict) and any(str(name).endswith("Modifier") for name in group):
             raise ValueError(
-                f"{key}: expected modifiers as YAML tags, got `{next(iter(group))}:` without the `!`; this recipe is "
-                f"written for another program (LLM Compressor), not in SparseML's format"
+                f"{name}: {key}: expected modifiers as YAML tags, got `{next(iter(group))}:` without the `!`; this "
+                f"recipe is written for another program (LLM Compressor), not in SparseML's format"
             )
         if not isinstance(group, list) or not all(isinstance(item, Item) for item in group):
-            raise ValueError(f"{key}: expected a list of modifiers such as `- !EpochRangeModifier`, got {group!r:.80}")
+            raise ValueError(
+                f"{name}: {key}: expected a list of modifiers such as `- !EpochRangeModifier`, got {group!r:.80}"
+            )
         for item in group:
-            try:
-                items.append(Item(item.name, scope.evaluate(item.arguments), item.line))
-            except ValueError as error:
-                raise ValueError(f"recipe line {item.line}: !{item.name}: {error}") from error
+            arguments: dict[str, Any] = {}
+            for argument, value in item.arguments.items():
+                try:
+                    arguments[argument] = scope.evaluate(value)
+                except ValueError as error:
+                    where = f"{name} line {item.at(argument)}: !{item.name:.80}"
+                    raise ValueError(f"{where}: {argument}: {error}") from error
+            items.append(Item(item.name, arguments, item.line, item.lines))
     return items
 
 
@@ -112,10 +125,12 @@ def load_recipe(source: str | Path, recipe_args: str | dict[str, Any] | None = N
     r"""Read a recipe: parse its YAML, fill in variables and `eval(...)`, list its modifiers.
 
     The file or text may come from a stranger: nothing in it is executed, and one made to exhaust time or memory is
-    refused at once. A key that occurs twice in a mapping is an error.
+    refused at once. Of a key that occurs twice in a mapping, the later one counts, and there is a warning if they
+    differ.
 
     Args:
-        source: A path ending in .yaml, .yml or .md (front matter), or the text of a recipe; at most 1 MiB.
+        source: A path ending in .yaml, .yml or .md (front matter, or a fenced recipe: `FILE.md#2` is the second), or
+            the text of a recipe; at most 1 MiB.
         recipe_args: Values that override the recipe's variables: a dict, JSON, or `name=value,name=value`.
 
     Returns:
@@ -132,17 +147,20 @@ def load_recipe(source: str | Path, recipe_args: str | dict[str, Any] | None = N
         [Item(name='EpochRangeModifier', arguments={'start_epoch': 0, 'end_epoch': 5}, line=3)]
     """
     overrides = _parse_arguments(recipe_args)
-    document = read_document(source, f"; the tutorial's recipes are in {tutorial_recipes()}")
+    document, recipe = read_document(source, f"; the tutorial's recipes are in {tutorial_recipes()}")
     stages = [value for key, value in document.items() if _is_stage(key, value)]
     known = {name for part in (document, *stages) for name in _variables(part)}
     for name in overrides:
         if name not in known:
             variables = ", ".join(sorted(map(str, known))) or "none"
-            raise ValueError(f"recipe_args: expected variables of the recipe ({variables:.200}), got {name!r:.80}")
+            raise ValueError(
+                f"recipe_args: expected variables of the recipe ({variables:.200}), got {name!r:.80}"
+                f"{suggestion(str(name), map(str, known))}"
+            )
     scope = Scope({**_variables(document), **overrides})
-    items = _items(document, scope)
+    items = _items(document, scope, recipe)
     for stage in stages:
-        items += _items(stage, Scope({**_variables(stage), **overrides}, outer=scope))
+        items += _items(stage, Scope({**_variables(stage), **overrides}, outer=scope), recipe)
     if not items:
-        raise ValueError("recipe: expected modifiers, listed under a top-level key such as `modifiers`, got none")
-    return Recipe(items, document.get("__metadata__"))
+        raise ValueError(f"{recipe}: expected modifiers, listed under a top-level key such as `modifiers`, got none")
+    return Recipe(items, document.get("__metadata__"), recipe)

@@ -15,7 +15,8 @@ from mfac.pruning.gradual import Pruner
 from mfac.pruning.masks import sparsity_of
 from mfac.pruning.result import PruneResult
 from mfac.recipe.load import load_recipe
-from mfac.recipe.modifiers import EpochRange, MagnitudePruning, Modifier, OptimizerSetting, build
+from mfac.recipe.modifiers import PRUNING, EpochRange, MagnitudePruning, Modifier, Pruning, Target, build
+from mfac.recipe.modifiers.base import Action
 
 
 class Manager:
@@ -55,7 +56,8 @@ class Manager:
         """Read and check a recipe.
 
         Args:
-            source: A path ending in .yaml, .yml or .md, or the text of a recipe.
+            source: A path ending in .yaml, .yml or .md (`FILE.md#2` for the second of its fenced recipes), or the text
+                of a recipe.
             recipe_args: Values that override the recipe's variables: a dict, JSON, or `name=value,name=value`.
             strict: Refuse modifiers that are otherwise skipped with a warning (quantization, distillation).
 
@@ -67,7 +69,7 @@ class Manager:
             ValueError: If the recipe cannot be read, or holds an unknown modifier, argument or value.
         """
         recipe = load_recipe(source, recipe_args)
-        modifiers = [build(item, strict) for item in recipe.items]
+        modifiers = [build(item, strict, recipe.name) for item in recipe.items]
         return cls([modifier for modifier in modifiers if modifier is not None], recipe.metadata)
 
     @property
@@ -117,12 +119,13 @@ class Manager:
         """
         if not 0 < self.epochs < math.inf:
             raise ValueError("recipe: expected a length of training, !EpochRangeModifier {end_epoch: ...}, got none")
-        settings = [modifier for modifier in self.modifiers if isinstance(modifier, OptimizerSetting)]
-        for setting in settings:
-            setting.groups(optimizer)
-        settings.sort(key=lambda setting: setting.start_epoch)  # stable: of two that start together, the later one wins
-        pruners = [item.pruner(model, batches, loss_fn, self.epochs, progress) for item in self._pruning()]
-        return Session(pruners, settings, optimizer)
+        return self._bind(Target(model, optimizer, batches, loss_fn, self.epochs, progress, one_shot=False))
+
+    def _bind(self, target: Target) -> Session:
+        # Stable: of two settings that start together, the later one wins.
+        modifiers = sorted(self.modifiers, key=lambda modifier: modifier.start_epoch)
+        actions = [modifier.bind(target) for modifier in modifiers]
+        return Session([action for action in actions if action is not None])
 
     def one_shot(
         self,
@@ -148,10 +151,9 @@ class Manager:
         Raises:
             ValueError: If the recipe prunes nothing, or names parameters that do not exist.
         """
-        if not self._pruning():
+        if not any(isinstance(modifier, PRUNING) for modifier in self.modifiers):
             raise ValueError("recipe: expected a pruning modifier for one-shot pruning, got none")
-        pruners = [item.pruner(model, batches, loss_fn, 0.0, progress, one_shot=True) for item in self._pruning()]
-        session = Session(pruners, [], None)
+        session = self._bind(Target(model, None, batches, loss_fn, 0.0, progress, one_shot=True))
         session.step(0.0)
         return session
 
@@ -169,25 +171,21 @@ class Session:
     :meth:`state_dict`: it holds tensors and plain values only, and ``torch.load`` reads it with ``weights_only=True``.
 
     Args:
-        pruners: One per pruning modifier.
-        settings: The modifiers that set the optimizer's learning rate and weight decay, in order of their start.
-        optimizer: The optimizer; None if there are no settings.
-
-    Attributes:
-        pruners: As given.
+        actions: What the modifiers do, in order.
     """
 
-    def __init__(
-        self, pruners: list[Pruner], settings: list[OptimizerSetting], optimizer: torch.optim.Optimizer | None
-    ) -> None:
-        self.pruners = pruners
-        self._settings = settings
-        self._optimizer = optimizer
-        self._set(0.0)
+    def __init__(self, actions: list[Action]) -> None:
+        self._actions = actions
+        self._epoch = -math.inf  # of the last call
+        for action in actions:
+            if action.early:
+                action.step(self._epoch, 0.0)
+        self._epoch = 0.0
 
-    def _set(self, epoch: float) -> None:
-        for setting in self._settings:
-            setting.update(self._optimizer, epoch)
+    @property
+    def pruners(self) -> list[Pruner]:
+        """The :class:`mfac.Pruner` of each modifier that prunes along a schedule."""
+        return [action.pruner for action in self._actions if isinstance(action, Pruning)]
 
     def step(self, epoch: float) -> list[PruneResult]:
         """Enforce the masks, prune if an update is due, set learning rate and weight decay.
@@ -205,14 +203,18 @@ class Session:
             ValueError: If it is not finite.
         """
         epoch = check_number("epoch", epoch)
-        results = [pruner.step(epoch) for pruner in self.pruners]
-        self._set(epoch)
+        results = [action.step(self._epoch, epoch) for action in self._actions]
+        self._epoch = max(self._epoch, epoch)
         return [result for result in results if result is not None]
 
     @property
     def masks(self) -> dict[str, torch.Tensor]:
         """Parameter name -> bool tensor, True where a weight is kept; empty before the first update."""
-        return {name: mask for pruner in self.pruners for name, mask in pruner.masks.items()}
+        masks: dict[str, torch.Tensor] = {}
+        for action in self._actions:
+            for name, mask in action.masks.items():
+                masks[name] = masks[name] & mask if name in masks else mask
+        return masks
 
     @property
     def sparsity(self) -> float:
@@ -220,26 +222,28 @@ class Session:
         return sparsity_of(self.masks)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the masks and the progress of the schedules, for :meth:`load_state_dict`."""
-        return {"pruners": [pruner.state_dict() for pruner in self.pruners]}
+        """Return masks, progress and what the recipe set, for :meth:`load_state_dict`."""
+        return {"epoch": self._epoch, "actions": [action.state_dict() for action in self._actions]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore masks and progress, and enforce the masks; model and optimizer have states of their own.
+        """Restore masks, progress, learning rate and weight decay, and enforce the masks.
+
+        Model and optimizer have states of their own; load them before or after.
 
         Args:
             state: From :meth:`state_dict` of a session of the same recipe.
 
         Raises:
-            ValueError: If it belongs to another recipe.
+            ValueError: If it belongs to another recipe; nothing is changed then.
         """
-        states = state.get("pruners") if isinstance(state, Mapping) else None
-        if not isinstance(states, list):
+        states = state.get("actions") if isinstance(state, Mapping) else None
+        if not isinstance(states, list) or "epoch" not in state:
             raise ValueError(f"state: expected what Session.state_dict() returned, got {type(state).__name__}")
-        if len(states) != len(self.pruners):
-            raise ValueError(
-                f"state: expected {len(self.pruners)} pruning modifiers, those of this recipe, got {len(states)}"
-            )
-        for pruner, saved in zip(self.pruners, states, strict=True):
-            pruner.check_state_dict(saved)  # all before one is changed
-        for pruner, saved in zip(self.pruners, states, strict=True):
-            pruner.load_state_dict(saved)
+        if len(states) != len(self._actions):
+            raise ValueError(f"state: expected {len(self._actions)} modifiers, those of this recipe, got {len(states)}")
+        epoch = check_number("state['epoch']", state["epoch"])
+        for action, saved in zip(self._actions, states, strict=True):
+            action.check_state_dict(saved)  # all before one is changed
+        for action, saved in zip(self._actions, states, strict=True):
+            action.load_state_dict(saved)
+        self._epoch = epoch

@@ -6,31 +6,64 @@ from dataclasses import MISSING, fields
 
 from mfac.checks import suggestion, warn
 from mfac.recipe.document import Item
-from mfac.recipe.modifiers.base import EpochRange, Modifier
-from mfac.recipe.modifiers.optimizer import OptimizerSetting, SetLearningRate, SetWeightDecay
-from mfac.recipe.modifiers.pruning import GlobalMagnitudePruning, MagnitudePruning, MFACGlobalPruning, MFACPruning
+from mfac.recipe.modifiers.base import Action, EpochRange, Modifier, Target
+from mfac.recipe.modifiers.masks import ACDCPruning, ConstantPruning
+from mfac.recipe.modifiers.optimizer import (
+    LearningRate,
+    LearningRateFunction,
+    SetLearningRate,
+    SetWeightDecay,
+)
+from mfac.recipe.modifiers.params import SetParam, TrainableParams
+from mfac.recipe.modifiers.pruning import (
+    GlobalMagnitudePruning,
+    MagnitudePruning,
+    MFACGlobalPruning,
+    MFACPruning,
+    OBSPruning,
+    Pruning,
+)
 
-__all__ = ["MODIFIERS", "EpochRange", "MagnitudePruning", "Modifier", "OptimizerSetting", "build"]
+__all__ = [
+    "MODIFIERS",
+    "PRUNING",
+    "Action",
+    "EpochRange",
+    "MagnitudePruning",
+    "Modifier",
+    "Pruning",
+    "Target",
+    "build",
+]
 
 MODIFIERS: dict[str, type[Modifier]] = {
     "EpochRangeModifier": EpochRange,
     "SetLearningRateModifier": SetLearningRate,
+    "LearningRateFunctionModifier": LearningRateFunction,
+    "LearningRateModifier": LearningRate,
     "SetWeightDecayModifier": SetWeightDecay,
     "MagnitudePruningModifier": MagnitudePruning,
     "GMPruningModifier": MagnitudePruning,
     "GlobalMagnitudePruningModifier": GlobalMagnitudePruning,
     "MFACPruningModifier": MFACPruning,
     "MFACGlobalPruningModifier": MFACGlobalPruning,
+    "OBSPruningModifier": OBSPruning,
+    "ConstantPruningModifier": ConstantPruning,
+    "ACDCPruningModifier": ACDCPruning,
+    "TrainableParamsModifier": TrainableParams,
+    "SetParamModifier": SetParam,
 }
+PRUNING = (MagnitudePruning, ConstantPruning, ACDCPruning)
 _SKIPPED = ("Quantization", "Distillation")  # modifiers of these kinds are skipped with a warning
 
 
-def build(item: Item, strict: bool = False) -> Modifier | None:
+def build(item: Item, strict: bool = False, name: str = "recipe") -> Modifier | None:
     """Return the modifier that a recipe's item describes.
 
     Args:
         item: The name and arguments as read.
         strict: Refuse what is otherwise skipped with a warning (quantization, distillation).
+        name: What to call the recipe in errors.
 
     Returns:
         The modifier, or None if it is skipped.
@@ -43,7 +76,7 @@ def build(item: Item, strict: bool = False) -> Modifier | None:
         >>> build(Item("EpochRangeModifier", {"start_epoch": 0, "end_epoch": 3}, line=1)).end_epoch
         3.0
     """
-    where = f"recipe line {item.line}: !{item.name:.80}"
+    where = f"{name} line {item.line}: !{item.name:.80}"
     if any(kind in item.name for kind in _SKIPPED):
         if strict:
             raise ValueError(f"{where}: expected modifiers that prune or train, got one that mfac does not run")
@@ -70,4 +103,14 @@ def build(item: Item, strict: bool = False) -> Modifier | None:
                 raise ValueError(f"{needed}: expected a value, got none")
         return cls(**arguments)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error!s:.1000}") from error
+        raise ValueError(f"{name} line {_line(cls, item, str(error))}: !{item.name:.80}: {error!s:.1000}") from error
+
+
+def _line(cls: type[Modifier], item: Item, message: str) -> int:
+    """Return the line of the argument that an error `name: expected ..., got ...` is about."""
+    argument = message.partition(":")[0]
+    if argument == "argument":
+        argument = next((key for key in item.lines if f"got {key!r}" in message), "")
+    spellings = getattr(cls, "spellings", {})
+    written = [key for key in item.lines if argument in (key, spellings.get(key))]
+    return item.at(written[0]) if written else item.line

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from mfac.checks import check_number
+from mfac.pruning.result import PruneResult
 
 
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
@@ -73,6 +78,26 @@ def positive(name: str, value: Any) -> float:
     return given
 
 
+def flag(name: str, value: Any) -> bool:
+    """Check a boolean; the words true and false count, as other YAML readers write them.
+
+    Args:
+        name: Of the argument, for the error.
+        value: As read from the recipe.
+
+    Returns:
+        The boolean.
+
+    Raises:
+        TypeError: If it is anything else.
+    """
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected true or false, got {value!r:.80}")
+    return value
+
+
 def names(name: str, value: Any) -> list[str]:
     """Check a name or a list of names.
 
@@ -90,6 +115,63 @@ def names(name: str, value: Any) -> list[str]:
     if not isinstance(given, list) or not all(isinstance(item, str) for item in given):
         raise TypeError(f"{name}: expected a name or a list of names, got {value!r:.80}")
     return given
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What a recipe is applied to.
+
+    Attributes:
+        model: The model.
+        optimizer: Its optimizer; None for one-shot pruning.
+        batches: Batches (inputs, targets) for gradients, or None.
+        loss_fn: ``loss_fn(outputs, targets)``, or None.
+        end: The epoch at which training ends.
+        progress: Show progress bars while gradients are collected.
+        one_shot: Everything is due at once, at epoch 0; initial sparsities do not count.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    batches: Iterable | None
+    loss_fn: Callable | None
+    end: float
+    progress: bool
+    one_shot: bool
+
+
+class Action:
+    """What a modifier does in one training run.
+
+    Attributes:
+        early: Whether :meth:`step` is also called before training, with epoch 0.
+        masks: Parameter name -> bool tensor, True = kept, of the masks that the action holds now.
+    """
+
+    early = False
+    masks: Mapping[str, Tensor] = {}
+
+    def step(self, last: float, epoch: float) -> PruneResult | None:
+        """Act after an optimizer step.
+
+        Args:
+            last: Epoch of the call before; -inf at the first one.
+            epoch: The training done so far, in epochs.
+
+        Returns:
+            What was pruned, or None.
+        """
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain values, for :meth:`load_state_dict`."""
+        return {}
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Check a state without loading it; raise ValueError if it belongs to another action."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a state."""
 
 
 @dataclass(kw_only=True)
@@ -114,6 +196,20 @@ class Modifier:
     def normalize(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         """Return `arguments` with legacy spellings replaced by today's."""
         return arguments
+
+    def bind(self, target: Target) -> Action | None:
+        """Return what the modifier does in one training run, or None; nothing is changed yet.
+
+        Args:
+            target: What the recipe is applied to.
+
+        Returns:
+            The action.
+
+        Raises:
+            ValueError: If names or indices of the recipe do not fit the model or the optimizer.
+        """
+        return None
 
 
 @dataclass(kw_only=True)

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from torch.optim import lr_scheduler
 
-from mfac.checks import check_int
-from mfac.recipe.modifiers.base import Modifier, number
+from mfac.checks import check_choice, check_int
+from mfac.recipe.modifiers.base import Action, Modifier, Target, number, plain_number, positive
+
+
+def _linear(x: float) -> float:
+    return x
+
+
+def _cosine(x: float) -> float:
+    return (1 - math.cos(math.pi * x)) / 2
+
+
+# Of the share x of the way (or of the cycle) from init_lr to final_lr.
+_FUNCTIONS: dict[str, Callable[[float], float]] = {"linear": _linear, "cosine": _cosine, "cyclic_linear": _linear}
+_SCHEDULERS: dict[str, Callable[..., lr_scheduler.LRScheduler]] = {
+    name: getattr(lr_scheduler, name)
+    for name in ("StepLR", "MultiStepLR", "ExponentialLR", "CosineAnnealingWarmRestarts")
+}
+_MAX_EPOCHS = 10**5  # of a torch scheduler, which is stepped epoch by epoch
 
 
 @dataclass(kw_only=True)
 class OptimizerSetting(Modifier):
-    """Hold one setting of the optimizer's parameter groups at a value from `start_epoch` on."""
+    """Write one setting of the optimizer's parameter groups when its time has come, and leave it alone afterwards."""
 
     key: ClassVar[str]  # the entry of `optimizer.param_groups`
-    argument: ClassVar[str]  # the recipe's name for the value
 
     param_groups: list[int] | None = None  # indices of the groups; None: all of them
     constant_logging: Any = None  # ignored
@@ -24,7 +43,6 @@ class OptimizerSetting(Modifier):
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        setattr(self, self.argument, number(self.argument, getattr(self, self.argument), 0))
         if self.param_groups is not None:
             if not isinstance(self.param_groups, list):
                 raise TypeError(f"param_groups: expected a list of indices, got {self.param_groups!r:.80}")
@@ -50,28 +68,176 @@ class OptimizerSetting(Modifier):
                 raise ValueError(f"param_groups: expected indices below the optimizer's {len(groups)}, got {index}")
         return [groups[index] for index in self.param_groups]
 
-    def update(self, optimizer: torch.optim.Optimizer, epoch: float) -> None:
-        """Write the value into the optimizer if `epoch` has reached `start_epoch`."""
-        if epoch >= self.start_epoch:
-            for group in self.groups(optimizer):
-                group[self.key] = getattr(self, self.argument)
+    @property
+    def until(self) -> float:
+        """The epoch from which on the setting is left alone."""
+        return self.start_epoch
+
+    def value(self, epoch: float) -> float:
+        """Return the value at an epoch."""
+        raise NotImplementedError
+
+    def bind(self, target: Target) -> Action | None:
+        """Return what writes into the optimizer."""
+        if target.optimizer is None:
+            return None
+        self.groups(target.optimizer)
+        return _Write(self, target.optimizer)
+
+
+class _Write(Action):
+    """Writes the value of a setting into an optimizer while its time lasts."""
+
+    early = True
+
+    def __init__(self, setting: OptimizerSetting, optimizer: torch.optim.Optimizer) -> None:
+        self._setting, self._optimizer = setting, optimizer
+
+    def step(self, last: float, epoch: float) -> None:
+        setting = self._setting
+        if epoch >= setting.start_epoch and last < setting.until:
+            for group in setting.groups(self._optimizer):
+                group[setting.key] = setting.value(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the values as they are, which a scheduler may have changed."""
+        setting = self._setting
+        return {"values": [float(group[setting.key]) for group in setting.groups(self._optimizer)]}
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        values, count = state.get("values"), len(self._setting.groups(self._optimizer))
+        if not isinstance(values, list) or len(values) != count:
+            raise ValueError(f"state: expected {self._setting.key} of {count} parameter groups, got {values!r:.80}")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for group, value in zip(self._setting.groups(self._optimizer), state["values"], strict=True):
+            group[self._setting.key] = value
 
 
 @dataclass(kw_only=True)
 class SetLearningRate(OptimizerSetting):
-    """Set the learning rate."""
+    """Set the learning rate once: a scheduler of the training program may change it afterwards."""
 
     key = "lr"
-    argument = "learning_rate"
 
     learning_rate: float
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        super().__post_init__()
+        self.learning_rate = number("learning_rate", self.learning_rate, 0)
+
+    def value(self, epoch: float) -> float:
+        """Return the value."""
+        return self.learning_rate
 
 
 @dataclass(kw_only=True)
 class SetWeightDecay(OptimizerSetting):
-    """Set the weight decay."""
+    """Set the weight decay once."""
 
     key = "weight_decay"
-    argument = "weight_decay"
 
     weight_decay: float
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        super().__post_init__()
+        self.weight_decay = number("weight_decay", self.weight_decay, 0)
+
+    def value(self, epoch: float) -> float:
+        """Return the value."""
+        return self.weight_decay
+
+
+@dataclass(kw_only=True)
+class LearningRateFunction(OptimizerSetting):
+    """Move the learning rate from `init_lr` to `final_lr` along a function of the epoch, at every step."""
+
+    key = "lr"
+
+    lr_func: str
+    init_lr: float
+    final_lr: float
+    end_epoch: float = field()  # required
+    cycle_epochs: float = 1.0  # length of a cycle of cyclic_linear
+    update_frequency: Any = None  # ignored, as in the original
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        super().__post_init__()
+        check_choice("lr_func", self.lr_func, _FUNCTIONS)
+        self.init_lr = number("init_lr", self.init_lr, 0)
+        self.final_lr = number("final_lr", self.final_lr, 0)
+        self.cycle_epochs = positive("cycle_epochs", self.cycle_epochs)
+        if self.end_epoch <= max(self.start_epoch, 0.0):
+            raise ValueError(f"end_epoch: expected above start_epoch = {self.start_epoch:g}, got {self.end_epoch:g}")
+
+    @property
+    def until(self) -> float:
+        """The epoch from which on the setting is left alone."""
+        return self.end_epoch
+
+    def value(self, epoch: float) -> float:
+        """Return the value at an epoch; a cycle ends at `final_lr`, and so does the last, cut short or not."""
+        start = max(self.start_epoch, 0.0)
+        done, length = min(epoch, self.end_epoch) - start, self.end_epoch - start
+        if self.lr_func == "cyclic_linear" and epoch < self.end_epoch:
+            cycle = math.floor(done / self.cycle_epochs)
+            done, length = done - cycle * self.cycle_epochs, min(length - cycle * self.cycle_epochs, self.cycle_epochs)
+        return self.init_lr + (self.final_lr - self.init_lr) * _FUNCTIONS[self.lr_func](done / length)
+
+
+@dataclass(kw_only=True)
+class LearningRate(OptimizerSetting):
+    """Let one of torch's schedulers set the learning rate, from `init_lr` on, once per epoch."""
+
+    key = "lr"
+
+    lr_class: str
+    lr_kwargs: dict[str, Any] = field(default_factory=dict)
+    init_lr: float
+    update_frequency: Any = None  # ignored, as in the original
+
+    def __post_init__(self) -> None:
+        """Check the arguments, by making the scheduler."""
+        super().__post_init__()
+        check_choice("lr_class", self.lr_class, _SCHEDULERS)
+        self.init_lr = number("init_lr", self.init_lr, 0)
+        if not isinstance(self.lr_kwargs, Mapping):
+            raise TypeError(f"lr_kwargs: expected arguments of {self.lr_class}, got {self.lr_kwargs!r:.80}")
+        self.lr_kwargs = {
+            str(key): [plain_number(item) for item in value] if isinstance(value, list) else plain_number(value)
+            for key, value in self.lr_kwargs.items()
+        }
+        for key, value in self.lr_kwargs.items():
+            if not all(isinstance(item, (int, float)) for item in (value if isinstance(value, list) else [value])):
+                raise ValueError(f"lr_kwargs: expected numbers and lists of numbers, got {value!r:.80} for {key:.80}")
+        self._rates: list[float] = []
+        self._make()
+
+    def _make(self) -> tuple[torch.optim.Optimizer, lr_scheduler.LRScheduler]:
+        optimizer = torch.optim.SGD([torch.zeros(())], lr=self.init_lr)
+        try:
+            return optimizer, _SCHEDULERS[self.lr_class](optimizer, **self.lr_kwargs)
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise ValueError(f"lr_kwargs: expected arguments of {self.lr_class}, got an error: {error}") from error
+
+    @property
+    def until(self) -> float:
+        """The epoch from which on the setting is left alone."""
+        return self.end_epoch if self.end_epoch >= 0 else math.inf
+
+    def value(self, epoch: float) -> float:
+        """Return the value at an epoch: that of the last whole epoch since the start."""
+        index = math.floor(max(min(epoch, self.until) - max(self.start_epoch, 0.0), 0.0))
+        if index > _MAX_EPOCHS:
+            raise ValueError(f"epoch: expected at most {_MAX_EPOCHS} epochs of {self.lr_class}, got {index}")
+        if index >= len(self._rates):
+            optimizer, scheduler = self._make()
+            self._rates = []
+            for _ in range(index + 1):
+                self._rates.append(optimizer.param_groups[0]["lr"])
+                optimizer.step()
+                scheduler.step()
+        return self._rates[index]

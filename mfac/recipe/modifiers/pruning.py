@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from mfac.checks import check_choice, check_int, warn
 from mfac.gradients.settings import SourceSettings
 from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.gradual import Pruner
 from mfac.pruning.patterns import parse_pattern
+from mfac.pruning.result import PruneResult
 from mfac.pruning.schedule import CURVES
-from mfac.pruning.settings import CorrectionSettings, GradientSettings, PrunerSettings
-from mfac.recipe.modifiers.base import Modifier, names, number, plain_number, positive
+from mfac.pruning.settings import CorrectionSettings, GradientSettings, PrunerSettings, least_num_grads
+from mfac.recipe.modifiers.base import Action, Modifier, Target, flag, names, number, plain_number, positive
 from mfac.settings import definitions
+
+FROM_PARAM = "__FROM_PARAM__"  # an initial sparsity: what the parameters have when the recipe is applied
 
 # Settings that the format gives in its own way, or that whoever applies the recipe gives.
 _BY_THE_FORMAT = (
@@ -27,7 +30,7 @@ _BY_THE_FORMAT = (
 )  # fmt: skip
 
 
-def _pattern(mask_type: Any) -> Any:
+def pattern_of(mask_type: Any) -> Any:
     """Return the Pruner's pattern for a `mask_type`."""
     if isinstance(mask_type, int) and not isinstance(mask_type, bool):  # YAML 1.1 reads 2:4 as 2 * 60 + 4
         mask_type = f"{mask_type // 60}:{mask_type % 60}" if 0 < mask_type < 60**3 else mask_type
@@ -87,14 +90,13 @@ class MagnitudePruning(Modifier):
         self.given = frozenset(self.settings)  # those that the recipe says
         given = {**{name: known[name].default for name in self.setting_names()}, **self.defaults, **self.settings}
         self.settings = {name: known[name].check(name, plain_number(value)) for name, value in given.items()}
-        self.init_sparsity = number("init_sparsity", self.init_sparsity, 0, 1)
+        if self.init_sparsity != FROM_PARAM:
+            self.init_sparsity = number("init_sparsity", self.init_sparsity, 0, 1)
         self.update_frequency = positive("update_frequency", self.update_frequency)
         check_choice("inter_func", self.inter_func, CURVES)
-        self.mask_type = _pattern(self.mask_type)
-        if self.leave_enabled is not True:
-            raise ValueError(f"leave_enabled: expected True (masks are always kept), got {self.leave_enabled!r:.80}")
-        if not isinstance(self.global_sparsity, bool):
-            raise ValueError(f"global_sparsity: expected true or false, got {self.global_sparsity!r:.80}")
+        self.mask_type = pattern_of(self.mask_type)
+        self.leave_enabled = flag("leave_enabled", self.leave_enabled)
+        self.global_sparsity = flag("global_sparsity", self.global_sparsity)
         if self.score_type is not None:
             check_choice("score_type", self.score_type, self.score_types)
         self.params = names("params", self.params or [])
@@ -129,38 +131,18 @@ class MagnitudePruning(Modifier):
         own = {key: value for key, value in arguments.items() if key not in known}
         return {**own, "settings": {key: value for key, value in arguments.items() if key in known}}
 
-    def pruner(
-        self,
-        model: nn.Module,
-        batches: Iterable | None,
-        loss_fn: Callable | None,
-        end: float,
-        progress: bool,
-        one_shot: bool = False,
-    ) -> Pruner:
-        """Return the Pruner that carries out the modifier; its time is measured in epochs.
-
-        Args:
-            model: The model to prune.
-            batches: Batches (inputs, targets) for the gradients; not used by magnitude pruning.
-            loss_fn: `loss_fn(outputs, targets)`; not used by magnitude pruning.
-            end: The epoch at which training ends, used if `end_epoch` is -1.
-            progress: Show progress bars while gradients are collected.
-            one_shot: Ignore the epochs and `init_sparsity`: the only update, to `final_sparsity`, is due at time 0.
-
-        Returns:
-            The Pruner; nothing is pruned yet.
-        """
-        initial, start = (0.0, 0.0) if one_shot else (self.init_sparsity, max(self.start_epoch, 0.0))
-        if one_shot:
-            end = 0.0
-        elif self.end_epoch >= 0:
-            end = self.end_epoch
+    def bind(self, target: Target) -> Pruning:
+        """Return the Pruner that carries out the modifier, as an action; its time is measured in epochs."""
+        start = end = initial = 0.0
+        from_param = self.init_sparsity == FROM_PARAM
+        if not target.one_shot:
+            start, end = max(self.start_epoch, 0.0), target.end if self.end_epoch < 0 else self.end_epoch
+            initial = "current" if from_param else self.init_sparsity
         per_layer = isinstance(self.final_sparsity, dict)
-        return Pruner(
-            model,
-            batches if CRITERIA[self.criterion].needs_gradients else None,
-            loss_fn,
+        pruner = Pruner(
+            target.model,
+            target.batches if CRITERIA[self.criterion].needs_gradients else None,
+            target.loss_fn,
             sparsity=self.final_sparsity,
             params=list(self.final_sparsity) if per_layer else self.params,
             scope="global" if self.global_sparsity else "layer",
@@ -171,9 +153,56 @@ class MagnitudePruning(Modifier):
             schedule=self.inter_func,
             pattern=self.mask_type,
             criterion=self.criterion,
-            progress=progress,
+            masks="nonzero" if from_param else None,
+            progress=target.progress,
             **self.settings,
         )
+        return Pruning(pruner, self.leave_enabled)
+
+
+class Pruning(Action):
+    """A Pruner as an action.
+
+    Args:
+        pruner: Its time is measured in epochs.
+        leave_enabled: Hold the masks after the last update; else the weights are free again.
+
+    Attributes:
+        pruner: As given.
+    """
+
+    def __init__(self, pruner: Pruner, leave_enabled: bool) -> None:
+        self.pruner, self._leave_enabled = pruner, leave_enabled
+
+    @property
+    def _released(self) -> bool:
+        return self.pruner.finished and not self._leave_enabled
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """The masks that are held."""
+        return {} if self._released else self.pruner.masks
+
+    def step(self, last: float, epoch: float) -> PruneResult | None:
+        """Enforce the masks, and prune if an update is due."""
+        return None if self._released else self.pruner.step(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the Pruner's state."""
+        return self.pruner.state_dict()
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Check a state of the Pruner."""
+        self.pruner.check_state_dict(state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the Pruner's state, and enforce its masks if they are held."""
+        weights = {name: p.detach().clone() for name, p in self.pruner.params.items()}
+        self.pruner.load_state_dict(state)
+        if self._released:
+            with torch.no_grad():
+                for name, p in self.pruner.params.items():
+                    p.copy_(weights[name])
 
 
 @dataclass(kw_only=True)
@@ -189,8 +218,7 @@ class MFACPruning(MagnitudePruning):
 
     Beyond the format's own arguments it takes settings of :class:`mfac.Pruner` by their names. What the recipe says
     counts to the letter; what it leaves open, damping and block size too, has the defaults of :class:`mfac.Pruner`,
-    but that new gradients come 8 times on the way of an update, since a single jump from 35 % to 95 % leaves the range
-    in which a quadratic model of the loss is accurate.
+    but that an update is made in as many ``recomputations`` as its length asks for (``"auto"``).
     """
 
     criterion: ClassVar[str] = "fisher"
@@ -200,7 +228,7 @@ class MFACPruning(MagnitudePruning):
         "fisher_block_size": "block_size",
         "available_gpus": "available_devices",
     }
-    defaults: ClassVar[dict[str, Any]] = {"recomputations": 8}
+    defaults: ClassVar[dict[str, Any]] = {"recomputations": "auto"}
     reported: ClassVar[tuple[str, ...]] = (
         "num_grads", "recomputations", "refresh", "damping", "block_size", "update", "substeps", "corrections",
     )  # fmt: skip
@@ -239,11 +267,11 @@ class MFACPruning(MagnitudePruning):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        if isinstance(self.settings.get("num_grads"), dict):
-            given = self.settings["num_grads"]
-            raise ValueError(f"num_grads: expected an int (a schedule is not supported), got {given!r:.80}")
+        given = self.settings.get("num_grads")
+        if isinstance(given, dict):
+            self.settings["num_grads"] = {plain_number(key): plain_number(value) for key, value in given.items()}
         super().__post_init__()
-        check_int("refresh", self.settings["refresh"] or 1, 1, self.settings["num_grads"])
+        check_int("refresh", self.settings["refresh"] or 1, 1, least_num_grads(self.settings["num_grads"]))
         device = self.settings["grads_device"]
         if device is not None and not re.fullmatch(r"cpu|disk(:.+)?|cuda(:\d+)?", str(device)):
             raise ValueError(
@@ -269,3 +297,16 @@ class MFACGlobalPruning(MFACPruning):
     """M-FAC pruning with one threshold for all weights (a legacy spelling)."""
 
     global_sparsity: bool = True
+
+
+@dataclass(kw_only=True)
+class OBSPruning(MFACPruning):
+    """Prune by the empirical Fisher as oBERT does (Kurtic et al., 2022, arXiv 2203.07259); another spelling of M-FAC.
+
+    A block of the Fisher may hold the end of one parameter and the beginning of the next.
+    """
+
+    score_types: ClassVar[tuple[str, ...]] = ("OBS",)
+    spellings: ClassVar[dict[str, str]] = {**MFACPruning.spellings, "num_recomputations": "recomputations"}
+
+    global_sparsity: Any = True

@@ -1,0 +1,167 @@
+"""Modifiers that hold masks which follow from the weights as they are: ConstantPruning and AC/DC."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfac.model.names import named_parameters
+from mfac.model.targets import prunable_parameters
+from mfac.pruning.masks import check_masks
+from mfac.pruning.result import PruneResult
+from mfac.pruning.step import prune_step
+from mfac.recipe.modifiers.base import Action, Modifier, Target, flag, names, number, positive
+from mfac.recipe.modifiers.pruning import pattern_of
+
+_ROUNDING = 1e-9  # of epochs as floats, in phases
+
+
+class _Masked(Action):
+    """Holds masks of a few parameters, by name."""
+
+    def __init__(self, model: nn.Module, params: list[str]) -> None:
+        self._model, self._names = model, list(prunable_parameters(model, params))
+        self.masks: dict[str, Tensor] = {}
+
+    def _params(self) -> dict[str, nn.Parameter]:
+        every = named_parameters(self._model)
+        return {name: every[name] for name in self._names}
+
+    def _enforce(self) -> None:
+        params = self._params()
+        with torch.no_grad():
+            for name, mask in self.masks.items():
+                params[name].masked_fill_(~mask.to(params[name].device), 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"masks": {name: mask.clone() for name, mask in self.masks.items()}}
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        if not isinstance(state.get("masks"), Mapping):
+            raise ValueError(f"state: expected masks, got {sorted(map(str, state))!r:.80}")
+        check_masks("state", state["masks"], self._params())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.masks = {name: mask.clone() for name, mask in state["masks"].items()}
+        self._enforce()
+
+
+@dataclass(kw_only=True)
+class ConstantPruning(Modifier):
+    """Hold the weights at zero that are zero at `start_epoch`."""
+
+    params: Any
+    update_frequency: Any = None  # ignored, as in the original
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        super().__post_init__()
+        self.params = names("params", self.params)
+
+    def bind(self, target: Target) -> Action:
+        """Return what holds the masks: from before training on if `start_epoch` is 0."""
+        return _Constant(target, self.params, self.start_epoch, self.end_epoch)
+
+
+class _Constant(_Masked):
+    early = True
+
+    def __init__(self, target: Target, params: list[str], start: float, end: float) -> None:
+        super().__init__(target.model, params)
+        self._start, self._end = start, end if end >= 0 else math.inf
+        if target.one_shot:
+            self._start, self._end = 0.0, math.inf
+
+    def step(self, last: float, epoch: float) -> None:
+        if last < max(self._start, 0.0) <= epoch:
+            self.masks = {name: p.detach() != 0 for name, p in self._params().items()}
+        self._enforce()
+        if epoch >= self._end:
+            self.masks = {}
+
+
+@dataclass(kw_only=True)
+class ACDCPruning(Modifier):
+    """Alternate dense and sparse phases of `update_frequency` epochs (AC/DC; Peste et al., 2021, arXiv 2106.12379).
+
+    The first phase is dense and the last one sparse: a dense one at the end is left out. A sparse phase begins by
+    pruning the smallest weights, a dense one by letting them free and, with `momentum_buffer_reset`, setting the
+    momentum of SGD to zero.
+    """
+
+    compression_sparsity: Any
+    end_epoch: float = field()  # required
+    update_frequency: Any = field()
+    params: Any
+    global_sparsity: Any = True
+    leave_enabled: Any = True
+    momentum_buffer_reset: Any = True
+    mask_type: Any = "unstructured"
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        super().__post_init__()
+        self.params = names("params", self.params)
+        self.compression_sparsity = number("compression_sparsity", self.compression_sparsity, 0, 1)
+        self.update_frequency = positive("update_frequency", self.update_frequency)
+        for name in ("global_sparsity", "leave_enabled", "momentum_buffer_reset"):
+            setattr(self, name, flag(name, getattr(self, name)))
+        self.mask_type = pattern_of(self.mask_type)
+        start = max(self.start_epoch, 0.0)
+        phases = math.ceil((self.end_epoch - start) / self.update_frequency - _ROUNDING)
+        if phases < 2:
+            raise ValueError(
+                f"update_frequency: expected room for a dense and a sparse phase between start_epoch = {start:g} and "
+                f"end_epoch = {self.end_epoch:g}, got {self.update_frequency:g}"
+            )
+        self.phases = phases - phases % 2
+
+    def phase(self, epoch: float) -> int:
+        """Return the number of the phase, even for a dense one; it ends in the last sparse one."""
+        done = epoch - max(self.start_epoch, 0.0)
+        return min(math.floor(done / self.update_frequency + _ROUNDING), self.phases - 1)
+
+    def bind(self, target: Target) -> Action:
+        """Return what holds the masks in sparse phases."""
+        return _Alternating(self, target)
+
+
+class _Alternating(_Masked):
+    def __init__(self, modifier: ACDCPruning, target: Target) -> None:
+        super().__init__(target.model, modifier.params)
+        self._modifier, self._optimizer, self._one_shot = modifier, target.optimizer, target.one_shot
+
+    def step(self, last: float, epoch: float) -> PruneResult | None:
+        modifier, result = self._modifier, None
+        if not self._one_shot and epoch < max(modifier.start_epoch, 0.0):
+            return None
+        sparse = self._one_shot or modifier.phase(epoch) % 2 == 1
+        if not self._one_shot and epoch >= modifier.end_epoch and not modifier.leave_enabled:
+            self._enforce()
+            self.masks = {}
+            return None
+        if sparse and not self.masks:
+            result = prune_step(
+                self._model,
+                None,
+                modifier.compression_sparsity,
+                criterion="magnitude",
+                params=self._names,
+                scope="global" if modifier.global_sparsity else "layer",
+                pattern=modifier.mask_type,
+                masks={name: torch.ones_like(p, dtype=torch.bool) for name, p in self._params().items()},
+            )
+            self.masks = dict(result.masks)
+        elif not sparse and self.masks:
+            self.masks = {}
+            if modifier.momentum_buffer_reset and self._optimizer is not None:
+                for state in self._optimizer.state.values():
+                    if isinstance(state.get("momentum_buffer"), Tensor):
+                        state["momentum_buffer"].zero_()
+        self._enforce()
+        return result

@@ -1,0 +1,135 @@
+"""Modifiers that freeze parameters and that set them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfac.model.names import NameTable, named_parameters
+from mfac.recipe.modifiers.base import Action, Modifier, Target, flag, names
+
+
+def _matching(model: nn.Module, params: list[str], strict: bool) -> list[str]:
+    """Return the names of parameters, of any layer, that the entries of a recipe match."""
+    table, every = NameTable.of_model(model), list(named_parameters(model))
+    found: set[str] = set()
+    for entry in params:
+        matched = every if entry == "__ALL__" else table.find(entry)
+        if not matched and strict:
+            raise ValueError(f"params: expected names of parameters, got {entry!r:.80}, which matches none")
+        found.update(matched)
+    return [name for name in every if name in found]
+
+
+@dataclass(kw_only=True)
+class TrainableParams(Modifier):
+    """Make parameters trainable, or freeze them, from `start_epoch` to `end_epoch`; then they are as before."""
+
+    params: Any
+    trainable: Any = True
+    params_strict: Any = True
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        super().__post_init__()
+        self.params = names("params", self.params)
+        self.trainable = flag("trainable", self.trainable)
+        self.params_strict = flag("params_strict", self.params_strict)
+
+    def bind(self, target: Target) -> Action | None:
+        """Return what sets `requires_grad`."""
+        found = _matching(target.model, self.params, self.params_strict)
+        return None if target.one_shot else _Trainable(self, target.model, found)
+
+
+class _Trainable(Action):
+    early = True
+
+    def __init__(self, modifier: TrainableParams, model: nn.Module, found: list[str]) -> None:
+        self._model, self._names, self._trainable = model, found, modifier.trainable
+        self._start, self._end = modifier.start_epoch, modifier.end_epoch if modifier.end_epoch > 0 else math.inf
+        self._before: dict[str, bool] = {}  # requires_grad; empty while nothing is changed
+
+    def _set(self, values: Mapping[str, bool]) -> None:
+        every = named_parameters(self._model)
+        for name, value in values.items():
+            every[name].requires_grad_(value)
+            if not value:
+                every[name].grad = None  # which an optimizer would go on to apply
+
+    def step(self, last: float, epoch: float) -> None:
+        if self._start <= epoch < self._end and not self._before:
+            every = named_parameters(self._model)
+            self._before = {name: every[name].requires_grad for name in self._names}
+            self._set(dict.fromkeys(self._names, self._trainable))
+        elif epoch >= self._end and self._before:
+            self._set(self._before)
+            self._before = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"before": dict(self._before)}
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        before = state.get("before")
+        if not isinstance(before, Mapping) or (before and list(before) != self._names):
+            raise ValueError(f"state: expected requires_grad of {', '.join(self._names):.200}, got {before!r:.80}")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        now, before = self._before, dict(state["before"])
+        if now and not before:
+            self._set(now)
+        elif before:
+            self._set(dict.fromkeys(self._names, self._trainable))
+        self._before = before
+
+
+@dataclass(kw_only=True)
+class SetParam(Modifier):
+    """Set parameters to a value once: a number, or nested lists of their shape."""
+
+    params: Any
+    val: Any
+    params_strict: Any = True
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        super().__post_init__()
+        self.params = names("params", self.params)
+        self.params_strict = flag("params_strict", self.params_strict)
+        try:
+            self.val = torch.tensor(self.val, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"val: expected a number or nested lists of numbers, got {self.val!r:.80}") from error
+        if not bool(self.val.isfinite().all()):
+            raise ValueError(f"val: expected finite numbers, got {self.val!s:.80}")
+
+    def bind(self, target: Target) -> Action:
+        """Return what sets the parameters."""
+        every = named_parameters(target.model)
+        found = _matching(target.model, self.params, self.params_strict)
+        for name in found:
+            if self.val.dim() and self.val.shape != every[name].shape:
+                raise ValueError(
+                    f"val: expected a number or the shape {list(every[name].shape)} of {name!r}, got shape "
+                    f"{list(self.val.shape)}"
+                )
+        return _Fill(target.model, found, self.val, 0.0 if target.one_shot else self.start_epoch)
+
+
+class _Fill(Action):
+    early = True
+
+    def __init__(self, model: nn.Module, found: list[str], value: Tensor, start: float) -> None:
+        self._model, self._names, self._value, self._start = model, found, value, start
+
+    def step(self, last: float, epoch: float) -> None:
+        if last < max(self._start, 0.0) <= epoch:
+            every = named_parameters(self._model)
+            with torch.no_grad():
+                for name in self._names:
+                    every[name].copy_(self._value)

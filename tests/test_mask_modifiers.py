@@ -1,0 +1,216 @@
+"""Modifiers that hold masks, freeze parameters and set them."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mfac.recipe import Manager
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+RANGE = "modifiers:\n  - !EpochRangeModifier {end_epoch: 10}\n"
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[0].weight[:, ::2] = 0
+    return model
+
+
+def apply(text, model, **options):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return Manager.from_recipe(RANGE + text).apply(model, optimizer, **options), optimizer
+
+
+def train(model, optimizer):
+    optimizer.zero_grad()
+    F.cross_entropy(model(torch.randn(16, 8)), torch.randint(2, (16,))).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("params", ["__ALL__", "__ALL_PRUNABLE__", "[0.weight]", "[re:0.weight]"])
+def test_constant_holds_what_is_zero_before_training(model, params):
+    session, optimizer = apply(f"  - !ConstantPruningModifier {{params: {params}, start_epoch: 0.0}}\n", model)
+    for step in range(4):
+        train(model, optimizer)
+        session.step(step + 1)
+        assert (model[0].weight == 0).float().mean() == 0.5
+    assert not session.masks["0.weight"][:, 0].any()
+
+
+def test_constant_ends(model):
+    session, optimizer = apply("  - !ConstantPruningModifier {params: __ALL__, end_epoch: 2}\n", model)
+    for step in range(3):
+        train(model, optimizer)
+        session.step(step + 1)
+        assert bool((model[0].weight == 0).any()) == (step < 2)
+    assert session.sparsity == 0
+
+
+def test_constant_survives_a_restart(model):
+    text = "  - !ConstantPruningModifier {params: __ALL__}\n"
+    session, _ = apply(text, model)
+    again, _ = apply(text, nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)))
+    again.load_state_dict(session.state_dict())
+    assert torch.equal(again.masks["0.weight"], session.masks["0.weight"])
+
+
+def test_current_sparsity_is_where_a_schedule_starts(model):
+    text = """  - !GMPruningModifier
+    params: [0.weight, 2.weight]
+    init_sparsity: __FROM_PARAM__
+    final_sparsity: 0.75
+    start_epoch: 1
+    end_epoch: 3
+    update_frequency: 1
+    inter_func: linear
+"""
+    session, optimizer = apply(text, model)
+    seen = []
+    for step in range(3):
+        train(model, optimizer)
+        session.step(step + 1)
+        seen.append([float((model[i].weight == 0).float().mean()) for i in (0, 2)])
+        if step == 1:  # a resumed run does not take the sparsity that it finds for the initial one
+            other = copy.deepcopy(model)
+            resumed, _ = apply(text, other)
+            resumed.load_state_dict(session.state_dict())
+            assert resumed.pruners[0].state_dict()["initial"] == session.pruners[0].state_dict()["initial"]
+    assert seen == [[0.5, 0.0], [0.625, 0.375], [0.75, 0.75]]
+
+
+def test_a_model_that_is_sparser_than_the_recipe_is_refused(model):
+    text = "  - !GMPruningModifier {params: [0.weight], init_sparsity: __FROM_PARAM__, final_sparsity: 0.25, "
+    with pytest.raises(ValueError, match=r"initial_sparsity: expected at most the final one, 0.25, got 0.5"):
+        apply(text + "end_epoch: 1}\n", model)
+
+
+def test_masks_that_are_not_left_enabled_are_dropped(model):
+    text = "  - !GMPruningModifier {params: [2.weight], final_sparsity: 0.5, end_epoch: 2, leave_enabled: False}\n"
+    session, optimizer = apply(text, model)
+    for step in range(4):
+        train(model, optimizer)
+        session.step(step + 1)
+        assert bool((model[2].weight == 0).any()) == (step < 2)
+    assert session.sparsity == 0
+    resumed, _ = apply(text, other := copy.deepcopy(model))
+    resumed.load_state_dict(session.state_dict())
+    assert not (other[2].weight == 0).any()
+
+
+ACDC = """  - !ACDCPruningModifier
+    compression_sparsity: 0.75
+    start_epoch: 1
+    end_epoch: 6
+    update_frequency: 1
+    params: [0.weight]
+    global_sparsity: True
+"""
+
+
+def test_phases_alternate_and_end_sparse(model):
+    session, optimizer = apply(ACDC, model)
+    seen = []
+    for step in range(16):
+        train(model, optimizer)
+        results = session.step((step + 1) / 2)
+        seen.append(float((model[0].weight == 0).float().mean()))
+        assert bool(results) == (step + 1 in (4, 8))
+        assert session.sparsity == (0.75 if seen[-1] == 0.75 else 0.0)
+    # Epochs 0.5 to 8: a dense phase from 1, sparse from 2, dense from 3, sparse from 4 on: the fifth would be dense.
+    assert seen == [0, 0, 0, 0.75, 0.75, 0, 0, *[0.75] * 9]
+
+
+def test_momentum_is_reset_when_weights_come_back(model):
+    session, optimizer = apply(ACDC, model)
+    for epoch in (1.0, 2.0):
+        train(model, optimizer)
+        session.step(epoch)
+    momentum = optimizer.state[model[2].weight]["momentum_buffer"]
+    assert momentum.abs().sum() > 0
+    train(model, optimizer)
+    session.step(3.0)
+    assert momentum.abs().sum() == 0
+
+
+def test_alternation_survives_a_restart(model):
+    session, optimizer = apply(ACDC, model)
+    for epoch in (1.0, 2.0):
+        train(model, optimizer)
+        session.step(epoch)
+    again, _ = apply(ACDC, other := copy.deepcopy(model))
+    again.load_state_dict(session.state_dict())
+    assert again.step(2.5) == [] and again.sparsity == 0.75 == float((other[0].weight == 0).float().mean())
+
+
+def test_alternation_at_once(model):
+    assert Manager.from_recipe(RANGE + ACDC).one_shot(model).sparsity == 0.75
+
+
+def test_alternation_needs_two_phases():
+    with pytest.raises(ValueError, match="update_frequency: expected room for a dense and a sparse phase"):
+        Manager.from_recipe(RANGE + ACDC.replace("end_epoch: 6", "end_epoch: 2"))
+
+
+def test_frozen_for_a_while(model):
+    model[2].bias.requires_grad_(False)
+    text = "  - !TrainableParamsModifier {params: ['re:.*[.]bias'], trainable: False, start_epoch: 1, end_epoch: 2}\n"
+    session, optimizer = apply(text, model)
+    train(model, optimizer)
+    session.step(1.0)
+    assert [p.requires_grad for p in (model[0].bias, model[2].bias, model[0].weight)] == [False, False, True]
+    assert model[0].bias.grad is None
+    other = copy.deepcopy(model)
+    other[0].bias.requires_grad_(True)
+    resumed, _ = apply(text, other)
+    resumed.load_state_dict(session.state_dict())
+    assert not other[0].bias.requires_grad
+    for now, net in ((session, model), (resumed, other)):
+        now.step(2.0)
+        assert [net[0].bias.requires_grad, net[2].bias.requires_grad] == [True, False]
+
+
+def test_frozen_before_training(model):
+    apply("  - !TrainableParamsModifier {params: __ALL__, trainable: False}\n", model)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(("value", "expected"), [("0.5", [0.5, 0.5]), ("[1, -1]", [1.0, -1.0])])
+def test_parameters_are_set_once(model, value, expected):
+    session, _ = apply(f"  - !SetParamModifier {{params: [2.bias], val: {value}, start_epoch: 2}}\n", model)
+    before = model[2].bias.tolist()
+    session.step(1.0)
+    assert model[2].bias.tolist() == before
+    session.step(2.5)
+    assert model[2].bias.tolist() == expected
+    with torch.no_grad():
+        model[2].bias.fill_(3)
+    session.step(3.0)
+    assert model[2].bias.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("modifier", "message"),
+    [
+        ("SetParamModifier {params: [2.bias], val: [1]}", r"val: expected a number or the shape \[2\] of '2.bias'"),
+        ("SetParamModifier {params: [2.bias], val: x}", "val: expected a number or nested lists"),
+        ("SetParamModifier {params: [2.bias], val: .inf}", "val: expected finite numbers"),
+        ("SetParamModifier {params: [7.bias], val: 1}", "params: expected names of parameters, got '7.bias'"),
+        ("TrainableParamsModifier {params: [7.bias]}", "params: expected names of parameters, got '7.bias'"),
+        ("TrainableParamsModifier {params: [2.bias], trainable: 1}", "trainable: expected true or false, got 1"),
+        ("ConstantPruningModifier {params: [7.weight]}", "params: expected names among"),
+    ],
+)
+def test_errors(model, modifier, message):
+    with pytest.raises(ValueError, match=message):
+        apply(f"  - !{modifier}\n", model)
+
+
+def test_names_that_need_not_match(model):
+    apply("  - !TrainableParamsModifier {params: [7.bias], trainable: False, params_strict: False}\n", model)
+    assert all(p.requires_grad for p in model.parameters())

@@ -1,0 +1,133 @@
+"""Modifiers of the learning rate and the weight decay: values, and when the optimizer is left alone."""
+
+import math
+
+import pytest
+import torch
+
+from mfac.recipe import Manager
+
+RANGE = "modifiers:\n  - !EpochRangeModifier {end_epoch: 10}\n"
+
+
+def rates(modifiers, epochs, groups=1):
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(groups)]
+    model = torch.nn.ParameterList(weights)
+    optimizer = torch.optim.SGD([{"params": [w]} for w in weights], lr=1.0)
+    session = Manager.from_recipe(RANGE + modifiers).apply(model, optimizer)
+    seen = [optimizer.param_groups[0]["lr"]]
+    for epoch in epochs:
+        session.step(epoch)
+        seen.append(optimizer.param_groups[0]["lr"])
+    return seen, optimizer, session
+
+
+def test_a_rate_is_set_once_and_then_left_to_the_scheduler():
+    text = "  - !SetLearningRateModifier {learning_rate: 0.1}\n"
+    text += "  - !SetLearningRateModifier {learning_rate: 0.01, start_epoch: 2}\n"
+    _, optimizer, session = rates(text, [])
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    seen = []
+    for step in range(6):
+        optimizer.step()
+        scheduler.step()
+        session.step((step + 1) / 2)
+        seen.append(optimizer.param_groups[0]["lr"])
+    assert seen == pytest.approx([0.05, 0.025, 0.0125, 0.01, 0.005, 0.0025])
+
+
+@pytest.mark.parametrize(
+    ("func", "expected"),
+    [
+        ("linear", [1.0, 0.9, 0.5, 0.1]),
+        (
+            "cosine",
+            [1.0, 1 - 0.8 * (1 - math.cos(math.pi / 8)) / 2, 0.6, 0.2 + 0.8 * (1 + math.cos(0.75 * math.pi)) / 2],
+        ),
+        ("cyclic_linear, cycle_epochs: 1.5", None),
+    ],
+)
+def test_functions(func, expected):
+    if func == "linear":
+        final, expected = 0.0, [1.0, 1 - 1 / 8, 0.5, 0.25]
+    else:
+        final = 0.2
+    text = f"  - !LearningRateFunctionModifier {{lr_func: {func}, init_lr: 1.0, final_lr: {final}, end_epoch: 4}}\n"
+    seen, _, _ = rates(text, [0.5, 2, 3, 4, 5])
+    if expected is None:  # cycles 0 - 1.5, 1.5 - 3 and 3 - 4
+        expected = [1.0, 1 - 0.8 / 3, 1 - 0.8 / 3, 1.0]
+    assert seen == pytest.approx([*expected, final, final])
+
+
+def test_functions_follow_each_other_and_leave_the_rate_alone():
+    text = ""
+    for start, end, first, last in ((0, 2, 1.0, 0.5), (2, 4, 0.4, 0.2)):
+        text += f"  - !LearningRateFunctionModifier {{lr_func: linear, init_lr: {first}, final_lr: {last}, "
+        text += f"start_epoch: {start}, end_epoch: {end}}}\n"
+    seen, optimizer, session = rates(text, [1, 2, 3, 4.5])
+    assert seen == pytest.approx([1.0, 0.75, 0.4, 0.3, 0.2])
+    optimizer.param_groups[0]["lr"] = 7.0
+    session.step(5)
+    assert optimizer.param_groups[0]["lr"] == 7.0
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        ("lr_class: StepLR, lr_kwargs: {step_size: 2, gamma: '1e-1'}", [1.0, 1.0, 0.1, 0.1, 0.01]),
+        ("lr_class: MultiStepLR, lr_kwargs: {milestones: [1, 3], gamma: 0.1}", [1.0, 0.1, 0.1, 0.01, 0.01]),
+        ("lr_class: ExponentialLR, lr_kwargs: {gamma: 0.5}", [1.0, 0.5, 0.25, 0.125, 0.0625]),
+        ("lr_class: CosineAnnealingWarmRestarts, lr_kwargs: {T_0: 2}", [1.0, 0.5, 1.0, 0.5, 1.0]),
+    ],
+)
+def test_schedulers_of_torch(scheduler, expected):
+    text = f"  - !LearningRateModifier {{init_lr: 1, {scheduler}, start_epoch: 1}}\n"
+    seen, _, _ = rates(text, [0.5, 1, 1.5, 2, 3, 4, 5.5])
+    assert seen == pytest.approx([1.0, 1.0, expected[0], expected[0], *expected[1:]])
+
+
+@pytest.mark.parametrize(
+    ("modifier", "message"),
+    [
+        (
+            "LearningRateFunctionModifier {lr_func: step, init_lr: 1, final_lr: 0, end_epoch: 1}",
+            "lr_func: expected one",
+        ),
+        (
+            "LearningRateFunctionModifier {lr_func: linear, init_lr: 1, final_lr: 0, end_epoch: 0}",
+            "end_epoch: expected",
+        ),
+        ("LearningRateFunctionModifier {lr_func: linear, init_lr: 1, final_lr: 0}", "end_epoch: expected a value"),
+        ("LearningRateFunctionModifier {lr_func: linear, init_lr: x, final_lr: 0, end_epoch: 1}", "init_lr: expected"),
+        ("LearningRateModifier {lr_class: OneCycleLR, init_lr: 1}", "lr_class: expected one of StepLR, MultiStepLR"),
+        (
+            "LearningRateModifier {lr_class: StepLR, init_lr: 1}",
+            "lr_kwargs: expected arguments of StepLR, got an error",
+        ),
+        (
+            "LearningRateModifier {lr_class: StepLR, init_lr: 1, lr_kwargs: 3}",
+            "lr_kwargs: expected arguments of StepLR",
+        ),
+    ],
+)
+def test_errors(modifier, message):
+    with pytest.raises(ValueError, match=f"recipe line 3: .*{message}"):
+        Manager.from_recipe(f"{RANGE}  - !{modifier}\n")
+
+
+def test_a_resumed_session_keeps_the_rate_that_a_scheduler_made():
+    text = "  - !SetLearningRateModifier {learning_rate: 0.1}\n"
+    text += "  - !SetWeightDecayModifier {weight_decay: 0.5, start_epoch: 3}\n"
+    _, optimizer, session = rates(text, [1.0])
+    optimizer.param_groups[0]["lr"] = 0.07
+    state = session.state_dict()
+    _, again, resumed = rates(text, [])
+    assert again.param_groups[0]["lr"] == 0.1
+    resumed.load_state_dict(state)
+    resumed.step(2.0)
+    assert (again.param_groups[0]["lr"], again.param_groups[0]["weight_decay"]) == (0.07, 0)
+    resumed.step(3.0)
+    assert again.param_groups[0]["weight_decay"] == 0.5
+    _, _, other = rates(text, [], groups=2)
+    with pytest.raises(ValueError, match="state: expected lr of 2 parameter groups"):
+        other.load_state_dict(state)
