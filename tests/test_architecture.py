@@ -13,7 +13,7 @@ from mfac import _build
 PACKAGE = Path(mfac.__file__).parent
 REPO = Path(__file__).parents[1]
 LAYERS = [
-    {"checks", "extras", "interrupts"},
+    {"checks", "extras", "interrupts", "progress"},
     {"settings", "_build"},
     {"ops"},
     {"model"},

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from mfac.checks import check_instance, check_int, warn
 from mfac.gradients.arguments import check_grads_device, check_real
@@ -29,6 +28,7 @@ from mfac.gradients.stream import BatchStream
 from mfac.model.distributed import refuse_distributed
 from mfac.model.names import shorten
 from mfac.model.targets import prunable_parameters
+from mfac.progress import progress_bar
 from mfac.settings import accepts, definitions
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def append_batches(
     differentiate = Differentiator(model, params)
     with (
         evaluation(model, params, mode, seed),
-        tqdm(total=num_grads, desc="gradients", disable=not progress) as bar,
+        progress_bar(progress, "gradients", num_grads) as bar,
     ):
         while len(losses) < num_grads:
             batch = move_batch(next(batches), device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -43,6 +44,7 @@ class GradientSource:
 
     Attributes:
         batches: The endless iterator, a :class:`BatchStream`.
+        seconds: That a gradient took in the last collection; None before the first.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -77,6 +79,7 @@ class GradientSource:
         self.dtype, self.device = check_dtype("dtype", dtype), device
         self._loss_fn, self._forward, self._mode = loss_fn, forward, check_choice("mode", mode, MODES)
         self.batches = BatchStream(batches, torch.initial_seed(), self.num_grads if announce else None)
+        self.seconds: float | None = None
 
     def resize(self, num_grads: int, refresh: int | None) -> None:
         """Change the number of rows; all rows are new at the next collection.
@@ -115,6 +118,7 @@ class GradientSource:
             raise ValueError(f"params: expected those of the buffer, {self._buffer.names}, got {list(chosen)}")
         if len(self._buffer) < self.num_grads:  # new, or a collection was interrupted
             count = self.num_grads
+        began = time.perf_counter()
         try:
             append_batches(
                 self._buffer, model, self.batches, self._loss_fn, count, chosen,
@@ -122,6 +126,7 @@ class GradientSource:
             )  # fmt: skip
         finally:
             self.batches.close()
+        self.seconds = (time.perf_counter() - began) / count
         return self._buffer
 
     def loss(self, model: nn.Module, num_batches: int) -> float:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mfac.checks import warn
 from mfac.fisher import DEFAULT_DAMPING, Fisher
+from mfac.progress import progress_bar
 from mfac.pruning.quadratic import Plan, prune_vector
 
 DAMPINGS = ("1e-3*mean", "1e-2*mean", "1e-1*mean", "1*mean")  # candidates
@@ -89,7 +89,7 @@ def choose_settings(
                     bar.update()
             return min(tried, key=lambda key: tried[key].score if tried[key].score < math.inf else math.inf)  # nor NaN
 
-        with tqdm(total=len(dampings) + len(sizes), desc="settings", disable=not progress, leave=False) as bar:
+        with progress_bar(progress, "settings", len(dampings) + len(sizes)) as bar:
             _, size = best_of([(first, size) for size in sizes])
             value, size = best_of([(value, size) for value in dampings])
             near = sizes.index(size)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mfac.interrupts import write_whole
+from mfac.progress import progress_bar
 
 MOMENTUM = 0.5  # share of the last direction in the next; measured (docs/defaults.md)
 FIRST_LENGTH = 0.01  # of the weights' own length: the first step that is tried
@@ -111,7 +111,7 @@ def correct(
             p.detach().copy_(torch.where((part == 0) | (length == 0), old, new))  # what does not move keeps its digits
 
     best = 0.0
-    with tqdm(desc="correction", unit=" losses", disable=not progress, leave=False) as bar:
+    with progress_bar(progress, "correction", unit=" losses") as bar:
 
         def loss(length: float) -> float:
             move(length)

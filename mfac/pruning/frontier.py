@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from mfac.checks import check_sparsity
 from mfac.extras import install_hint
 from mfac.gradients.buffer import GradientBuffer
+from mfac.progress import progress_bar
 from mfac.pruning.engine import Engine
 from mfac.pruning.masks import flatten_masks
 from mfac.pruning.patterns import parse_pattern
@@ -158,7 +158,7 @@ def frontier(
         selection.check_reached(flatten_masks(engine.masks, engine.params), dict.fromkeys(engine.sparsities, within[0]))
     fisher, _ = engine.choose(grads, engine.sparsities, settings["progress"])
     total = sum(len(within) for _, within in plan)
-    with tqdm(total=total, desc="frontier", disable=not settings["progress"], leave=False) as bar:
+    with progress_bar(settings["progress"], "frontier", total) as bar:
         for selection, (_, within) in zip(selections, plan, strict=True):
             for target in within:
                 sparsity, loss = engine.predict(grads, fisher, dict.fromkeys(engine.sparsities, target), selection)

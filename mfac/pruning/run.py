@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from mfac.gradients.buffer import GradientBuffer
 from mfac.gradients.source import GradientSource
+from mfac.progress import progress_bar
 from mfac.pruning.auto import Candidate
 from mfac.pruning.correction import Descent
 from mfac.pruning.engine import Engine
@@ -18,6 +18,8 @@ from mfac.pruning.quadratic import timed
 from mfac.pruning.result import PruneResult, PruneStep
 from mfac.pruning.schedule import interpolate_sparsities, num_recomputations
 from mfac.pruning.selection import Sparsities
+
+_log = logging.getLogger("mfac")
 
 
 def run(
@@ -54,7 +56,8 @@ def run(
     state = _Run(engine, grads, progress)
     final = settings["final_corrections"] if state.parts else 0
     try:
-        with tqdm(total=recomputations + final, desc="pruning", disable=not progress) as bar:
+        state.announce(recomputations, final, sparsities)
+        with progress_bar(progress, "pruning", recomputations + final, leave=True) as bar:
             for r in range(1, recomputations + 1):
                 state.step(sparsities, interpolate_sparsities(origin, sparsities, r / recomputations))
                 state.show(bar)
@@ -86,20 +89,41 @@ class _Run:
         self.candidates: list[Candidate] = []
         self.seconds: dict[str, float] = {"gradients": 0.0}
         self.parts: list[int] = []
+        self._ahead = 0  # gradients to be collected
         self._descent = Descent()
         if isinstance(grads, GradientSource) and engine.corrections:
             count = min(engine.corrections, grads.refresh)
             self.parts = [grads.refresh * (i + 1) // count - grads.refresh * i // count for i in range(count)]
 
+    def announce(self, recomputations: int, final: int, sparsities: Sparsities) -> None:
+        """Log what is going to be done and, if an earlier run has shown it, how long it takes."""
+        engine, source = self.engine, self.grads
+        end = engine.selection.overall(sparsities)
+        text = f"pruning from {100 * engine.sparsity:.1f} % to {100 * end:.1f} %"
+        if isinstance(source, GradientSource):
+            part = self.parts[-1] if self.parts else 0
+            self._ahead = source.num_grads + (recomputations - 1) * source.refresh + final * part
+            text += f" in {recomputations} recomputations, from {self._ahead} gradients"
+            if source.seconds is not None:
+                text += f", in about {self._ahead * source.seconds:.0f} s for the gradients"
+        _log.info(text)
+
     def _collect(self, count: int | None = None) -> tuple[GradientBuffer | None, int]:
         """Return the gradients, and how many are new."""
         if not isinstance(self.grads, GradientSource):
             return self.grads, 0 if self.grads is None else len(self.grads)
+        first = self.grads.seconds is None
         with timed(self.seconds, "gradients"):
             buffer = self.grads.collect(self.engine.model, self.engine.names, self.progress, count)
         if self.steps:
             self.steps[-1].loss_after = buffer.loss
             return buffer, self.grads.refresh if count is None else count
+        ahead = self._ahead - self.grads.num_grads
+        if ahead and first:
+            _log.info(
+                "%d gradients took %.0f s; about %.0f s for the other %d",
+                self.grads.num_grads, self.seconds["gradients"], ahead * self.grads.seconds, ahead,
+            )  # fmt: skip
         return buffer, self.grads.num_grads
 
     def _correct(self, buffer: GradientBuffer, newest: int) -> float:

@@ -178,6 +178,11 @@ class Selection:
             held[key] += sum(int(done[name].sum()) for name in names) if done else 0
         return {key: self.pattern.max_sparsity * held[key] / max(total[key], 1) for key in held}
 
+    def overall(self, sparsities: Sparsities) -> float:
+        """Return the sparsity of all parameters together."""
+        sizes = {key: sum(self.sizes[name] for name in names) for key, names in self.segments}
+        return sum(size * sparsities[key] for key, size in sizes.items()) / max(sum(self.sizes.values()), 1)
+
     def num_substeps(self, active: Tensor | None, sparsities: Sparsities) -> int:
         """Return the sub-steps of ``"auto"``: in proportion to how often the weights of a segment are halved.
 
