@@ -15,7 +15,7 @@ from mfac.tutorial.demo import METHODS, demo
 from mfac.tutorial.dense import dense_digits, load_weights
 from mfac.tutorial.loop import evaluate
 from mfac.tutorial.models import MobileNetV1
-from mfac.tutorial.train import TrainSettings, _folder, train
+from mfac.tutorial.train import TrainSettings, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -114,8 +114,13 @@ def test_digits():
     assert targets.dtype == torch.int64
     assert (len(Digits(True)), len(Digits(False)), len(data.train)) == (1437, 360, 44)
     assert torch.equal(Digits(False)[5][0], Digits(False)[5][0])
-    again = next(iter(load_data(train_batch_size=32).train))[0]
-    assert torch.equal(images, again)  # the same seed, the same batches
+    seen = []
+    for epoch, seed in ((3, 0), (3, 0), (4, 0), (3, 1)):
+        data = load_data(train_batch_size=32, seed=seed)
+        data.start_epoch(epoch)
+        seen.append(next(iter(data.train))[0])
+    assert torch.equal(seen[0], seen[1])  # the same seed and epoch, the same batches
+    assert not torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[3])
     assert not torch.equal(next(iter(data.gradients))[0], images)
 
 
@@ -152,7 +157,7 @@ def test_data_errors(folder, tmp_path):
             ("imagenette", "no/where"),
             "dataset_path: expected a folder .*, got no folder no/where/train",
         ),
-        (("imagefolder", tmp_path), r"dataset_path: expected images .*/train/<class>/\*.jpg, .*, got none"),
+        (("imagefolder", tmp_path), r"dataset_path: expected images .*/train/a/\*.jpeg, .*, got none"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_data(*arguments)
@@ -203,6 +208,7 @@ def test_one_shot_prunes_the_model_of_a_checkpoint(settings, tmp_path):
     trained = torch.load(checkpoint, weights_only=True)["model"]
     pruned = torch.load(tmp_path / "runs" / "pruned" / "model.pt", weights_only=True)["model"]
     assert torch.equal(pruned["input.conv.weight"], trained["input.conv.weight"])
+    options["overwrite"] = True
     for message, change in [("checkpoint_path: expected an existing file, got no.pt", {"checkpoint_path": "no.pt"}),
                             ("of the same width", {"checkpoint_path": checkpoint, "width": 0.5})]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
@@ -359,11 +365,15 @@ def test_demo_in_small(tmp_path, monkeypatch, capsys):
     assert len(list((tmp_path / "out").glob("*.csv"))) == 6
 
 
-def test_an_earlier_run_is_not_overwritten(tmp_path, capsys):
-    settings = {"save_dir": str(tmp_path), "model_tag": "run"}
-    first = _folder(TrainSettings(recipe_path="r.md", **settings), "run")
-    (first / "checkpoint.pt").touch()
-    second = _folder(TrainSettings(recipe_path="r.md", **settings), "run")
-    assert second == tmp_path / "run-2" and "holds an earlier run" in capsys.readouterr().out
-    resumed = TrainSettings(recipe_path="r.md", checkpoint_path=str(first / "checkpoint.pt"), **settings)
-    assert _folder(resumed, "run") == first
+def test_an_earlier_run_is_not_overwritten(settings, tmp_path):
+    train(TrainSettings(**{**settings, "recipe_args": "epochs=1"}))
+    before = (tmp_path / "runs" / "tag" / "checkpoint.pt").read_bytes()
+    with pytest.raises(ValueError, match=r"model_tag: expected the name of a new run, got 'tag'.*--overwrite"):
+        train(TrainSettings(**settings))
+    assert (tmp_path / "runs" / "tag" / "checkpoint.pt").read_bytes() == before
+    measurements = train(TrainSettings(**{**settings, "recipe_args": "epochs=1", "overwrite": True}))
+    assert [m.epoch for m in measurements] == [1]
+    with pytest.raises(ValueError, match="resume: expected it without --overwrite"):
+        train(TrainSettings(**settings, resume=True, overwrite=True))
+    with pytest.raises(ValueError, match="resume: expected --seed 0 as before, got 1"):
+        train(TrainSettings(**settings, resume=True, seed=1))

@@ -2,266 +2,221 @@
 
 from __future__ import annotations
 
-import argparse
+import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
+from typing import Annotated
+
+from cyclopts import App, CycloptsError, Parameter, validators
 
 from mfac import __version__
 from mfac._build import BuildError
-from mfac.extras import DISTRIBUTION
-from mfac.tutorial.data import DATASETS
-from mfac.tutorial.dense import DIGITS_WIDTH
-from mfac.tutorial.train import ARCHITECTURES, TrainSettings
+from mfac.tutorial.train import ModelSettings, RunSettings, TrainSettings
 
-_DESCRIPTION = """\
+_HELP = """\
 Prune PyTorch models with second-order information (M-FAC).
 
-examples:
-  mfac demo                                    compare M-FAC with magnitude pruning, in a few minutes
-  mfac doctor                                  report what is installed, built and used on this machine
-  mfac train --recipe-path recipes/mfac.md     prune a MobileNet as a recipe says, on the bundled digits
-  mfac train --recipe-path R.md --dataset imagenette --dataset-path DIR --pretrained dense.pt
-                                               the same on image folders (DIR/train/<class>, DIR/val/<class>)
+Start here: `mfac demo` compares M-FAC with magnitude pruning in a few minutes; `mfac train --recipe-path
+recipes/mfac.md` prunes a MobileNet as a recipe says, on the bundled digits. `mfac COMMAND --help` lists the options
+of a command. From Python: `import mfac; help(mfac)`.
 """
-_EPILOG = """\
-`mfac COMMAND --help` lists the options of a command; `--debug` shows where an error arose.
-From Python: `import mfac; help(mfac)`.
-"""
-_TRAIN_DESCRIPTION = """\
-Train and prune a model as a recipe says. Writes model.pt (the best epoch), model.txt (its loss and accuracy) and
-checkpoint.pt (the last epoch, to resume from) into SAVE_DIR/MODEL_TAG.
-"""
-_TRAIN_EPILOG = """\
-examples:
-  override variables of the recipe:
-    mfac train --recipe-path recipes/mfac.md --recipe-args num_grads=64,recomputations=4 --model-tag first
-  resume after an interruption, masks included:
-    mfac train --recipe-path recipes/mfac.md --checkpoint-path runs/first/checkpoint.pt --model-tag first
-  prune to the final sparsity at once, without training:
-    mfac train --recipe-path recipes/mfac.md --one-shot --model-tag oneshot
-  your own images (DIR/train/<class>/*.jpg, DIR/val/<class>/*.jpg) and weights (a state_dict):
-    mfac train --recipe-path R.md --dataset imagefolder --dataset-path DIR --pretrained dense.pt --device cuda
-"""
+_DONE, _FAILED, _WRONG, _INTERRUPTED = 0, 1, 2, 130  # exit statuses
+_Positive = Annotated[int, Parameter(validator=validators.Number(gte=1))]
+_Flat = Parameter(name="*")
+
+app = App(
+    name="mfac",
+    help=_HELP,
+    version=__version__,
+    help_format="markdown",
+    result_action="return_value",
+    exit_on_error=False,
+    suppress_keyboard_interrupt=False,
+    default_parameter=Parameter(negative=""),
+)
 
 
-def _boolean_or_path(text: str) -> str:
-    return text.capitalize() if text.lower() in ("true", "false") else text
+@app.command
+def demo(*, output: str = "mfac-demo", seeds: _Positive = 3, num_grads: _Positive = 64) -> None:
+    """Compare M-FAC with magnitude pruning on bundled images of digits, in a few minutes.
 
+    A dense MobileNet is pruned to above 95 % sparsity by magnitude, with the published M-FAC update and with the joint
+    update, all with the same training budget. Requires `pip install 'mfac-pruning[demo]'`.
 
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected an int, got {text!r}") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected an int >= 1, got {text}")
-    return value
-
-
-def _steps(text: str) -> int:
-    return -1 if text == "-1" else _positive(text)
-
-
-def _add_debug(parser: argparse.ArgumentParser) -> None:
-    # Absent unless given: a default of the command would override what was given before the command.
-    parser.add_argument(
-        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error, not one line"
-    )
-
-
-def _add_train(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "train",
-        help="train and prune a model as a recipe says",
-        description=_TRAIN_DESCRIPTION,
-        epilog=_TRAIN_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
-    _add_debug(parser)
-    recipe = parser.add_argument_group("recipe")
-    recipe.add_argument(
-        "--recipe-path", required=True, metavar="FILE", help="recipe: .yaml, .yml, or .md with front matter"
-    )
-    recipe.add_argument("--recipe-args", metavar="K=V,...", help="values for variables of the recipe; also JSON")
-    recipe.add_argument("--one-shot", action="store_true", help="prune to the final sparsity at once, without training")
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--arch-key", metavar="NAME", help=f"network: {', '.join(ARCHITECTURES)} (default: {TrainSettings.arch_key})"
-    )
-    model.add_argument(
-        "--width",
-        type=float,
-        metavar="X",
-        help=f"multiplier of its channels (default: {DIGITS_WIDTH} for digits, else 1.0)",
-    )
-    model.add_argument(
-        "--pretrained",
-        type=_boolean_or_path,
-        metavar="True|False|FILE",
-        help="initial weights, a state_dict; True: a dense model, trained on the digits once and cached (default for "
-        "digits); False: random (default otherwise)",
-    )
-    model.add_argument(
-        "--checkpoint-path",
-        metavar="FILE",
-        help="resume from a checkpoint.pt, masks included; with --one-shot: prune its model",
-    )
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--dataset",
-        choices=DATASETS,
-        help=f"digits (bundled with scikit-learn), or images in folders (default: {TrainSettings.dataset})",
-    )
-    data.add_argument("--dataset-path", metavar="DIR", help="folder with train/<class>/*.jpg and val/<class>/*.jpg")
-    data.add_argument(
-        "--image-size",
-        type=_positive,
-        metavar="N",
-        help=f"height and width to which images are resized (default: {TrainSettings.image_size})",
-    )
-    data.add_argument(
-        "--train-batch-size",
-        type=_positive,
-        metavar="N",
-        help=f"images per step, and per gradient of M-FAC (default: {TrainSettings.train_batch_size})",
-    )
-    data.add_argument(
-        "--test-batch-size",
-        type=_positive,
-        metavar="N",
-        help=f"images per validation batch (default: {TrainSettings.test_batch_size})",
-    )
-    data.add_argument(
-        "--loader-num-workers",
-        type=int,
-        metavar="N",
-        help=f"processes that read images (default: {TrainSettings.loader_num_workers})",
-    )
-    training = parser.add_argument_group("training")
-    training.add_argument(
-        "--init-lr",
-        type=float,
-        metavar="LR",
-        help=f"learning rate until the recipe sets one (default: {TrainSettings.init_lr:g})",
-    )
-    training.add_argument(
-        "--max-train-steps",
-        type=_steps,
-        metavar="N",
-        help=f"largest number of steps per epoch; -1: all (default: {TrainSettings.max_train_steps})",
-    )
-    training.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda if available)")
-    training.add_argument(
-        "--seed",
-        type=int,
-        metavar="N",
-        help=f"seed for the order of images and for random weights (default: {TrainSettings.seed})",
-    )
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--save-dir", metavar="DIR", help=f"folder for the results of all runs (default: {TrainSettings.save_dir})"
-    )
-    output.add_argument(
-        "--model-tag",
-        metavar="NAME",
-        help="subfolder for this run, a plain name (default: the recipe's; a number is added if it holds a run)",
-    )
-    output.add_argument(
-        "--save-best-after",
-        type=int,
-        metavar="EPOCH",
-        help="first epoch that can become model.pt (default: the first one that begins at the final sparsity)",
-    )
-    output.add_argument("--logs-dir", metavar="DIR", help="folder for a CSV file of loss, accuracy and sparsity")
-
-
-def _add_demo(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "demo",
-        help="compare M-FAC with magnitude pruning on bundled data",
-        description="Prune a dense MobileNet on bundled images of digits to above 95 % sparsity: by magnitude, with "
-        "the published M-FAC update and with the joint update, all with the same training budget. Prints a table and "
-        "draws comparison.png. Requires "
-        f"pip install '{DISTRIBUTION}[demo]'.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    _add_debug(parser)
-    parser.add_argument("--output", default="mfac-demo", metavar="DIR", help="folder for the table, CSV files and plot")
-    parser.add_argument(
-        "--seeds",
-        type=_positive,
-        default=3,
-        metavar="N",
-        help="runs of each method; all three methods take about a minute per seed on 2 cores",
-    )
-    parser.add_argument("--num-grads", type=_positive, default=64, metavar="N", help="gradients of the Fisher")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the `mfac` command.
-
-    Returns:
-        The parser; the options of `mfac train` have the names of TrainSettings' fields.
+    Args:
+        output: Folder for the table, the picture and a CSV file per run.
+        seeds: Runs of each method; all three methods take about a minute per seed on 2 cores.
+        num_grads: Gradients of the Fisher.
     """
-    parser = argparse.ArgumentParser(
-        prog="mfac", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--version", action="version", version=f"mfac {__version__}")
-    _add_debug(parser)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    _add_train(commands)
-    _add_demo(commands)
-    _add_debug(commands.add_parser("doctor", help="report what is installed, built and used on this machine"))
-    return parser
+    from mfac.tutorial.demo import demo as run
+
+    run(output, seeds, num_grads)
 
 
-def _run(options: dict) -> int:
-    # Each command imports what it needs, so that `mfac --help` is fast.
-    command = options.pop("command")
-    if command == "doctor":
-        from mfac.cli import doctor
+@app.command
+def train(settings: Annotated[TrainSettings, _Flat]) -> None:
+    """Train and prune a model as a recipe says.
 
-        return doctor.main()
-    if command == "demo":
-        from mfac.tutorial.demo import demo
+    Writes model.pt (the best epoch), model.txt (its loss and accuracy) and checkpoint.pt (the last epoch, for
+    `--resume`) into SAVE_DIR/MODEL_TAG.
 
-        demo(**options)
-    else:
-        from mfac.tutorial.train import train
+    Override variables of the recipe:
 
-        train(TrainSettings(**options))
-    return 0
+    `mfac train --recipe-path recipes/mfac.md --recipe-args num_grads=64,recomputations=4 --model-tag first`
+
+    Go on after Ctrl-C or a crash, masks and order of the images included:
+
+    `mfac train --recipe-path recipes/mfac.md --model-tag first --resume`
+
+    Prune to the final sparsity at once, without training:
+
+    `mfac train --recipe-path recipes/mfac.md --one-shot --model-tag oneshot`
+
+    Your own images (DIR/train/CLASS/IMAGE.jpg, DIR/val/CLASS/IMAGE.jpg) and weights (a state_dict):
+
+    `mfac train --recipe-path R.md --dataset imagefolder --dataset-path DIR --pretrained dense.pt --device cuda`
+    """
+    from mfac.tutorial.train import train as run
+
+    run(settings)
+
+
+@app.command
+def compare(
+    recipes: Annotated[list[str], Parameter(negative="")],
+    /,
+    *,
+    seeds: _Positive = 1,
+    settings: Annotated[RunSettings | None, _Flat] = None,
+) -> None:
+    """Run several recipes from the same model, on the same images in the same order, and compare them.
+
+    Prints a table and writes it, a picture and a CSV file per run into SAVE_DIR. A comparison that was interrupted goes
+    on when it is started again. The other options are those of `mfac train`; --recipe-args holds for all recipes.
+
+    `mfac compare recipes/magnitude.md recipes/mfac.md --seeds 3`
+
+    Args:
+        recipes: Files of recipes.
+        seeds: Runs of each recipe, with the seeds 0, 1, ...
+        settings: The options of all runs.
+    """
+    from mfac.tutorial.compare import compare as run
+
+    run(recipes, settings or RunSettings(), seeds)
+
+
+@app.command
+def lint(
+    recipe: str, /, *, recipe_args: str | None = None, strict: bool = False, arch_key: str | None = None,
+    checkpoint_path: str | None = None,
+) -> None:  # fmt: skip
+    """Check a recipe and show what it does, without running it.
+
+    `mfac lint recipes/mfac.md --arch-key mobilenet`
+
+    Args:
+        recipe: The file: .yaml, .yml, or .md (FILE.md#2 for the second of its fenced recipes).
+        recipe_args: Values for variables of the recipe: K=V,... or JSON.
+        strict: Refuse modifiers that are otherwise skipped with a warning (quantization, distillation).
+        arch_key: Check its names against a network; see `mfac train`.
+        checkpoint_path: Check its names against the weights of a file.
+    """
+    from mfac.tutorial.inspect import lint as run
+
+    run(recipe, recipe_args, strict=strict, arch_key=arch_key, checkpoint_path=checkpoint_path)
+
+
+@app.command(name="eval")
+def evaluate(checkpoint_path: str, /, *, settings: Annotated[ModelSettings | None, _Flat] = None) -> None:
+    """Measure a model on the validation images: loss, accuracy, and sparsity of each layer.
+
+    `mfac eval runs/mfac/model.pt --dataset imagenette --dataset-path DIR`
+
+    Args:
+        checkpoint_path: A checkpoint of `mfac train`, or a state_dict.
+        settings: Which model and data.
+    """
+    from mfac.tutorial.inspect import evaluate as run
+
+    run(checkpoint_path, settings or ModelSettings())
+
+
+@app.command
+def export(
+    checkpoint_path: str, /, *, output: str = "exported", settings: Annotated[ModelSettings | None, _Flat] = None
+) -> None:
+    """Write a pruned model for use elsewhere, and say how large it is in several formats.
+
+    Writes OUTPUT/model.pt (a dense state_dict with exact zeros) and, where the packages are installed,
+    OUTPUT/model.safetensors and OUTPUT/model.onnx.
+
+    Args:
+        checkpoint_path: A checkpoint of `mfac train`, or a state_dict.
+        output: The folder.
+        settings: Which model.
+    """
+    from mfac.tutorial.inspect import export as run
+
+    run(checkpoint_path, output, settings or ModelSettings())
+
+
+@app.command
+def doctor() -> int:
+    """Report what is installed, built and used on this machine."""
+    from mfac.cli import doctor as report
+
+    return report.main()
+
+
+def _log_plainly() -> None:
+    """Say what the package logs and warns of in plain lines."""
+    from tqdm import tqdm
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            tqdm.write(record.getMessage())
+
+    log = logging.getLogger("mfac")
+    log.handlers, log.propagate = [Lines()], False
+    log.setLevel(logging.INFO)
+    warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the `mfac` command.
 
     Args:
-        arguments: The command line without the program's name; None: the process's own.
+        arguments: The command line without the program's name; None: the process's own. ``--debug`` anywhere in it
+            shows the traceback of an error.
 
     Returns:
-        The exit status: 0 on success; 2 for invalid input or what this machine cannot do, with one line on stderr
-        (several if the kernels cannot be built; a traceback with ``--debug``); 130 if interrupted.
+        The exit status: 0 on success; 2 for bad usage, options or recipes, and 1 for other failures, each with one line
+        on stderr (several if the kernels cannot be built); 130 if interrupted.
     """
-    parser = build_parser()
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if not arguments:
-        parser.print_help()
-        return 2
-    options = vars(parser.parse_args(arguments))
-    debug = options.pop("debug", False)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    tokens = [token for token in given if token != "--debug"]
+    if not tokens:
+        app.help_print([])
+        return _WRONG
+    before = warnings.showwarning
+    _log_plainly()
     try:
-        return _run(options)
-    except (ValueError, ImportError, OSError, RuntimeError, MemoryError) as error:
-        if debug:
+        return app(tokens, print_error=True) or _DONE
+    except CycloptsError:
+        return _WRONG
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError, MemoryError) as error:
+        if "--debug" in given:
             traceback.print_exc()
-            return 2
-        text = str(error) or "expected enough memory, got a MemoryError"  # which mostly has no text
-        text = text if isinstance(error, BuildError) else " ".join(text.split())
-        sys.stderr.write(f"mfac: error: {text}\n")
-        return 2
+        else:
+            text = str(error) or "expected enough memory, got a MemoryError"  # which mostly has no text
+            text = text if isinstance(error, BuildError) else " ".join(text.split())
+            sys.stderr.write(f"mfac: error: {text}\n")
+        return _WRONG if isinstance(error, (ValueError, TypeError)) else _FAILED
     except KeyboardInterrupt:
         sys.stderr.write("mfac: interrupted\n")
-        return 130
+        return _INTERRUPTED
+    finally:
+        warnings.showwarning = before

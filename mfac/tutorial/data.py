@@ -10,24 +10,31 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mfac.checks import check_choice
 from mfac.extras import install_hint
+from mfac.gradients.seeds import SeedKind, derive_seed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 DATASETS = ("digits", "imagenette", "imagefolder")
 IMAGE_SIZE, TRAIN_BATCH, TEST_BATCH = 224, 32, 64  # defaults
-_SUFFIXES = {".jpg", ".jpeg", ".png"}
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels
 _DIGITS_VALIDATION = 360  # of 1797
 _DIGITS_SHIFT = 2  # largest shift of a training image, in pixels of 32
 
 
+def _collate(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stack images and targets, the images in channels-last layout: faster for depthwise convolutions."""
+    images, targets = default_collate(samples)
+    return images.contiguous(memory_format=torch.channels_last), targets
+
+
 class Batches:
-    """Batches of a DataLoader on a device, images in channels-last layout (faster for depthwise convolutions).
+    """Batches of a DataLoader on a device.
 
     Args:
         loader: Gives (images, targets).
@@ -45,8 +52,7 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield images, shape [n, 3, height, width], and targets, shape [n]."""
         for images, targets in self.loader:
-            images = images.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-            yield images, targets.to(self.device, non_blocking=True)
+            yield images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
 
 @dataclass
@@ -54,10 +60,21 @@ class Data:
     """A dataset in batches; M-FAC takes its gradients from the training images in an order of their own."""
 
     train: Batches
-    gradients: Batches
+    gradients: DataLoader
     validation: Batches
     num_classes: int
     stem_stride: int  # what suits the image size: see MobileNetV1
+    seed: int
+
+    def start_epoch(self, epoch: int) -> None:
+        """Seed torch, the order of the training images and their augmentation: an epoch is the same however it began.
+
+        Args:
+            epoch: Its number.
+        """
+        seed = derive_seed(self.seed, SeedKind.START, epoch)
+        torch.manual_seed(seed)
+        self.train.loader.generator.manual_seed(seed)
 
 
 class Digits(Dataset):
@@ -65,13 +82,12 @@ class Digits(Dataset):
 
     Args:
         train: The training part, randomly shifted by up to 2 pixels, or the validation part.
-        seed: Seed of the shifts.
 
     Raises:
         ImportError: If scikit-learn is not installed.
     """
 
-    def __init__(self, train: bool, seed: int = 0) -> None:
+    def __init__(self, train: bool) -> None:
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
@@ -84,7 +100,6 @@ class Digits(Dataset):
         self._shift = _DIGITS_SHIFT if train else 0
         self._images = F.pad(images[order], (self._shift,) * 4, value=-1.0)
         self._targets = torch.from_numpy(digits.target).long()[order]
-        self._generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -92,7 +107,7 @@ class Digits(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return an image, shape [3, 32, 32], and its target."""
-        y, x = torch.randint(0, 2 * self._shift + 1, (2,), generator=self._generator).tolist()
+        y, x = torch.randint(0, 2 * self._shift + 1, (2,)).tolist() if self._shift else (0, 0)
         return self._images[index, :, y : y + 32, x : x + 32].expand(3, 32, 32), self._targets[index]
 
 
@@ -118,15 +133,17 @@ class ImageFolder(Dataset):
             raise ValueError(
                 f"dataset_path: expected a folder with train/<class>/*.jpg and val/<class>/*.jpg, got no folder {root}"
             )
-        self.classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-        self._items = [
-            (path, target)
-            for target, name in enumerate(self.classes)
-            for path in sorted((root / name).rglob("*"))
-            if path.suffix.lower() in _SUFFIXES
-        ]
+        self.classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != ".")
+        self._items = []
+        for target, name in enumerate(self.classes):
+            found = [path for path in sorted((root / name).rglob("*")) if path.suffix.lower() in _SUFFIXES]
+            if not found:
+                raise ValueError(
+                    f"dataset_path: expected images {root / name}/*{', *'.join(sorted(_SUFFIXES))}, got none"
+                )
+            self._items += [(path, target) for path in found]
         if not self._items:
-            raise ValueError(f"dataset_path: expected images {root}/<class>/*.jpg, *.jpeg or *.png, got none")
+            raise ValueError(f"dataset_path: expected a folder for each class in {root}, got none")
         self._size, self._train = size, train
 
     def __len__(self) -> int:
@@ -134,12 +151,19 @@ class ImageFolder(Dataset):
         return len(self._items)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        """Return an image, shape [3, size, size], normalised as for ImageNet, and its class index."""
+        """Return an image, shape [3, size, size], normalised as for ImageNet, and its class index.
+
+        Raises:
+            ValueError: If the file is no image, or a damaged one.
+        """
         from PIL import Image
 
         path, target = self._items[index]
-        with Image.open(path) as file:
-            image = file.convert("RGB")
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises
+            raise ValueError(f"dataset_path: expected an image, got {path}, which cannot be read: {error}") from None
         image = _random_crop(image, self._size) if self._train else _centre_crop(image, self._size)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
         return (pixels - torch.tensor(_MEAN)[:, None, None]) / torch.tensor(_STD)[:, None, None], target
@@ -189,7 +213,7 @@ def load_data(
         test_batch_size: Images per validation batch.
         workers: Processes that read images; the digits are in memory and need none.
         device: Where the batches go.
-        seed: Seed of the order of the training images and of their shifts.
+        seed: Seed of the order of the training images and of their augmentation; see :meth:`Data.start_epoch`.
 
     Returns:
         The dataset. The last, incomplete batch of an epoch is dropped in training.
@@ -200,7 +224,7 @@ def load_data(
     """
     check_choice("dataset", dataset, DATASETS)
     if dataset == "digits":
-        train, gradients, validation = Digits(True, seed), Digits(True, seed + 1), Digits(False)
+        train, validation = Digits(True), Digits(False)
         num_classes, workers, image_size = 10, 0, 32
     else:
         if dataset_path is None:
@@ -208,7 +232,7 @@ def load_data(
                 f"dataset_path: expected a folder with train/<class>/ and val/<class>/ for the dataset {dataset}, got "
                 "None"
             )
-        train = gradients = ImageFolder(Path(dataset_path) / "train", image_size, train=True)
+        train = ImageFolder(Path(dataset_path) / "train", image_size, train=True)
         validation = ImageFolder(Path(dataset_path) / "val", image_size, train=False)
         if train.classes != validation.classes:
             raise ValueError(
@@ -221,17 +245,22 @@ def load_data(
             f"train_batch_size: expected at most the number of training images, {len(train)}, got {train_batch_size}"
         )
 
-    def batches(images: Dataset, offset: int, size: int, training: bool) -> Batches:
-        generator = torch.Generator().manual_seed(seed + offset)
-        loader = DataLoader(
-            images, size, shuffle=training, drop_last=training, num_workers=workers, generator=generator
+    def loader(images: Dataset, size: int, training: bool) -> DataLoader:
+        return DataLoader(
+            images,
+            size,
+            shuffle=training,
+            drop_last=training,
+            num_workers=workers,
+            collate_fn=_collate,
+            generator=torch.Generator().manual_seed(seed),
         )
-        return Batches(loader, device)
 
     return Data(
-        batches(train, 0, train_batch_size, True),
-        batches(gradients, 1, train_batch_size, True),
-        batches(validation, 2, test_batch_size, False),
+        Batches(loader(train, train_batch_size, True), device),
+        loader(train, train_batch_size, True),
+        Batches(loader(validation, test_batch_size, False), device),
         num_classes,
         stem_stride=1 if image_size <= 64 else 2,
+        seed=seed,
     )

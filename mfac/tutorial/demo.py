@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import copy
-import statistics
-import sys
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,28 +13,14 @@ from tqdm import tqdm
 
 from mfac.extras import install_hint
 from mfac.ops.backend import select_backend
-from mfac.pruning.result import write_csv
 from mfac.recipe.load import tutorial_recipes
 from mfac.recipe.manager import Manager
+from mfac.tutorial.compare import Method, Run, write_comparison
 from mfac.tutorial.data import load_data
 from mfac.tutorial.dense import DENSE_EPOCHS, DIGITS_WIDTH, dense_digits
-from mfac.tutorial.loop import Measurement, evaluate, fit
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from mfac.tutorial.loop import evaluate, fit
 
 _MEASURE_EVERY = 8  # steps of the 44 of an epoch
-_LABEL_DISTANCE = 4.5  # least distance of the labels of the final accuracies, in per cent
-
-
-@dataclass(frozen=True, eq=False)
-class Method:
-    """One way to prune; everything else is the same for all."""
-
-    label: str  # in table and plot
-    recipe: str  # file name
-    colour: str
-    variables: dict[str, Any] = field(default_factory=dict)  # of the recipe, to set
 
 
 _PUBLISHED = {"update": "independent", "substeps": 1, "damping": 1e-5, "block_size": 2000, "corrections": 0}
@@ -47,24 +29,6 @@ METHODS = (
     Method("M-FAC as published", "mfac.md", "#7570b3", _PUBLISHED),
     Method("M-FAC, joint update", "mfac.md", "#1b9e77"),
 )
-_FOOTNOTE = """\
-top-1 accuracy on the validation images, mean ± standard deviation of the seeds; sparsity: of the weights that the
-recipes prune; seconds: training, pruning and measuring together"""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One method with one seed: the measurements, and the seconds for training, pruning and measuring together."""
-
-    method: Method
-    seed: int
-    measurements: list[Measurement]
-    seconds: float
-
-    @property
-    def after_pruning(self) -> Measurement:
-        """The measurement right after the last pruning step."""
-        return [measured for measured in self.measurements if measured.pruned][-1]
 
 
 def recipe_path(name: str) -> Path:
@@ -106,8 +70,7 @@ def run_method(
     data = load_data(seed=seed, test_batch_size=120, device=next(model.parameters()).device)
     manager = Manager.from_recipe(recipe_path(method.recipe), recipe_args)
     optimizer = torch.optim.Adam(model.parameters())
-    session = manager.apply(model, optimizer, data.gradients, F.cross_entropy, progress=sys.stderr.isatty())
-    began = time.perf_counter()
+    session = manager.apply(model, optimizer, data.gradients, F.cross_entropy, progress=True)
     measurements = fit(
         model,
         optimizer,
@@ -118,102 +81,7 @@ def run_method(
         measure_every=_MEASURE_EVERY,
         report=lambda line: tqdm.write(f"  {line}"),
     )
-    return Run(method, seed, measurements, time.perf_counter() - began)
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _spread(values: list[float]) -> str:
-    """Mean and, of several, standard deviation, in per cent."""
-    return f"{_mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "") + " %"
-
-
-def _row(method: str, sparsity: str, pruned: str, trained: str, seconds: str) -> str:
-    return f"| {method:25} | {sparsity:>8} | {pruned:>19} | {trained:>20} | {seconds:>7} |"
-
-
-def table(dense_top1: float, runs: list[Run]) -> str:
-    """Return the comparison as the README's table (Markdown): dense model, and each method over the seeds.
-
-    Args:
-        dense_top1: Accuracy of the dense model in per cent.
-        runs: All the runs.
-
-    Returns:
-        The table.
-    """
-    lines = [
-        _row("method", "sparsity", "right after pruning", "after the last epoch", "seconds"),
-        f"|{'-' * 27}|{'-' * 9}:|{'-' * 20}:|{'-' * 21}:|{'-' * 8}:|",
-        _row("dense", "0.0 %", "", f"{dense_top1:.1f} %", ""),
-    ]
-    for method in METHODS:
-        mine = [run for run in runs if run.method == method]
-        last = [run.measurements[-1] for run in mine]
-        sparsity = _mean([100 * measured.sparsity for measured in last])
-        pruned = _spread([run.after_pruning.top1 for run in mine])
-        trained = _spread([measured.top1 for measured in last])
-        seconds = _mean([run.seconds for run in mine])
-        lines.append(_row(method.label, f"{sparsity:.1f} %", pruned, trained, f"{seconds:.1f}"))
-    return "\n".join(lines)
-
-
-def _draw_method(axes: Axes, method: Method, runs: list[Run], dense_top1: float) -> None:
-    """Draw the mean over the seeds, from the dense model on, and the range if there are several."""
-    points = list(zip(*(run.measurements for run in runs), strict=True))
-    steps = [0, *(point[0].step for point in points)]
-    top1 = [[dense_top1], *([measured.top1 for measured in point] for point in points)]
-    axes.plot(
-        steps, [_mean(values) for values in top1], "o-", color=method.colour, label=method.label, lw=2, markersize=4
-    )
-    if len(runs) > 1:
-        low, high = [min(values) for values in top1], [max(values) for values in top1]
-        axes.fill_between(steps, low, high, color=method.colour, alpha=0.15, lw=0)
-
-
-def _label_ends(axes: Axes, runs: list[Run]) -> None:
-    """Write the final accuracies at the right, lifted where they would overlap."""
-    last = {method: _mean([run.measurements[-1].top1 for run in runs if run.method == method]) for method in METHODS}
-    step, height = runs[0].measurements[-1].step, -_LABEL_DISTANCE
-    for method, top1 in sorted(last.items(), key=lambda item: item[1]):
-        height = max(top1, height + _LABEL_DISTANCE)
-        axes.text(step * 1.013, height, f"{top1:.1f}", va="center", color=method.colour, fontweight="bold")
-
-
-def plot(dense_top1: float, runs: list[Run], path: Path) -> None:
-    """Draw accuracy over training steps for all methods, with the pruning steps marked.
-
-    Args:
-        dense_top1: Accuracy of the dense model in per cent.
-        runs: All the runs.
-        path: The PNG file to write.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(dense_top1, color="#444444", ls=":", lw=1.5, label=f"dense ({dense_top1:.1f} %)")
-    for method in METHODS:
-        _draw_method(axes, method, [run for run in runs if run.method == method], dense_top1)
-    for measured in runs[0].measurements:
-        if measured.pruned:
-            axes.axvline(measured.step, color="#888888", ls="--", lw=1, zorder=0)
-            label = f"pruned to {100 * measured.sparsity:.1f} %"
-            axes.text(measured.step, 104, label, ha="center", va="bottom", color="#555555", fontsize=9)
-    _label_ends(axes, runs)
-    seeds = len({run.seed for run in runs})
-    mean = f" (mean of {seeds} seeds)" if seeds > 1 else ""
-    axes.set_title(f"MobileNet on digits: three pruning methods, the same images and steps{mean}", pad=20)
-    axes.set_xlabel("training step")
-    axes.set_ylabel("top-1 accuracy on the validation images, %")
-    axes.set_ylim(0, 103)
-    axes.set_xlim(0, runs[0].measurements[-1].step * 1.08)
-    axes.grid(axis="y", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower left", frameon=True, framealpha=1)
-    figure.savefig(path)
+    return Run(method, seed, measurements)
 
 
 def demo(
@@ -262,10 +130,8 @@ def demo(
             arguments = {**budget, **method.variables} if method.recipe == "mfac.md" else {}
             run = run_method(method, dense, seed, arguments, max_train_steps)
             runs.append(run)
-            name = method.label.replace(", ", "-").replace(" ", "-").lower()
-            write_csv(folder / f"{name}-{seed}.csv", Measurement, run.measurements)
-    text = f"{table(dense_top1, runs)}\n\n{_FOOTNOTE}"
-    (folder / "comparison.txt").write_text(f"{text}\n", encoding="utf-8")
-    plot(dense_top1, runs, folder / "comparison.png")
+    text = write_comparison(
+        dense_top1, runs, folder, "MobileNet on digits: three pruning methods, the same images and steps"
+    )
     tqdm.write(f"\n{text}\n\ntable, comparison.png and a CSV file per run are in {folder}")
     return runs

@@ -25,20 +25,17 @@ DIGITS_WIDTH = 0.35
 _BATCH, _RATE, _MOMENTUM, _DECAY, _SEED = 32, 0.05, 0.9, 5e-4, 0
 
 
-class _OneCycle:
-    """Raise the learning rate linearly over the first fifth of training, then lower it along a cosine to 0."""
+class _Stepped:
+    """A scheduler of torch that is stepped along with training."""
 
     sparsity = 0.0
 
-    def __init__(self, optimizer: torch.optim.Optimizer, peak: float, epochs: float) -> None:
-        self._optimizer, self._peak, self._epochs = optimizer, peak, epochs
-        self.step(0.0)
+    def __init__(self, scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
+        self._scheduler = scheduler
 
     def step(self, epoch: float) -> list[PruneResult]:
-        x = epoch / self._epochs
-        factor = 0.04 + 0.96 * x / 0.2 if x < 0.2 else (1 + math.cos(math.pi * (x - 0.2) / 0.8)) / 2
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._peak * factor
+        if self._scheduler.last_epoch < self._scheduler.total_steps:
+            self._scheduler.step()
         return []
 
 
@@ -102,7 +99,7 @@ def dense_digits(
     Returns:
         The model, in training mode.
     """
-    settings = f"{width} {epochs} {_BATCH} {_RATE} {_MOMENTUM} {_DECAY} {_SEED}"
+    settings = f"2 {width} {epochs} {_BATCH} {_RATE} {_MOMENTUM} {_DECAY} {_SEED}"  # 2: OneCycleLR, seeded epochs
     key = hashlib.sha256(settings.encode()).hexdigest()[:12]
     path = cache_dir() / "models" / f"digits-mobilenet-{width:g}-{key}.pt"
     with torch.random.fork_rng():
@@ -121,8 +118,9 @@ def dense_digits(
             return model
         report(f"training the dense model once ({epochs:g} epochs on the digits); it is kept in {path}")
         optimizer = torch.optim.SGD(model.parameters(), _RATE, momentum=_MOMENTUM, nesterov=True, weight_decay=_DECAY)
-        schedule = _OneCycle(optimizer, _RATE, epochs)
-        fit(model, optimizer, schedule, data, epochs, report=lambda line: None, progress=progress)
+        steps = max(2, math.ceil(epochs * len(data.train)))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps, cycle_momentum=False)
+        fit(model, optimizer, _Stepped(schedule), data, epochs, report=lambda line: None, progress=progress)
     report(f"dense model trained: top-1 {evaluate(model, data.validation)[1]:.1f} %")
     make_private(path.parent)
     save(model.state_dict(), path)

@@ -40,6 +40,8 @@ class Measurement:
     top5: float  # per cent
     sparsity: float  # share of zeros in the weights that the recipe prunes
     learning_rate: float
+    pruning_seconds: float = 0.0  # of a pruning step right before, its gradients included
+    seconds: float = 0.0  # of training and pruning so far, without measuring
 
 
 def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float, float]:
@@ -73,6 +75,7 @@ def fit(
     *,
     first_epoch: int = 0,
     max_train_steps: int = -1,
+    amp: bool = False,
     measure_every: int | None = None,
     on_epoch: Callable[[int, Measurement], None] | None = None,
     report: Callable[[str], None] = tqdm.write,
@@ -88,6 +91,7 @@ def fit(
         epochs: The length of training; may end within an epoch.
         first_epoch: The epoch to start with (0 unless training goes on from a checkpoint).
         max_train_steps: Optimizer steps per epoch at most; -1: all.
+        amp: Train under autocast to bfloat16; gradients for pruning and measurements stay in float32.
         measure_every: Measure also after every so many steps, and before the last step of all epochs but the last.
         on_epoch: Called with the number of the epoch and its last measurement.
         report: Takes a line of text for each pruning step and each epoch.
@@ -103,21 +107,30 @@ def fit(
     measurements: list[Measurement] = []
     sparsity = stepper.sparsity
     losses: list[float] = []
+    began, measuring = time.perf_counter(), 0.0
 
-    def measure(done: int, now: float, pruned: bool) -> Measurement:
+    def measure(done: int, now: float, pruned: bool, pruning: float = 0.0) -> Measurement:
+        nonlocal measuring
+        start = time.perf_counter()
+        trained = start - began - measuring
         train_loss = sum(losses) / len(losses) if losses else math.nan
         losses.clear()
         rate = optimizer.param_groups[0]["lr"]
         measurements.append(
-            Measurement(done, now, pruned, train_loss, *evaluate(model, data.validation), sparsity, rate)
+            Measurement(
+                done, now, pruned, train_loss, *evaluate(model, data.validation), sparsity, rate, pruning, trained
+            )
         )
+        measuring += time.perf_counter() - start
         return measurements[-1]
 
     for epoch in range(first_epoch, math.ceil(epochs)):
         model.train()
+        data.start_epoch(epoch)
         bar = tqdm(total=steps, desc=f"epoch {epoch}", leave=False, disable=None if progress else True)
         for index, (images, targets) in zip(range(steps), data.train, strict=False):
-            loss = F.cross_entropy(model(images), targets)
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+                loss = F.cross_entropy(model(images).float(), targets)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -127,12 +140,12 @@ def fit(
                     f"loss: expected a finite number, got {losses[-1]} in epoch {epoch}; try a smaller learning rate"
                 )
             done, now = epoch * steps + index + 1, epoch + (index + 1) / steps
-            began = time.perf_counter()
+            start = time.perf_counter()
             results = stepper.step(now)
             if results:
                 sparsity = stepper.sparsity
-                seconds = time.perf_counter() - began
-                after = measure(done, now, True)
+                seconds = time.perf_counter() - start
+                after = measure(done, now, True, seconds)
                 increase = sum(result.predicted_loss_increase or 0.0 for result in results)
                 predicted = f", predicted loss increase {increase:.3g}" if increase else ""
                 report(

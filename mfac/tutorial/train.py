@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,37 +21,100 @@ from mfac.tutorial.loop import Measurement, evaluate, fit
 from mfac.tutorial.models import MobileNetV1
 
 ARCHITECTURES = ("mobilenet",)
+_FILES = ("model.pt", "model.txt", "checkpoint.pt")  # of a run
+# What a resumed run must have in common with the interrupted one.
+_SAME = ("arch_key", "width", "dataset", "image_size", "train_batch_size", "max_train_steps", "seed", "amp")
 _MAX_TAG = 200  # bytes; file systems allow 255 for a name, and the log's ends in .csv
 
 
 @dataclass(kw_only=True)
-class TrainSettings:
-    """The options of `mfac train`; `mfac train --help` explains them."""
+class ModelSettings:
+    """The options about a model and its data.
 
-    recipe_path: str
-    recipe_args: str | None = None
-    one_shot: bool = False
+    Args:
+        arch_key: Network.
+        width: Multiplier of its channels (default: 0.35 for digits, else 1.0).
+        dataset: digits (bundled with scikit-learn), or images in folders: imagenette or imagefolder.
+        dataset_path: Folder with train/CLASS/IMAGE.jpg and val/CLASS/IMAGE.jpg.
+        image_size: Height and width to which images are resized.
+        test_batch_size: Images per validation batch.
+        loader_num_workers: Processes that read images.
+        device: cpu, cuda or cuda:N (default: cuda if available).
+    """
+
     arch_key: str = "mobilenet"
-    width: float | None = None  # None: DIGITS_WIDTH for the digits, else 1.0
-    pretrained: str | None = None  # True, False or a path; None: True for the digits, else False
-    checkpoint_path: str | None = None
+    width: float | None = None
     dataset: str = "digits"
     dataset_path: str | None = None
     image_size: int = IMAGE_SIZE
-    train_batch_size: int = TRAIN_BATCH
     test_batch_size: int = TEST_BATCH
     loader_num_workers: int = 0
+    device: str | None = None
+
+
+@dataclass(kw_only=True)
+class RunSettings(ModelSettings):
+    """The options of `mfac compare`: of all its runs.
+
+    Args:
+        recipe_args: Values for variables of the recipe: K=V,... or JSON.
+        pretrained: Initial weights: True, False or a file with a state_dict. True: a dense model, trained on the digits
+            once and cached (default for digits); False: random (default otherwise).
+        train_batch_size: Images per step, and per gradient of M-FAC.
+        init_lr: Learning rate until the recipe sets one.
+        max_train_steps: Largest number of steps per epoch; -1: all.
+        amp: Train under autocast to bfloat16.
+        save_dir: Folder for the results of all runs.
+        save_best_after: First epoch that can become model.pt (default: the first that begins at the final sparsity).
+        logs_dir: Folder for a CSV file of loss, accuracy and sparsity, and for TensorBoard if it is installed.
+    """
+
+    recipe_args: str | None = None
+    pretrained: str | None = None
+    train_batch_size: int = TRAIN_BATCH
     init_lr: float = 4e-4
     max_train_steps: int = -1
-    device: str | None = None  # None: cuda if there is one
-    seed: int = 0
+    amp: bool = False
     save_dir: str = "runs"
-    model_tag: str | None = None  # a plain name; None: the recipe's stem
-    save_best_after: int | None = None  # None: the first epoch that begins at the final sparsity
+    save_best_after: int | None = None
     logs_dir: str | None = None
 
 
-def _device(name: str | None) -> torch.device:
+@dataclass(kw_only=True)
+class TrainSettings(RunSettings):
+    """The options of `mfac train`.
+
+    Args:
+        recipe_path: Recipe: .yaml, .yml, or .md with front matter (FILE.md#2 for the second of its fenced recipes).
+        one_shot: Prune to the final sparsity at once, without training.
+        checkpoint_path: Go on from this checkpoint.pt, masks included; with --one-shot: prune its model.
+        model_tag: Subfolder for this run, a plain name (default: that of the recipe's file).
+        seed: Seed of the order of images and of random weights.
+        resume: Go on with the run of this tag where it stopped.
+        overwrite: Replace the run of this tag.
+    """
+
+    recipe_path: str
+    one_shot: bool = False
+    checkpoint_path: str | None = None
+    model_tag: str | None = None
+    seed: int = 0
+    resume: bool = False
+    overwrite: bool = False
+
+
+def find_device(name: str | None) -> torch.device:
+    """Return the device of an option.
+
+    Args:
+        name: cpu, cuda or cuda:N; None: cuda if there is one.
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: If it is no such device, or not there.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -82,17 +144,37 @@ def _model_tag(settings: TrainSettings) -> str:
 
 
 def _folder(settings: TrainSettings, tag: str) -> Path:
-    """Return the run's folder, made; that of an earlier run only if the run goes on from its checkpoint."""
-    wanted, number = Path(settings.save_dir) / tag, 1
-    folder = wanted
+    """Return the run's folder; that of an earlier run only if this one goes on with it or replaces it."""
+    folder = Path(settings.save_dir) / tag
     resumed = settings.checkpoint_path and Path(settings.checkpoint_path).resolve().parent
-    while folder.resolve() != resumed and any((folder / name).exists() for name in ("model.pt", "checkpoint.pt")):
-        number += 1
-        folder = wanted.with_name(f"{tag}-{number}")
-    if folder != wanted:
-        tqdm.write(f"{wanted} holds an earlier run; this one goes to {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
+    if settings.resume or settings.overwrite or folder.resolve() == resumed:
+        return folder
+    if any((folder / name).exists() for name in _FILES):
+        raise ValueError(
+            f"model_tag: expected the name of a new run, got {tag!r}: {folder} holds an earlier one; --resume goes on "
+            "with it, --overwrite replaces it"
+        )
     return folder
+
+
+def _checkpoint(settings: TrainSettings, folder: Path, device: torch.device) -> dict[str, Any] | None:
+    """Return the checkpoint that the run goes on from; None if it begins anew."""
+    if settings.checkpoint_path:
+        return _load_checkpoint(settings.checkpoint_path, device)
+    path = folder / "checkpoint.pt"
+    if not settings.resume:
+        return None
+    if not path.is_file():
+        tqdm.write(f"{path} does not exist: the run begins anew")
+        return None
+    state = _load_checkpoint(str(path), device)
+    for name, saved in state.get("settings", {}).items():
+        if getattr(settings, name) != saved:
+            raise ValueError(
+                f"resume: expected --{name.replace('_', '-')} {saved} as before, got {getattr(settings, name)}; "
+                "--checkpoint-path goes on with other options"
+            )
+    return state
 
 
 def _model(settings: TrainSettings, data: Data, device: torch.device) -> nn.Module:
@@ -100,6 +182,7 @@ def _model(settings: TrainSettings, data: Data, device: torch.device) -> nn.Modu
     digits = settings.dataset == "digits"
     width = (DIGITS_WIDTH if digits else 1.0) if settings.width is None else settings.width
     pretrained = settings.pretrained or str(digits)
+    pretrained = pretrained.capitalize() if pretrained.lower() in ("true", "false") else pretrained
     if pretrained == "True" and not settings.checkpoint_path:
         if not digits:
             raise ValueError(
@@ -141,14 +224,42 @@ def _restore(model: nn.Module, state: dict[str, torch.Tensor], path: str) -> Non
         ) from error
 
 
+def _data(settings: TrainSettings, device: torch.device) -> Data:
+    return load_data(
+        settings.dataset,
+        settings.dataset_path,
+        image_size=settings.image_size,
+        train_batch_size=settings.train_batch_size,
+        test_batch_size=settings.test_batch_size,
+        workers=settings.loader_num_workers,
+        device=device,
+        seed=settings.seed,
+    )
+
+
+def measure_initial(settings: TrainSettings) -> tuple[float, float, float]:
+    """Measure the model that :func:`train` would start from.
+
+    Args:
+        settings: The options.
+
+    Returns:
+        Mean cross entropy, top-1 and top-5 accuracy in per cent, on the validation images.
+    """
+    device = find_device(settings.device)
+    data = _data(settings, device)
+    return evaluate(_model(settings, data, device), data.validation)
+
+
 def train(settings: TrainSettings) -> list[Measurement]:
     """Train and prune a model as a recipe says.
 
     Writes into `<save_dir>/<model_tag>/`: `model.pt` and `model.txt`, the best epoch from `save_best_after` on, and
-    `checkpoint.pt`, the last epoch, for `checkpoint_path`. If no epoch qualifies as the best (training ends before
-    `save_best_after`, or was resumed in another folder and does not improve), `model.pt` is the last epoch. The
-    optimizer is Adam: in the single epoch that such a recipe leaves for recovery, at a learning rate near 4e-4, SGD
-    would hardly change the weights.
+    `checkpoint.pt`, the last epoch. A run that was interrupted or killed goes on from it with `resume` and, on the CPU,
+    ends with the same weights as an undisturbed one, bit for bit: each epoch is seeded by its number. If no epoch
+    qualifies as the best (training ends before `save_best_after`, or was resumed in another folder and does not
+    improve), `model.pt` is the last epoch. The optimizer is Adam: in the single epoch that such a recipe leaves for
+    recovery, at a learning rate near 4e-4, SGD would hardly change the weights.
 
     Args:
         settings: The options.
@@ -161,6 +272,7 @@ def train(settings: TrainSettings) -> list[Measurement]:
         ValueError: If an option, the recipe or the data are not as expected.
         ImportError: If the digits are requested and scikit-learn is not installed.
         RuntimeError: If the loss is not finite, or (a BuildError) if required kernels cannot be built.
+        KeyboardInterrupt: After it has said how to go on.
     """
     check_choice("arch_key", settings.arch_key, ARCHITECTURES)
     if settings.max_train_steps != -1:
@@ -170,29 +282,27 @@ def train(settings: TrainSettings) -> list[Measurement]:
     check_int("seed", settings.seed, 0, 2**63 - 1)
     check_number("init_lr", settings.init_lr, 0)
     check_int("loader_num_workers", settings.loader_num_workers, 0)
+    if settings.resume and (settings.overwrite or settings.checkpoint_path):
+        raise ValueError("resume: expected it without --overwrite and --checkpoint-path, got both")
     manager = Manager.from_recipe(settings.recipe_path, settings.recipe_args)
     tag = _model_tag(settings)
-    device = _device(settings.device)
-    state = _load_checkpoint(settings.checkpoint_path, device) if settings.checkpoint_path else None
+    device = find_device(settings.device)
+    folder = _folder(settings, tag)
+    state = _checkpoint(settings, folder, device)
+    source = settings.checkpoint_path or str(folder / "checkpoint.pt")
     if state and not settings.one_shot and state["epoch"] + 1 >= manager.epochs:
         raise ValueError(
-            f"checkpoint_path: expected training left to do, got {settings.checkpoint_path}, which has completed the "
-            f"recipe's {manager.epochs:g} epochs"
+            f"checkpoint_path: expected training left to do, got {source}, which has completed the recipe's "
+            f"{manager.epochs:g} epochs"
         )
-    data = load_data(
-        settings.dataset,
-        settings.dataset_path,
-        image_size=settings.image_size,
-        train_batch_size=settings.train_batch_size,
-        test_batch_size=settings.test_batch_size,
-        workers=settings.loader_num_workers,
-        device=device,
-        seed=settings.seed,
-    )
+    data = _data(settings, device)
     model = _model(settings, data, device)
     if state:
-        _restore(model, state["model"], settings.checkpoint_path)
-    folder = _folder(settings, tag)
+        _restore(model, state["model"], source)
+    folder.mkdir(parents=True, exist_ok=True)
+    if settings.overwrite:
+        for name in _FILES:
+            (folder / name).unlink(missing_ok=True)
     for line in manager.describe():
         tqdm.write(line)
     if settings.one_shot:
@@ -200,19 +310,19 @@ def train(settings: TrainSettings) -> list[Measurement]:
 
     torch.manual_seed(settings.seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.init_lr)
-    session = manager.apply(model, optimizer, data.gradients, F.cross_entropy, progress=sys.stderr.isatty())
+    session = manager.apply(model, optimizer, data.gradients, F.cross_entropy, progress=True)
     first_epoch, best = 0, None
     if state:
         optimizer.load_state_dict(state["optimizer"])
         session.load_state_dict(state["recipe"])
         first_epoch, best = state["epoch"] + 1, state["best"]
-        tqdm.write(f"resuming after epoch {state['epoch']}, sparsity {100 * session.sparsity:.2f} %")
+        tqdm.write(f"going on with epoch {first_epoch}, at a sparsity of {100 * session.sparsity:.2f} %")
     after = math.ceil(manager.pruned_from) if settings.save_best_after is None else settings.save_best_after
     final_epoch = math.ceil(manager.epochs) - 1
 
-    def keep(epoch: int, measured: Measurement) -> None:
-        nonlocal best
-        is_best = epoch >= after and (best is None or measured.top1 > best)
+    def keep(epoch: int, measured: Measurement | None) -> None:
+        nonlocal best, kept
+        is_best = measured is not None and epoch >= after and (best is None or measured.top1 > best)
         best = measured.top1 if is_best else best
         state = {
             "model": model.state_dict(),
@@ -220,33 +330,58 @@ def train(settings: TrainSettings) -> list[Measurement]:
             "recipe": session.state_dict(),
             "epoch": epoch,
             "best": best,
+            "settings": {name: getattr(settings, name) for name in _SAME},
         }
         save(state, folder / "checkpoint.pt")
+        kept = epoch
         if is_best or (epoch == final_epoch and (best is None or not (folder / "model.txt").exists())):
             save(state, folder / "model.pt")
             _write_model_text(folder / "model.txt", epoch, measured)
 
-    measurements = fit(
-        model,
-        optimizer,
-        session,
-        data,
-        manager.epochs,
-        first_epoch=first_epoch,
-        max_train_steps=settings.max_train_steps,
-        on_epoch=keep,
-    )
+    kept = first_epoch - 1
+    if not state:
+        keep(-1, None)  # what a run that is killed in its first epoch goes on from
+    try:
+        measurements = fit(
+            model,
+            optimizer,
+            session,
+            data,
+            manager.epochs,
+            first_epoch=first_epoch,
+            max_train_steps=settings.max_train_steps,
+            amp=settings.amp,
+            on_epoch=keep,
+        )
+    except KeyboardInterrupt:
+        tqdm.write(
+            f"interrupted; {folder / 'checkpoint.pt'} holds the model after {kept + 1} epochs: the same command with "
+            "--resume goes on from there"
+        )
+        raise
     if settings.logs_dir:
-        logs = Path(settings.logs_dir)
-        logs.mkdir(parents=True, exist_ok=True)
-        write_csv(logs / f"{folder.name}.csv", Measurement, measurements, append=bool(settings.checkpoint_path))
+        _write_logs(Path(settings.logs_dir), folder.name, measurements, append=state is not None)
     tqdm.write(f"saved in {folder}")
     return measurements
 
 
+def _write_logs(folder: Path, name: str, measurements: list[Measurement], append: bool) -> None:
+    """Write a CSV file and, if it is installed, for TensorBoard."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(folder / f"{name}.csv", Measurement, measurements, append=append)
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return
+    with SummaryWriter(str(folder / name)) as writer:
+        for measured in measurements:
+            for field in ("train_loss", "loss", "top1", "top5", "sparsity", "learning_rate"):
+                writer.add_scalar(field, getattr(measured, field), measured.step)
+
+
 def _one_shot(manager: Manager, model: nn.Module, data: Data, folder: Path) -> Measurement:
     """Prune without training, measure and save."""
-    session = manager.one_shot(model, data.gradients, F.cross_entropy, progress=sys.stderr.isatty())
+    session = manager.one_shot(model, data.gradients, F.cross_entropy, progress=True)
     measured = Measurement(0, 0.0, True, math.nan, *evaluate(model, data.validation), session.sparsity, 0.0)
     save({"model": model.state_dict(), "recipe": session.state_dict()}, folder / "model.pt")
     _write_model_text(folder / "model.txt", 0, measured)

@@ -1,0 +1,209 @@
+"""`mfac lint`, `mfac eval` and `mfac export`: what a recipe does, how good a model is, how large it is."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mfac.checks import check_choice, suggestion
+from mfac.model.names import NameTable
+from mfac.recipe.load import load_recipe
+from mfac.recipe.manager import Manager
+from mfac.tutorial.data import load_data
+from mfac.tutorial.dense import DIGITS_WIDTH, load_weights, read_state, save
+from mfac.tutorial.loop import evaluate as measure
+from mfac.tutorial.models import MobileNetV1
+from mfac.tutorial.train import ARCHITECTURES, ModelSettings, find_device
+
+_KEYWORDS = ("__ALL__", "__ALL_PRUNABLE__")
+_SPEED = (
+    "Zeros at any place make a model smaller, not faster: a dense kernel multiplies by them too. Kernels for sparse "
+    "matrices pay off on the CPU from about 90 % on."
+)
+
+
+def lint(
+    recipe: str,
+    recipe_args: str | None = None,
+    *,
+    strict: bool = False,
+    arch_key: str | None = None,
+    checkpoint_path: str | None = None,
+) -> None:
+    """Check a recipe and print what it does.
+
+    Args:
+        recipe: Its file.
+        recipe_args: Values for its variables.
+        strict: Refuse modifiers that are otherwise skipped with a warning.
+        arch_key: Check names against this network.
+        checkpoint_path: Check names against the weights of this file.
+
+    Raises:
+        ValueError: If the recipe is wrong, or names parameters that the model does not have.
+    """
+    manager, loaded = Manager.from_recipe(recipe, recipe_args, strict=strict), load_recipe(recipe, recipe_args)
+    tqdm.write(f"{loaded.name}: {len(manager.modifiers)} modifiers, {manager.epochs:g} epochs of training")
+    for item in loaded.items:
+        arguments = ", ".join(f"{key}={_short(value)}" for key, value in item.arguments.items())
+        tqdm.write(f"  line {item.line}: {item.name}: {arguments}")
+    for line in manager.describe():
+        tqdm.write(f"  {line}")
+    names = _parameter_names(arch_key, checkpoint_path)
+    if names is None:
+        tqdm.write("names of parameters are not checked: give --arch-key or --checkpoint-path")
+        return
+    table = NameTable(names)
+    for item in loaded.items:
+        for argument in ("params", "final_sparsity"):
+            for entry in _entries(item.arguments.get(argument)):
+                if entry not in _KEYWORDS and not table.find(entry):
+                    raise ValueError(
+                        f"{loaded.name} line {item.at(argument)}: !{item.name}: {argument}: expected names of the "
+                        f"model's {len(names)} parameters, got {entry!r:.120}{suggestion(entry, names)}"
+                    )
+    tqdm.write(f"all names are among the model's {len(names)} parameters")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _entries(value: object) -> list[str]:
+    """Names in `params`, or in {sparsity: names}."""
+    if isinstance(value, dict):
+        return [entry for names in value.values() for entry in _entries(names)]
+    if isinstance(value, str):
+        return [value]
+    return [entry for entry in value if isinstance(entry, str)] if isinstance(value, list) else []
+
+
+def _parameter_names(arch_key: str | None, checkpoint_path: str | None) -> list[str] | None:
+    if checkpoint_path is not None:
+        state = read_state("checkpoint_path", checkpoint_path, "a checkpoint or a state_dict", "cpu")
+        state = state.get("model", state.get("state_dict", state)) if isinstance(state, dict) else {}
+        return [name for name, value in state.items() if isinstance(value, Tensor) and value.dim() > 0]
+    if arch_key is None:
+        return None
+    check_choice("arch_key", arch_key, ARCHITECTURES)
+    with torch.device("meta"):
+        return [name for name, _ in MobileNetV1(10).named_parameters()]
+
+
+def _load(checkpoint_path: str, settings: ModelSettings, num_classes: int, stem_stride: int) -> nn.Module:
+    check_choice("arch_key", settings.arch_key, ARCHITECTURES)
+    width = (DIGITS_WIDTH if settings.dataset == "digits" else 1.0) if settings.width is None else settings.width
+    model = MobileNetV1(num_classes, width, stem_stride)
+    model = model.to(find_device(settings.device), memory_format=torch.channels_last)
+    load_weights(model, checkpoint_path)
+    return model.eval()
+
+
+def evaluate(checkpoint_path: str, settings: ModelSettings) -> tuple[float, float, float]:
+    """Measure a model on the validation images and print the result, with the sparsity of its layers.
+
+    Args:
+        checkpoint_path: A checkpoint of `mfac train`, or a state_dict.
+        settings: Which model and data.
+
+    Returns:
+        Mean cross entropy, top-1 and top-5 accuracy in per cent.
+    """
+    data = load_data(
+        settings.dataset,
+        settings.dataset_path,
+        image_size=settings.image_size,
+        train_batch_size=1,
+        test_batch_size=settings.test_batch_size,
+        workers=settings.loader_num_workers,
+        device=find_device(settings.device),
+    )
+    model = _load(checkpoint_path, settings, data.num_classes, data.stem_stride)
+    loss, top1, top5 = measure(model, data.validation)
+    for name, weight in _weights(model).items():
+        if bool((weight == 0).any()):
+            tqdm.write(f"{name}: sparsity {100 * float((weight == 0).float().mean()):.2f} %")
+    tqdm.write(f"loss {loss:.4f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %, sparsity {100 * _sparsity(model):.2f} %")
+    return loss, top1, top5
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of layers, without biases and normalisation."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.dim() > 1}
+
+
+def _sparsity(model: nn.Module) -> float:
+    weights = _weights(model).values()
+    return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+
+
+def sizes(model: nn.Module) -> dict[str, int]:
+    """Return the size of a model's parameters and buffers in several formats.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        Format -> bytes: dense; dense and zipped; CSR with indices of 16 or 32 bits; values and a bit per weight.
+    """
+    result = dict.fromkeys(("dense", "zipped", "CSR", "bitmask"), 0)
+    weights = _weights(model)
+    for name, value in model.state_dict().items():
+        dense = value.numel() * value.element_size()
+        raw = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        kept, rows = int((value != 0).sum()), value.shape[0] if value.dim() else 1
+        index = 2 if value.numel() // max(rows, 1) < 2**16 else 4
+        csr = kept * (value.element_size() + index) + 4 * (rows + 1)
+        mask = kept * value.element_size() + -(-value.numel() // 8)
+        result["dense"] += dense
+        result["zipped"] += len(zlib.compress(raw, 6))
+        result["CSR"] += min(csr, dense) if name in weights else dense
+        result["bitmask"] += min(mask, dense) if name in weights else dense
+    return result
+
+
+def export(checkpoint_path: str, output: str, settings: ModelSettings) -> None:
+    """Write a pruned model for use elsewhere, and print its size in several formats.
+
+    Args:
+        checkpoint_path: A checkpoint of `mfac train`, or a state_dict.
+        output: The folder to write into.
+        settings: Which model.
+
+    Raises:
+        ValueError: If it is no such file.
+    """
+    state = read_state("checkpoint_path", checkpoint_path, "a checkpoint or a state_dict", "cpu")
+    state = state.get("model", state.get("state_dict", state)) if isinstance(state, dict) else {}
+    if "classifier.fc.weight" not in state:
+        raise ValueError(f"checkpoint_path: expected a model of `mfac train`, got {checkpoint_path}")
+    size = 32 if settings.dataset == "digits" else settings.image_size
+    model = _load(checkpoint_path, settings, len(state["classifier.fc.weight"]), 1 if size <= 64 else 2).cpu()
+    folder = Path(output)
+    save(model.state_dict(), folder / "model.pt")
+    tqdm.write(f"{folder / 'model.pt'}: dense state_dict with exact zeros, sparsity {100 * _sparsity(model):.2f} %")
+    try:
+        from safetensors.torch import save_model
+    except ImportError:
+        tqdm.write("no safetensors file: pip install safetensors")
+    else:
+        save_model(model, str(folder / "model.safetensors"))
+        tqdm.write(f"{folder / 'model.safetensors'}: the same")
+    try:
+        import onnx  # noqa: F401 (torch.onnx needs it)
+        import onnxscript  # noqa: F401
+    except ImportError:
+        tqdm.write("no ONNX file: pip install onnx onnxscript")
+    else:
+        example = torch.zeros(1, 3, size, size)
+        torch.onnx.export(model, (example,), str(folder / "model.onnx"), dynamo=True, verbose=False)
+        tqdm.write(f"{folder / 'model.onnx'}: the network, for images of {size} x {size}")
+    found = sizes(model)
+    for name, count in found.items():
+        tqdm.write(f"  {name:8} {count / 1e6:8.2f} MB  {found['dense'] / count:5.1f}x")
+    tqdm.write(_SPEED)

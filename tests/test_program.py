@@ -1,0 +1,185 @@
+"""The program as its users see it: killed and resumed runs, comparisons, lint, eval, export, damaged images."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mfac.cli.main import main
+from mfac.tutorial.data import load_data
+from mfac.tutorial.inspect import sizes
+from mfac.tutorial.models import MobileNetV1
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+RECIPES = Path(__file__).parent / "recipes"
+RECIPE = """
+modifiers:
+  - !EpochRangeModifier {end_epoch: 4}
+  - !LearningRateFunctionModifier {lr_func: cosine, init_lr: 1e-3, final_lr: 0, end_epoch: 4}
+  - !MFACPruningModifier
+    params: ["re:sections.4.*point.conv.weight"]
+    init_sparsity: 0.25
+    final_sparsity: 0.9
+    start_epoch: 0.5
+    end_epoch: 2.5
+    update_frequency: 0.5
+    num_grads: 3
+    recomputations: 2
+    corrections: 1
+    correction_batches: 2
+"""
+OPTIONS = "--width 0.25 --pretrained False --train-batch-size 8 --test-batch-size 360 --max-train-steps 4 --device cpu"
+
+
+@pytest.fixture(autouse=True)
+def plain_log():
+    """The command sets up the log of the package for itself."""
+    log = logging.getLogger("mfac")
+    before = log.handlers, log.propagate, log.level
+    yield
+    log.handlers, log.propagate, log.level = before
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, epoch):
+    """SIGKILL in the middle of an epoch, then --resume: bit for bit the weights of a run that was left alone."""
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    command = f"train --recipe-path {tmp_path / 'r.yaml'} --save-dir {tmp_path} {OPTIONS} --model-tag"
+    assert main([*command.split(), "whole"]) == 0
+    checkpoint = tmp_path / "killed" / "checkpoint.pt"
+    slow = (  # an hour a batch from the second batch of that epoch on
+        "import itertools, sys, time\nimport mfac.tutorial.data as data\nfrom mfac.cli.main import main\n"
+        "batches, counter = data.Batches.__iter__, itertools.count()\n"
+        "def iterate(self):\n"
+        f"    wait = self.loader.drop_last and next(counter) == {epoch}\n"
+        "    for i, batch in enumerate(batches(self)):\n"
+        "        time.sleep(3600 * (wait and i == 1))\n"
+        "        yield batch\n"
+        "data.Batches.__iter__ = iterate\nmain(sys.argv[1:])\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen([sys.executable, "-c", slow, *command.split(), "killed"], env=environment)
+    for _ in range(600):
+        if checkpoint.exists() and torch.load(checkpoint, weights_only=True)["epoch"] == epoch - 1:
+            break
+        assert child.poll() is None
+        time.sleep(0.1)
+    time.sleep(0.5)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == epoch - 1
+    assert main([*command.split(), "killed", "--resume"]) == 0
+    whole, resumed = weights(tmp_path / "whole" / "checkpoint.pt"), weights(checkpoint)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert main([*command.split(), "killed", "--resume"]) == 2  # nothing is left to do
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    command = f"train --recipe-path {tmp_path / 'r.yaml'} --save-dir {tmp_path} {OPTIONS} --model-tag a".split()
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mfac.tutorial.train.fit", interrupt)
+    assert main(command) == 130
+    assert "the same command with --resume goes on from there" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert main([*command, "--resume"]) == 0
+
+
+def test_compare(tmp_path, capsys):
+    """The two recipes of the tutorial in their original spelling, on JPEGs; started again, it goes on."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", 8), ("val", 2)):
+        for name in "ab":
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / part / name / f"{index}.jpg")
+    recipes = [tmp_path / "original_magnitude.md", tmp_path / "original_mfac.md"]
+    for path in recipes:
+        path.write_text((RECIPES / path.name).read_text().replace("num_grads: 256", "num_grads: 8"))
+    command = f"compare {recipes[0]} {recipes[1]} --save-dir {tmp_path / 'out'} --dataset imagenette --dataset-path "
+    command += f"{tmp_path / 'data'} --image-size 32 --train-batch-size 4 --width 0.1 --pretrained False --device cpu"
+    assert main(command.split()) == 0
+    text = capsys.readouterr().out
+    assert "| original_magnitude " in text and "| original_mfac " in text and "96.4 %" in text
+    assert (tmp_path / "out" / "comparison.txt").read_text() in text
+    with Image.open(tmp_path / "out" / "comparison.png") as image:
+        assert min(image.size) > 500
+    record = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert len(record["runs"]) == 2 and (tmp_path / "out" / "original-mfac-0.csv").exists()
+    record["runs"].pop()
+    (tmp_path / "out" / "comparison.json").write_text(json.dumps(record))
+    before = (tmp_path / "out" / "original-magnitude-0" / "checkpoint.pt").stat().st_mtime_ns
+    assert main(command.split()) == 0
+    assert (tmp_path / "out" / "original-magnitude-0" / "checkpoint.pt").stat().st_mtime_ns == before
+    assert main(command.replace("--train-batch-size 4", "--train-batch-size 2").split()) == 2
+    assert "save_dir: expected an empty folder, or one of a comparison with the same options" in capsys.readouterr().err
+    assert main(["compare", "no.md"]) == 2
+
+
+def test_lint(tmp_path, capsys):
+    recipe = str(RECIPES / "original_mfac.md")
+    assert main(["lint", recipe]) == 0
+    text = capsys.readouterr().out
+    assert "MFACPruningModifier" in text and "num_grads=256" in text and "names of parameters are not checked" in text
+    assert main(["lint", recipe, "--arch-key", "mobilenet"]) == 0
+    path = tmp_path / "wrong.md"
+    path.write_text(Path(recipe).read_text().replace("sections.1.0.point", "sections.1.0.pointt"))
+    assert main(["lint", str(path), "--arch-key", "mobilenet"]) == 2
+    error = capsys.readouterr().err
+    assert f"{path} line " in error and "did you mean 'sections.1.0.point.conv.weight'" in error
+    torch.save(MobileNetV1(10, 0.1).state_dict(), tmp_path / "w.pt")
+    assert main(["lint", recipe, "--checkpoint-path", str(tmp_path / "w.pt")]) == 0
+    assert main(["lint", str(RECIPES / "everything.yaml"), "--strict"]) == 2
+
+
+def test_eval_and_export(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mfac.tutorial.inspect.measure", lambda model, batches: (1.0, 50.0, 90.0))
+    model = MobileNetV1(10, 0.25, 1)
+    with torch.no_grad():
+        model.sections[4][1].point.conv.weight[:, ::2] = 0
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    assert main(["eval", str(tmp_path / "m.pt"), "--width", "0.25"]) == 0
+    text = capsys.readouterr().out
+    assert "sections.4.1.point.conv.weight: sparsity 50.00 %" in text and "top-1 50.00 %" in text
+    assert main(["export", str(tmp_path / "m.pt"), "--width", "0.25", "--output", str(tmp_path / "x")]) == 0
+    again = torch.load(tmp_path / "x" / "model.pt", weights_only=True)
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+    assert "not faster" in capsys.readouterr().out
+    found = sizes(model)
+    assert found["dense"] > found["zipped"] and found["dense"] > found["bitmask"]
+    assert main(["export", str(tmp_path / "none.pt")]) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_named(tmp_path, workers):
+    for part in ("train", "val"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        (tmp_path / part / ".cache").mkdir()
+        Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / part / "a" / "0.webp")
+    whole = (tmp_path / "train" / "a" / "0.webp").read_bytes()
+    data = load_data("imagefolder", tmp_path, image_size=32, train_batch_size=1, workers=workers)
+    assert len(list(data.train)) == 1 and data.num_classes == 1
+    (tmp_path / "train" / "a" / "0.webp").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"dataset_path: expected an image, got .*0.webp, which cannot be read"):
+        list(data.train)
+    (tmp_path / "val" / "b").mkdir()
+    with pytest.raises(ValueError, match=r"dataset_path: expected images .*val/b/\*.jpeg, .*, got none"):
+        load_data("imagefolder", tmp_path, image_size=32, train_batch_size=1)
