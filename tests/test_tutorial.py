@@ -178,7 +178,11 @@ def test_train_writes_results_and_resumes_with_masks(settings, tmp_path):
     assert [round(m.sparsity, 2) for m in measurements] == [0.5, 0.9, 0.9]
     run = tmp_path / "runs" / "tag"
     lines = [line.split(": ") for line in (run / "model.txt").read_text().splitlines()]
-    assert [key for key, _ in lines] == ["epoch", "__loss__", "top1acc", "top5acc"]
+    assert [key for key, _ in lines[:5]] == ["epoch", "__loss__", "top1acc", "top5acc", "sparsity"]
+    assert [line[0] for line in lines[5:]] == [f"sparsity of {name}" for name in PRUNED]
+    for _, text in lines[5:]:
+        reached, asked = text.split(", asked ")
+        assert abs(float(reached) - 0.9) < 1e-3 and asked == "0.900000"
     assert (lines[0][1], float(lines[2][1])) == ("2", measurements[-1].top1)
     state = torch.load(run / "model.pt", weights_only=True)
     assert round(sparsity(state["model"]), 3) == 0.9
@@ -267,7 +271,7 @@ def test_train_on_image_folders(settings, folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"arch_key": "resnet"}, "arch_key: expected one of mobilenet, got 'resnet'"),
+        ({"arch_key": "collections:nothing"}, "arch_key: expected a function 'nothing' of collections, got none"),
         ({"pretrained": "no.pt"}, "pretrained: expected an existing file, got no.pt"),
         ({"checkpoint_path": "no.pt"}, "checkpoint_path: expected an existing file, got no.pt"),
         ({"device": "abacus"}, "device: expected cpu, cuda"),
@@ -280,7 +284,7 @@ def test_train_on_image_folders(settings, folder):
         ({"loader_num_workers": -1}, "loader_num_workers: expected an int >= 0, got -1"),
         (
             {"dataset": "imagefolder", "dataset_path": "FOLDER", "pretrained": "True", "train_batch_size": 4},
-            "pretrained: expected the path .* got True, which is for the dataset digits",
+            "pretrained: expected width 1 and images of more than 64 x 64 .*, got width 0.25",
         ),
         ({"recipe_path": "no.md"}, "recipe: expected an existing file, got no.md"),
         ({"model_tag": "../tag"}, "model_tag: expected a plain folder name .*, got '../tag'"),
@@ -308,7 +312,7 @@ def test_files_that_are_not_weights(tmp_path):
         ("wide.pt", r"expected shape \[8, 3, 3, 3\] of input.conv.weight, got \[16, 3, 3, 3\] in .*wide.pt"),
     ]:
         with pytest.raises(ValueError, match=message):
-            load_weights(model, tmp_path / name)
+            load_weights(model, tmp_path / name, 10)
 
 
 def test_dense_model_is_trained_once(tmp_path, monkeypatch):

@@ -150,8 +150,8 @@ def export(
 ) -> None:
     """Write a pruned model for use elsewhere, and say how large it is in several formats.
 
-    Writes OUTPUT/model.pt (a dense state_dict with exact zeros) and, where the packages are installed,
-    OUTPUT/model.safetensors and OUTPUT/model.onnx.
+    Writes OUTPUT/model.pt (a dense state_dict with exact zeros), OUTPUT/network.json (which network it is, how its
+    images are normalised) and, where the packages are installed, OUTPUT/model.safetensors and OUTPUT/model.onnx.
 
     Args:
         checkpoint_path: A checkpoint of `mfac train`, or a state_dict.

@@ -16,7 +16,7 @@ from mfac.checks import check_instance, check_int, check_number, warn
 from mfac.model.names import shorten
 from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.engine import Engine
-from mfac.pruning.masks import check_masks
+from mfac.pruning.masks import check_masks, flatten_masks
 from mfac.pruning.result import PruneResult
 from mfac.pruning.run import run
 from mfac.pruning.schedule import Schedule
@@ -334,6 +334,34 @@ class Pruner:
     def apply_masks(self) -> None:
         """Set the pruned weights to zero."""
         self._engine.apply_masks()
+
+    def layer_sparsities(self) -> dict[str, tuple[float | None, float]]:
+        """Return the sparsity of each parameter: what is asked of it now, and the share of its weights that is zero.
+
+        Returns:
+            Name -> (asked, reached); asked is None before the first update, and where parameters are ranked together.
+
+        Raises:
+            RuntimeError: If a pruned weight is not zero, or the masks hold another number than was asked for: the
+                model was changed without :meth:`step`.
+        """
+        engine, asked = self._engine, {}
+        params, masks = self.params, engine.masks
+        for name, mask in masks.items():
+            if bool(params[name].detach()[~mask.to(params[name].device)].any()):
+                raise RuntimeError(f"model: expected the pruned weights of {name!r} to be zero, got others")
+        if masks and self._last is not None:
+            held = engine.selection.reached(flatten_masks(masks, params))
+            for key, names in engine.selection.segments:
+                due = engine.reached[key]
+                size = sum(engine.selection.sizes[name] for name in names)
+                if abs(held[key] - due) * size > 0.5 * engine.selection.pattern.size + 0.5:
+                    raise RuntimeError(
+                        f"model: expected a sparsity of {due:g} of {shorten(names, 3)}, got {held[key]:g}"
+                    )
+                if len(names) == 1:
+                    asked[names[0]] = due
+        return {name: (asked.get(name), float((p.detach() == 0).float().mean())) for name, p in params.items()}
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero; call it before gradients are clipped, whose norm counts them."""

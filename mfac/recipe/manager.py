@@ -84,6 +84,11 @@ class Manager:
         ends = [self.epochs if item.end_epoch < 0 else item.end_epoch for item in self._pruning()]
         return max(ends, default=0.0)
 
+    @property
+    def prunes(self) -> bool:
+        """Whether a modifier prunes."""
+        return any(isinstance(modifier, PRUNING) for modifier in self.modifiers)
+
     def describe(self) -> list[str]:
         """Return a line for each modifier that prunes by gradients: the settings of the recipe, and the defaults."""
         return [modifier.describe() for modifier in self._pruning() if modifier.reported]
@@ -151,7 +156,7 @@ class Manager:
         Raises:
             ValueError: If the recipe prunes nothing, or names parameters that do not exist.
         """
-        if not any(isinstance(modifier, PRUNING) for modifier in self.modifiers):
+        if not self.prunes:
             raise ValueError("recipe: expected a pruning modifier for one-shot pruning, got none")
         session = self._bind(Target(model, None, batches, loss_fn, 0.0, progress, one_shot=True))
         session.step(0.0)
@@ -220,6 +225,10 @@ class Session:
     def sparsity(self) -> float:
         """The sparsity of the masks, in [0, 1]; 0 before the first update."""
         return sparsity_of(self.masks)
+
+    def layer_sparsities(self) -> dict[str, tuple[float | None, float]]:
+        """Return the sparsity of each parameter that is pruned along a schedule; see :class:`mfac.Pruner`."""
+        return {name: pair for pruner in self.pruners for name, pair in pruner.layer_sparsities().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return masks, progress and what the recipe set, for :meth:`load_state_dict`."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 DATASETS = ("digits", "imagenette", "imagefolder")
 IMAGE_SIZE, TRAIN_BATCH, TEST_BATCH = 224, 32, 64  # defaults
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of its channels
 _DIGITS_VALIDATION = 360  # of 1797
 _DIGITS_SHIFT = 2  # largest shift of a training image, in pixels of 32
 
@@ -65,6 +65,12 @@ class Data:
     num_classes: int
     stem_stride: int  # what suits the image size: see MobileNetV1
     seed: int
+
+    def normalize(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Normalise the images of folders by mean and standard deviation of the three channels."""
+        for loader in (self.train.loader, self.gradients, self.validation.loader):
+            if isinstance(loader.dataset, ImageFolder):
+                loader.dataset.mean, loader.dataset.std = mean, std
 
     def start_epoch(self, epoch: int) -> None:
         """Seed torch, the order of the training images and their augmentation: an epoch is the same however it began.
@@ -119,6 +125,10 @@ class ImageFolder(Dataset):
         size: Height and width of the images given out.
         train: Crop at random and flip, or resize and crop the centre.
 
+    Attributes:
+        mean: Subtracted from the channels, whose pixels are in [0, 1]; that of ImageNet unless changed.
+        std: They are then divided by it.
+
     Raises:
         ImportError: If pillow is not installed.
         ValueError: If the folder does not exist or holds no images.
@@ -145,13 +155,14 @@ class ImageFolder(Dataset):
         if not self._items:
             raise ValueError(f"dataset_path: expected a folder for each class in {root}, got none")
         self._size, self._train = size, train
+        self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self._items)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        """Return an image, shape [3, size, size], normalised as for ImageNet, and its class index.
+        """Return an image, shape [3, size, size], normalised by `mean` and `std`, and its class index.
 
         Raises:
             ValueError: If the file is no image, or a damaged one.
@@ -166,7 +177,7 @@ class ImageFolder(Dataset):
             raise ValueError(f"dataset_path: expected an image, got {path}, which cannot be read: {error}") from None
         image = _random_crop(image, self._size) if self._train else _centre_crop(image, self._size)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-        return (pixels - torch.tensor(_MEAN)[:, None, None]) / torch.tensor(_STD)[:, None, None], target
+        return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None], target
 
 
 def _random_crop(image: Image, size: int) -> Image:

@@ -127,12 +127,28 @@ def dense_digits(
     return model
 
 
-def load_weights(model: nn.Module, pretrained: str | Path, report: Callable[[str], None] = tqdm.write) -> None:
+def read_described(pretrained: str | Path) -> dict[str, Any] | None:
+    """Return what a file of weights says of its network, or None: see :meth:`mfac.tutorial.models.Built.description`.
+
+    Args:
+        pretrained: The file.
+
+    Returns:
+        The description.
+    """
+    state = read_state("pretrained", pretrained, "a state_dict", "cpu")
+    return state.get("network") if isinstance(state, dict) and isinstance(state.get("network"), dict) else None
+
+
+def load_weights(
+    model: nn.Module, pretrained: str | Path, num_classes: int, report: Callable[[str], None] = tqdm.write
+) -> None:
     """Load weights into a model; a classifier for another number of classes is left as it is, and that is reported.
 
     Args:
         model: The model.
         pretrained: A file with a state_dict, or with one under `model` or `state_dict`.
+        num_classes: Outputs of the model.
         report: Takes a line of text about what was left out.
 
     Raises:
@@ -150,12 +166,12 @@ def load_weights(model: nn.Module, pretrained: str | Path, report: Callable[[str
             f"differ, for example {unmatched[0]}"
         )
     differing = [name for name in own if own[name].shape != state[name].shape]
-    if any(not name.startswith("classifier.") for name in differing):
-        name = differing[0]
-        raise ValueError(
-            f"pretrained: expected shape {list(own[name].shape)} of {name}, got {list(state[name].shape)} in "
-            f"{pretrained} (another width?)"
-        )
+    for name in differing:
+        if own[name].shape[:1] != (num_classes,) or own[name].shape[1:] != state[name].shape[1:]:
+            raise ValueError(
+                f"pretrained: expected shape {list(own[name].shape)} of {name}, got {list(state[name].shape)} in "
+                f"{pretrained} (another width?)"
+            )
     if differing:
         report(f"{pretrained} was trained for another number of classes: the classifier starts anew")
     model.load_state_dict({**state, **{name: own[name] for name in differing}})

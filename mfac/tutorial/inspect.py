@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from pathlib import Path
 
@@ -9,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mfac.checks import check_choice, suggestion
+from mfac.checks import suggestion
 from mfac.model.names import NameTable
 from mfac.recipe.load import load_recipe
 from mfac.recipe.manager import Manager
 from mfac.tutorial.data import load_data
-from mfac.tutorial.dense import DIGITS_WIDTH, load_weights, read_state, save
+from mfac.tutorial.dense import DIGITS_WIDTH, load_weights, read_described, read_state, save
 from mfac.tutorial.loop import evaluate as measure
-from mfac.tutorial.models import MobileNetV1
-from mfac.tutorial.train import ARCHITECTURES, ModelSettings, find_device
+from mfac.tutorial.models import Built, build_model
+from mfac.tutorial.train import ModelSettings, find_device
 
 _KEYWORDS = ("__ALL__", "__ALL_PRUNABLE__")
 _SPEED = (
@@ -90,18 +91,22 @@ def _parameter_names(arch_key: str | None, checkpoint_path: str | None) -> list[
         return [name for name, value in state.items() if isinstance(value, Tensor) and value.dim() > 0]
     if arch_key is None:
         return None
-    check_choice("arch_key", arch_key, ARCHITECTURES)
-    with torch.device("meta"):
-        return [name for name, _ in MobileNetV1(10).named_parameters()]
+    return [name for name, _ in build_model(arch_key, 10).model.named_parameters()]
 
 
-def _load(checkpoint_path: str, settings: ModelSettings, num_classes: int, stem_stride: int) -> nn.Module:
-    check_choice("arch_key", settings.arch_key, ARCHITECTURES)
+def _load(checkpoint_path: str, settings: ModelSettings, num_classes: int, stem_stride: int) -> Built:
     width = (DIGITS_WIDTH if settings.dataset == "digits" else 1.0) if settings.width is None else settings.width
-    model = MobileNetV1(num_classes, width, stem_stride)
-    model = model.to(find_device(settings.device), memory_format=torch.channels_last)
-    load_weights(model, checkpoint_path)
-    return model.eval()
+    built = build_model(
+        settings.arch_key,
+        num_classes,
+        width=width,
+        stem_stride=stem_stride,
+        described=read_described(checkpoint_path),
+    )
+    built.model.to(find_device(settings.device), memory_format=torch.channels_last)
+    load_weights(built.model, checkpoint_path, num_classes)
+    built.model.eval()
+    return built
 
 
 def evaluate(checkpoint_path: str, settings: ModelSettings) -> tuple[float, float, float]:
@@ -123,7 +128,9 @@ def evaluate(checkpoint_path: str, settings: ModelSettings) -> tuple[float, floa
         workers=settings.loader_num_workers,
         device=find_device(settings.device),
     )
-    model = _load(checkpoint_path, settings, data.num_classes, data.stem_stride)
+    built = _load(checkpoint_path, settings, data.num_classes, data.stem_stride)
+    data.normalize(built.mean, built.std)
+    model = built.model
     loss, top1, top5 = measure(model, data.validation)
     for name, weight in _weights(model).items():
         if bool((weight == 0).any()):
@@ -180,12 +187,16 @@ def export(checkpoint_path: str, output: str, settings: ModelSettings) -> None:
     """
     state = read_state("checkpoint_path", checkpoint_path, "a checkpoint or a state_dict", "cpu")
     state = state.get("model", state.get("state_dict", state)) if isinstance(state, dict) else {}
-    if "classifier.fc.weight" not in state:
+    matrices = [value for value in state.values() if isinstance(value, Tensor) and value.dim() == 2]
+    if not matrices:
         raise ValueError(f"checkpoint_path: expected a model of `mfac train`, got {checkpoint_path}")
     size = 32 if settings.dataset == "digits" else settings.image_size
-    model = _load(checkpoint_path, settings, len(state["classifier.fc.weight"]), 1 if size <= 64 else 2).cpu()
+    built = _load(checkpoint_path, settings, len(matrices[-1]), 1 if size <= 64 else 2)  # the last is the classifier
+    model = built.model.cpu()
     folder = Path(output)
     save(model.state_dict(), folder / "model.pt")
+    network = {"arch_key": settings.arch_key, "num_classes": len(matrices[-1]), **built.description()}
+    (folder / "network.json").write_text(json.dumps(network, indent=1) + "\n", encoding="utf-8")
     tqdm.write(f"{folder / 'model.pt'}: dense state_dict with exact zeros, sparsity {100 * _sparsity(model):.2f} %")
     try:
         from safetensors.torch import save_model

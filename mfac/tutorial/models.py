@@ -1,11 +1,20 @@
-"""The tutorial's network: MobileNetV1, with the layer names that existing recipes refer to."""
+"""The networks of `mfac train`: MobileNetV1 with the layer names that recipes refer to, and those of other packages."""
 
 from __future__ import annotations
 
+import importlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mfac.checks import check_int, check_number
+from mfac.tutorial.data import IMAGENET_MEAN, IMAGENET_STD
 
 # (blocks, output channels at width 1.0); the first block of a section has stride 2, except in the first section.
 SECTIONS = ((1, 64), (2, 128), (2, 256), (6, 512), (2, 1024))
@@ -18,24 +27,28 @@ def _scaled(channels: int, width: float) -> int:
 
 
 class _ConvBn(nn.Module):
-    """Convolution, batch normalisation, ReLU; named `conv` and `bn` as recipes expect."""
+    """Convolution, batch normalisation, ReLU (or ReLU6); named `conv` and `bn` as recipes expect."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, relu6: bool = False
+    ) -> None:
         super().__init__()
+        self.relu6 = relu6
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
         self.bn = nn.BatchNorm2d(outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu_(self.bn(self.conv(x)))
+        x = self.bn(self.conv(x))
+        return F.relu6(x, inplace=True) if self.relu6 else torch.relu_(x)
 
 
 class _Block(nn.Module):
     """A depthwise 3x3 convolution (`depth`) and a pointwise 1x1 convolution (`point`)."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, relu6: bool) -> None:
         super().__init__()
-        self.depth = _ConvBn(inputs, inputs, 3, stride, groups=inputs)
-        self.point = _ConvBn(inputs, outputs, 1)
+        self.depth = _ConvBn(inputs, inputs, 3, stride, groups=inputs, relu6=relu6)
+        self.point = _ConvBn(inputs, outputs, 1, relu6=relu6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.point(self.depth(x))
@@ -62,6 +75,7 @@ class MobileNetV1(nn.Module):
         num_classes: Number of outputs.
         width: Multiplier of all channel counts; each is rounded to a multiple of 8.
         stem_stride: Stride of the first convolution: 2 as published (224 x 224 images), 1 for images of about 32 x 32.
+        relu6: Cut the activations off at 6, as the weights of timm expect.
 
     Raises:
         TypeError: If `width` is not a number, or one of the others not an int.
@@ -75,21 +89,22 @@ class MobileNetV1(nn.Module):
         torch.Size([128, 64, 1, 1])
     """
 
-    def __init__(self, num_classes: int = 1000, width: float = 1.0, stem_stride: int = 2) -> None:
+    def __init__(self, num_classes: int = 1000, width: float = 1.0, stem_stride: int = 2, relu6: bool = False) -> None:
         super().__init__()
+        self.relu6 = relu6
         if check_number("width", width, high=_MAX_WIDTH) <= 0:
             raise ValueError(f"width: expected > 0, got {width}")
         check_int("num_classes", num_classes)
         check_int("stem_stride", stem_stride, 1, 2)
         channels = _scaled(32, width)
-        self.input = _ConvBn(3, channels, 3, stem_stride)
+        self.input = _ConvBn(3, channels, 3, stem_stride, relu6=relu6)
         sections = []
         for index, (count, base) in enumerate(SECTIONS):
             outputs = _scaled(base, width)
             blocks = []
             for block in range(count):
                 stride = 2 if block == 0 and index > 0 else 1
-                blocks.append(_Block(channels, outputs, stride))
+                blocks.append(_Block(channels, outputs, stride, relu6))
                 channels = outputs
             sections.append(nn.Sequential(*blocks))
         self.sections = nn.Sequential(*sections)
@@ -101,3 +116,149 @@ class MobileNetV1(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits, shape [n, num_classes], of images of shape [n, 3, height, width]."""
         return self.classifier(self.sections(self.input(x)))
+
+
+_TIMM_MOBILENET = "mobilenetv1_100"  # ReLU6; its images are normalised with mean and standard deviation 0.5
+_FROM_TIMM = (
+    (re.compile(r"conv_stem\."), "input.conv."),
+    (re.compile(r"bn1\."), "input.bn."),
+    (re.compile(r"blocks\.(\d+)\.(\d+)\.conv_dw\."), r"sections.\1.\2.depth.conv."),
+    (re.compile(r"blocks\.(\d+)\.(\d+)\.bn1\."), r"sections.\1.\2.depth.bn."),
+    (re.compile(r"blocks\.(\d+)\.(\d+)\.conv_pw\."), r"sections.\1.\2.point.conv."),
+    (re.compile(r"blocks\.(\d+)\.(\d+)\.bn2\."), r"sections.\1.\2.point.bn."),
+    (re.compile(r"classifier\."), "classifier.fc."),
+)
+
+
+def mobilenet_from_timm(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename the weights of timm's MobileNetV1 to those of :class:`MobileNetV1` (with ``relu6=True``).
+
+    Args:
+        state: The state_dict of ``timm.create_model("mobilenetv1_100")``.
+
+    Returns:
+        The state_dict by our names.
+
+    Raises:
+        ValueError: If it is of another network.
+    """
+    renamed: dict[str, torch.Tensor] = {}
+    for name, value in state.items():
+        for pattern, ours in _FROM_TIMM:
+            new, count = pattern.subn(ours, name, count=1)
+            if count and pattern.match(name):
+                renamed[new] = value
+                break
+        else:
+            raise ValueError(f"state: expected the names of timm's {_TIMM_MOBILENET}, got {name!r:.80}")
+    return renamed
+
+
+@dataclass(frozen=True)
+class Built:
+    """A network, and how its images are normalised: mean and standard deviation of the three channels."""
+
+    model: nn.Module
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def description(self) -> dict[str, Any]:
+        """Return what a checkpoint must say beside the weights."""
+        return {"mean": list(self.mean), "std": list(self.std), "relu6": getattr(self.model, "relu6", False)}
+
+
+def build_model(
+    arch_key: str,
+    num_classes: int,
+    *,
+    width: float = 1.0,
+    stem_stride: int = 2,
+    pretrained: bool = False,
+    described: Mapping[str, Any] | None = None,
+) -> Built:
+    """Build a network by its name.
+
+    Args:
+        arch_key: ``mobilenet``, a name of torchvision.models or of timm, or ``package.module:function``, a function
+            that takes ``num_classes`` (and ``pretrained``, if it is True) and returns a module.
+        num_classes: Number of outputs.
+        width: Multiplier of the channels, of mobilenet.
+        stem_stride: Stride of the first convolution, of mobilenet.
+        pretrained: With the weights of its package; for mobilenet those of timm, for images of 224 x 224.
+        described: What a checkpoint, whose weights are to be loaded, says of its network: :meth:`Built.description`.
+
+    Returns:
+        The network; a classifier for another number of classes than the weights' is random.
+
+    Raises:
+        ValueError: If there is no such network, or no pretrained weights for it.
+        ImportError: If the package that is needed is not installed, or a function cannot be imported.
+    """
+    if described is not None:
+        if arch_key == "mobilenet":
+            model: nn.Module = MobileNetV1(num_classes, width, stem_stride, bool(described["relu6"]))
+        else:
+            model = build_model(arch_key, num_classes).model
+        return Built(model, tuple(described["mean"]), tuple(described["std"]))
+    if arch_key == "mobilenet":
+        if not pretrained:
+            return Built(MobileNetV1(num_classes, width, stem_stride))
+        if width != 1 or stem_stride != 2:
+            raise ValueError(
+                "pretrained: expected width 1 and images of more than 64 x 64 for pretrained weights, got width "
+                f"{width:g} and stride {stem_stride}"
+            )
+        source = _import("timm", "the pretrained weights").create_model(_TIMM_MOBILENET, pretrained=True)
+        model = MobileNetV1(num_classes, relu6=True)
+        _load_matching(model, mobilenet_from_timm(source.state_dict()))
+        return Built(model, (0.5,) * 3, (0.5,) * 3)
+    if ":" in arch_key:
+        module, _, function = arch_key.partition(":")
+        factory = getattr(importlib.import_module(module), function, None)
+        if not callable(factory):
+            raise ValueError(f"arch_key: expected a function {function!r} of {module}, got none")
+        return Built(factory(num_classes=num_classes, **({"pretrained": True} if pretrained else {})))
+    missing = []
+    for package, build in (("torchvision", _torchvision), ("timm", _timm)):
+        try:
+            module = importlib.import_module(package)
+        except ImportError:
+            missing.append(package)
+            continue
+        built = build(module, arch_key, num_classes, pretrained)
+        if built is not None:
+            return built
+    if missing:
+        raise ImportError(f"arch_key: {arch_key!r} is none of mobilenet; for others: pip install {' '.join(missing)}")
+    raise ValueError(
+        f"arch_key: expected mobilenet, a name of torchvision or timm, or package.module:function, got {arch_key!r:.80}"
+    )
+
+
+def _import(package: str, what: str) -> ModuleType:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"{package}, which has {what}, is not installed: pip install {package}") from error
+
+
+def _torchvision(package: ModuleType, name: str, num_classes: int, pretrained: bool) -> Built | None:
+    if name not in package.models.list_models():
+        return None
+    model = package.models.get_model(name, num_classes=num_classes)
+    if pretrained:
+        _load_matching(model, package.models.get_model(name, weights="DEFAULT").state_dict())
+    return Built(model)
+
+
+def _timm(package: ModuleType, name: str, num_classes: int, pretrained: bool) -> Built | None:
+    if not package.is_model(name):
+        return None
+    model = package.create_model(name, num_classes=num_classes, pretrained=pretrained)
+    return Built(model, tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"]))
+
+
+def _load_matching(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Load the weights whose shapes fit: all but those of a classifier for another number of classes."""
+    own = model.state_dict()
+    model.load_state_dict({name: state[name] if state[name].shape == own[name].shape else own[name] for name in own})

@@ -12,15 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from mfac.checks import check_choice, check_int, check_number, check_positive
+from mfac.checks import check_int, check_number, check_positive, warn
 from mfac.pruning.result import write_csv
-from mfac.recipe.manager import Manager
+from mfac.recipe.manager import Manager, Session
 from mfac.tutorial.data import IMAGE_SIZE, TEST_BATCH, TRAIN_BATCH, Data, load_data
-from mfac.tutorial.dense import DIGITS_WIDTH, dense_digits, load_weights, read_state, save
+from mfac.tutorial.dense import DIGITS_WIDTH, dense_digits, load_weights, read_described, read_state, save
 from mfac.tutorial.loop import Measurement, evaluate, fit
-from mfac.tutorial.models import MobileNetV1
+from mfac.tutorial.models import Built, build_model
 
-ARCHITECTURES = ("mobilenet",)
 _FILES = ("model.pt", "model.txt", "checkpoint.pt")  # of a run
 # What a resumed run must have in common with the interrupted one.
 _SAME = ("arch_key", "width", "dataset", "image_size", "train_batch_size", "max_train_steps", "seed", "amp")
@@ -32,7 +31,7 @@ class ModelSettings:
     """The options about a model and its data.
 
     Args:
-        arch_key: Network.
+        arch_key: Network: mobilenet, a name of torchvision or timm, or package.module:function.
         width: Multiplier of its channels (default: 0.35 for digits, else 1.0).
         dataset: digits (bundled with scikit-learn), or images in folders: imagenette or imagefolder.
         dataset_path: Folder with train/CLASS/IMAGE.jpg and val/CLASS/IMAGE.jpg.
@@ -58,8 +57,9 @@ class RunSettings(ModelSettings):
 
     Args:
         recipe_args: Values for variables of the recipe: K=V,... or JSON.
-        pretrained: Initial weights: True, False or a file with a state_dict. True: a dense model, trained on the digits
-            once and cached (default for digits); False: random (default otherwise).
+        pretrained: Initial weights: True, False or a file with a state_dict. True: those of the network's package (for
+            mobilenet timm's, of ImageNet) or, on the digits, a dense model that is trained once and cached (default
+            there); False: random (default otherwise).
         train_batch_size: Images per step, and per gradient of M-FAC.
         init_lr: Learning rate until the recipe sets one.
         max_train_steps: Largest number of steps per epoch; -1: all.
@@ -177,32 +177,44 @@ def _checkpoint(settings: TrainSettings, folder: Path, device: torch.device) -> 
     return state
 
 
-def _model(settings: TrainSettings, data: Data, device: torch.device) -> nn.Module:
-    """Return the initial model: dense and trained, loaded from a file, or with random weights."""
+def _model(settings: TrainSettings, data: Data, device: torch.device, state: dict[str, Any] | None = None) -> Built:
+    """Return the initial network: dense and trained, loaded from a file, with random weights, or of a checkpoint."""
     digits = settings.dataset == "digits"
     width = (DIGITS_WIDTH if digits else 1.0) if settings.width is None else settings.width
     pretrained = settings.pretrained or str(digits)
     pretrained = pretrained.capitalize() if pretrained.lower() in ("true", "false") else pretrained
-    if pretrained == "True" and not settings.checkpoint_path:
-        if not digits:
-            raise ValueError(
-                f"pretrained: expected the path of a state_dict or False for the dataset {settings.dataset}, got True, "
-                f"which is for the dataset digits"
-            )
-        return dense_digits(width, device)
+    if pretrained == "True" and state is None and digits and settings.arch_key == "mobilenet":
+        return Built(dense_digits(width, device))
     torch.manual_seed(settings.seed)
-    model = MobileNetV1(data.num_classes, width, data.stem_stride)
-    model = model.to(device, memory_format=torch.channels_last)
-    if pretrained not in ("True", "False"):
-        load_weights(model, pretrained)
-    return model
-
-
-def _write_model_text(path: Path, epoch: int, measured: Measurement) -> None:
-    path.write_text(
-        f"epoch: {epoch}\n__loss__: {measured.loss}\ntop1acc: {measured.top1}\ntop5acc: {measured.top5}\n",
-        encoding="utf-8",
+    described = state.get("network") if state is not None else None
+    if described is None and pretrained not in ("True", "False"):
+        described = read_described(pretrained)
+    built = build_model(
+        settings.arch_key,
+        data.num_classes,
+        width=width,
+        stem_stride=data.stem_stride,
+        pretrained=pretrained == "True" and state is None,
+        described=described,
     )
+    built.model.to(device, memory_format=torch.channels_last)
+    data.normalize(built.mean, built.std)
+    if state is None and pretrained not in ("True", "False"):
+        load_weights(built.model, pretrained, data.num_classes)
+    return built
+
+
+def _write_model_text(path: Path, epoch: int, measured: Measurement, session: Session) -> None:
+    lines = [f"epoch: {epoch}", f"__loss__: {measured.loss}", f"top1acc: {measured.top1}", f"top5acc: {measured.top5}"]
+    lines += [f"sparsity: {session.sparsity:.6f}", *_sparsity_lines(session)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _sparsity_lines(session: Session) -> list[str]:
+    return [
+        f"sparsity of {name}: {reached:.6f}" + ("" if asked is None else f", asked {asked:.6f}")
+        for name, (asked, reached) in session.layer_sparsities().items()
+    ]
 
 
 def _load_checkpoint(path: str, device: torch.device) -> dict[str, Any]:
@@ -248,7 +260,7 @@ def measure_initial(settings: TrainSettings) -> tuple[float, float, float]:
     """
     device = find_device(settings.device)
     data = _data(settings, device)
-    return evaluate(_model(settings, data, device), data.validation)
+    return evaluate(_model(settings, data, device).model, data.validation)
 
 
 def train(settings: TrainSettings) -> list[Measurement]:
@@ -274,7 +286,6 @@ def train(settings: TrainSettings) -> list[Measurement]:
         RuntimeError: If the loss is not finite, or (a BuildError) if required kernels cannot be built.
         KeyboardInterrupt: After it has said how to go on.
     """
-    check_choice("arch_key", settings.arch_key, ARCHITECTURES)
     if settings.max_train_steps != -1:
         check_int("max_train_steps", settings.max_train_steps, also=", or -1 for all steps")
     if settings.width is not None:
@@ -296,9 +307,13 @@ def train(settings: TrainSettings) -> list[Measurement]:
             f"{manager.epochs:g} epochs"
         )
     data = _data(settings, device)
-    model = _model(settings, data, device)
+    built = _model(settings, data, device, state)
+    model = built.model
     if state:
         _restore(model, state["model"], source)
+    elif settings.pretrained in ("False", "false") or (settings.pretrained is None and settings.dataset != "digits"):
+        if manager.prunes:
+            warn("pretrained: the recipe prunes random weights; --pretrained FILE (or True) gives trained ones")
     folder.mkdir(parents=True, exist_ok=True)
     if settings.overwrite:
         for name in _FILES:
@@ -306,7 +321,7 @@ def train(settings: TrainSettings) -> list[Measurement]:
     for line in manager.describe():
         tqdm.write(line)
     if settings.one_shot:
-        return [_one_shot(manager, model, data, folder)]
+        return [_one_shot(manager, built, data, folder)]
 
     torch.manual_seed(settings.seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.init_lr)
@@ -330,13 +345,14 @@ def train(settings: TrainSettings) -> list[Measurement]:
             "recipe": session.state_dict(),
             "epoch": epoch,
             "best": best,
+            "network": built.description(),
             "settings": {name: getattr(settings, name) for name in _SAME},
         }
         save(state, folder / "checkpoint.pt")
         kept = epoch
         if is_best or (epoch == final_epoch and (best is None or not (folder / "model.txt").exists())):
             save(state, folder / "model.pt")
-            _write_model_text(folder / "model.txt", epoch, measured)
+            _write_model_text(folder / "model.txt", epoch, measured, session)
 
     kept = first_epoch - 1
     if not state:
@@ -359,6 +375,8 @@ def train(settings: TrainSettings) -> list[Measurement]:
             "--resume goes on from there"
         )
         raise
+    for line in _sparsity_lines(session):
+        tqdm.write(line)
     if settings.logs_dir:
         _write_logs(Path(settings.logs_dir), folder.name, measurements, append=state is not None)
     tqdm.write(f"saved in {folder}")
@@ -379,11 +397,13 @@ def _write_logs(folder: Path, name: str, measurements: list[Measurement], append
                 writer.add_scalar(field, getattr(measured, field), measured.step)
 
 
-def _one_shot(manager: Manager, model: nn.Module, data: Data, folder: Path) -> Measurement:
+def _one_shot(manager: Manager, built: Built, data: Data, folder: Path) -> Measurement:
     """Prune without training, measure and save."""
+    model = built.model
     session = manager.one_shot(model, data.gradients, F.cross_entropy, progress=True)
     measured = Measurement(0, 0.0, True, math.nan, *evaluate(model, data.validation), session.sparsity, 0.0)
-    save({"model": model.state_dict(), "recipe": session.state_dict()}, folder / "model.pt")
-    _write_model_text(folder / "model.txt", 0, measured)
+    state = {"model": model.state_dict(), "recipe": session.state_dict(), "network": built.description()}
+    save(state, folder / "model.pt")
+    _write_model_text(folder / "model.txt", 0, measured, session)
     tqdm.write(f"pruned to {100 * session.sparsity:.2f} %: top-1 {measured.top1:.1f} %; saved in {folder}")
     return measured
