@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import mfac
 from mfac.cli.main import main
 from mfac.tutorial.data import load_data
 from mfac.tutorial.inspect import sizes
@@ -183,3 +184,26 @@ def test_a_damaged_image_is_named(tmp_path, workers):
     (tmp_path / "val" / "b").mkdir()
     with pytest.raises(ValueError, match=r"dataset_path: expected images .*val/b/\*.jpeg, .*, got none"):
         load_data("imagefolder", tmp_path, image_size=32, train_batch_size=1)
+
+
+def test_plan(tmp_path, capsys, monkeypatch):
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    command = f"plan --recipe-path {tmp_path / 'r.yaml'} --save-dir {tmp_path} {OPTIONS}".split()
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert "5 updates of 2 parameters with 98,304 weights" in text
+    assert "epoch 0.5: to 25.00 % in 2 recomputations, 4 gradients (0.00 GiB), about" in text
+    assert "sections.4.1.point.conv.weight: 90.00 %" in text
+    assert not (tmp_path / "r").exists()
+    monkeypatch.setattr("mfac.gradients.memory.free_bytes", lambda storage: 1000)
+    assert main(command) == 1
+    assert "mfac: error: grads: expected 0.00" in capsys.readouterr().err
+
+
+def test_plan_of_a_pruner():
+    pruner = mfac.Pruner(
+        torch.nn.Linear(16, 4), [()] * 4, torch.nn.functional.mse_loss, sparsity=0.9, end=2, schedule="linear",
+        num_grads={0.0: 16, 0.4: 32}, recomputations="auto", initial_sparsity=0.1, start=1,
+    )  # fmt: skip
+    updates = [(u.time, u.recomputations, u.num_grads, u.gradients, u.nbytes) for u in pruner.plan()]
+    assert updates == [(1, 1, 16, 16, 16 * 64 * 4), (2, 6, 16, 16 + 5 * 4, 16 * 64 * 4)]

@@ -129,6 +129,20 @@ def lint(
     run(recipe, recipe_args, strict=strict, arch_key=arch_key, checkpoint_path=checkpoint_path)
 
 
+@app.command
+def plan(settings: Annotated[TrainSettings, _Flat]) -> None:
+    """Show what a recipe is going to do with a model and what that costs, without training.
+
+    Per update: the sparsity, the gradients and their memory, and an estimate of the time from a short measurement.
+    Refuses what does not fit into memory and says what would. The options are those of `mfac train`.
+
+    `mfac plan --recipe-path recipes/mfac.md --dataset imagenette --dataset-path DIR`
+    """
+    from mfac.tutorial.inspect import plan as run
+
+    run(settings.recipe_path, settings)
+
+
 @app.command(name="eval")
 def evaluate(checkpoint_path: str, /, *, settings: Annotated[ModelSettings | None, _Flat] = None) -> None:
     """Measure a model on the validation images: loss, accuracy, and sparsity of each layer.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -348,11 +349,12 @@ class Engine:
         refuse_distributed(self.model)
         settings = self.settings
         check_grads_device("grads_device", settings["grads_device"], self.device)
+        count = num_grads_at(settings["num_grads"], self.sparsity)
         return GradientSource(
             batches,
             loss_fn,
-            num_grads=num_grads_at(settings["num_grads"], self.sparsity),
-            refresh=self._refresh(),
+            num_grads=count,
+            refresh=self.num_refresh(count),
             dtype=settings["dtype"],
             device=settings["grads_device"],
             mode=settings["mode"],
@@ -364,14 +366,17 @@ class Engine:
         """Let a source collect as many gradients as the settings say for the sparsity now; all are new then."""
         count = num_grads_at(self.settings["num_grads"], self.sparsity)
         if count != source.num_grads:
-            source.resize(count, self._refresh())
+            source.resize(count, self.num_refresh(count))
 
-    def _refresh(self) -> int | None:
-        """New gradients at each recomputation; None for a quarter. With corrections they do more good at the end."""
-        settings = self.settings
-        if settings["refresh"] is None and self.corrections:
-            return max(1, num_grads_at(settings["num_grads"], self.sparsity) // 8)
-        return settings["refresh"]
+    def num_refresh(self, num_grads: int) -> int:
+        """Return how many of m gradients are new at each recomputation; with corrections more come at the end."""
+        given = self.settings["refresh"]
+        return max(1, num_grads // (8 if self.corrections else 4)) if given is None else given
+
+    @property
+    def storage(self) -> torch.device | Path:
+        """Where gradients are kept."""
+        return check_grads_device("grads_device", self.settings["grads_device"], self.device)
 
     @property
     def corrections(self) -> int:

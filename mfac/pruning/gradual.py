@@ -17,6 +17,7 @@ from mfac.model.names import shorten
 from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.engine import Engine
 from mfac.pruning.masks import check_masks, flatten_masks
+from mfac.pruning.plan import PlannedUpdate, plan_updates
 from mfac.pruning.result import PruneResult
 from mfac.pruning.run import run
 from mfac.pruning.schedule import Schedule
@@ -334,6 +335,23 @@ class Pruner:
     def apply_masks(self) -> None:
         """Set the pruned weights to zero."""
         self._engine.apply_masks()
+
+    def plan(self) -> list[PlannedUpdate]:
+        """Return the updates to come: when, to which sparsity, and how many gradients they take.
+
+        Returns:
+            The updates that prune.
+
+        Raises:
+            MemoryError: If their gradients do not fit into memory; the text says what would.
+
+        Example:
+            >>> import torch
+            >>> pruner = Pruner(torch.nn.Linear(20, 2), sparsity=0.8, end=2, criterion="magnitude", schedule="linear")
+            >>> [(update.time, update.sparsity) for update in pruner.plan()]
+            [(1, 0.4), (2, 0.8)]
+        """
+        return plan_updates(self._engine, self._schedules, self._source is not None)
 
     def layer_sparsities(self) -> dict[str, tuple[float | None, float]]:
         """Return the sparsity of each parameter: what is asked of it now, and the share of its weights that is zero.

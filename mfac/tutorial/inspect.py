@@ -1,25 +1,30 @@
-"""`mfac lint`, `mfac eval` and `mfac export`: what a recipe does, how good a model is, how large it is."""
+"""`mfac lint`, `plan`, `eval` and `export`: what a recipe does, what it costs, how good a model is, how large it is."""
 
 from __future__ import annotations
 
 import json
+import time
 import zlib
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from mfac.checks import suggestion
+from mfac.gradients.collect import collect_gradients
 from mfac.model.names import NameTable
+from mfac.pruning.step import prune_step
 from mfac.recipe.load import load_recipe
 from mfac.recipe.manager import Manager
-from mfac.tutorial.data import load_data
+from mfac.tutorial.data import Data, load_data
 from mfac.tutorial.dense import DIGITS_WIDTH, load_weights, read_described, read_state, save
 from mfac.tutorial.loop import evaluate as measure
 from mfac.tutorial.models import Built, build_model
-from mfac.tutorial.train import ModelSettings, find_device
+from mfac.tutorial.train import ModelSettings, TrainSettings, find_device, initial_model, load_run_data
 
+_MAX_SHOWN = 8  # updates of a plan
 _KEYWORDS = ("__ALL__", "__ALL_PRUNABLE__")
 _SPEED = (
     "Zeros at any place make a model smaller, not faster: a dense kernel multiplies by them too. Kernels for sparse "
@@ -137,6 +142,59 @@ def evaluate(checkpoint_path: str, settings: ModelSettings) -> tuple[float, floa
             tqdm.write(f"{name}: sparsity {100 * float((weight == 0).float().mean()):.2f} %")
     tqdm.write(f"loss {loss:.4f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %, sparsity {100 * _sparsity(model):.2f} %")
     return loss, top1, top5
+
+
+def plan(recipe: str, settings: TrainSettings) -> None:
+    """Print what a recipe is going to do, step by step, and what it costs; the model is not changed.
+
+    Args:
+        recipe: Its file.
+        settings: Which model and data.
+
+    Raises:
+        MemoryError: If the gradients do not fit into memory; the text says what would.
+    """
+    manager = Manager.from_recipe(recipe, settings.recipe_args)
+    device = find_device(settings.device)
+    data = load_run_data(settings, device)
+    model = initial_model(settings, data, device).model
+    optimizer = torch.optim.Adam(model.parameters())
+    session = manager.apply(model, optimizer, data.gradients, F.cross_entropy)
+    tqdm.write(f"{manager.epochs:g} epochs of {len(data.train)} steps")
+    for line in manager.describe():
+        tqdm.write(line)
+    for pruner in session.pruners:
+        updates = pruner.plan()
+        names, d = list(pruner.params), sum(p.numel() for p in pruner.params.values())
+        tqdm.write(f"{len(updates)} updates of {len(names)} parameters with {d:,} weights")
+        collecting = any(update.gradients for update in updates)
+        gradient, weight = _measured(model, data, names, updates[0].num_grads) if collecting else (0.0, 0.0)
+        for update in updates if len(updates) <= _MAX_SHOWN else [*updates[: _MAX_SHOWN - 1], updates[-1]]:
+            cost = ""
+            if update.gradients:
+                seconds = update.gradients * gradient + update.recomputations * d * weight
+                cost = f", {update.gradients} gradients ({update.nbytes / 2**30:.2f} GiB), about {seconds:.0f} s"
+            rounds = f" in {update.recomputations} recomputations" if update.recomputations > 1 else ""
+            tqdm.write(f"  epoch {update.time:g}: to {100 * update.sparsity:.2f} %{rounds}{cost}")
+            if update is updates[-1]:
+                for name, sparsity in update.layers.items():
+                    tqdm.write(f"    {name}: {100 * sparsity:.2f} %")
+        if len(updates) > _MAX_SHOWN:
+            tqdm.write(f"  (the first {_MAX_SHOWN - 1} and the last of {len(updates)})")
+
+
+def _measured(model: nn.Module, data: Data, names: list[str], m: int) -> tuple[float, float]:
+    """Seconds for a gradient, and for a weight in one step with m gradients, from a short measurement."""
+    collect_gradients(model, data.gradients, F.cross_entropy, 1, params=names, progress=False)  # warm-up
+    began = time.perf_counter()
+    collect_gradients(model, data.gradients, F.cross_entropy, 3, params=names, progress=False)
+    gradient = (time.perf_counter() - began) / 3
+    weights = 2**16
+    grads = torch.randn(m, weights)
+    prune_step(nn.Linear(weights, 1, bias=False), grads[:1], 0.5, progress=False)  # the kernels are loaded
+    began = time.perf_counter()
+    prune_step(nn.Linear(weights, 1, bias=False), grads, 0.5, substeps=1, progress=False)
+    return gradient, (time.perf_counter() - began) / weights
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

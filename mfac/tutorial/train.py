@@ -177,8 +177,20 @@ def _checkpoint(settings: TrainSettings, folder: Path, device: torch.device) -> 
     return state
 
 
-def _model(settings: TrainSettings, data: Data, device: torch.device, state: dict[str, Any] | None = None) -> Built:
-    """Return the initial network: dense and trained, loaded from a file, with random weights, or of a checkpoint."""
+def initial_model(
+    settings: TrainSettings, data: Data, device: torch.device, state: dict[str, Any] | None = None
+) -> Built:
+    """Return the network of a run: dense and trained, loaded from a file, with random weights, or of a checkpoint.
+
+    Args:
+        settings: The options.
+        data: Its images are then normalised as the network expects.
+        device: Where it goes.
+        state: A checkpoint, whose weights are not loaded here.
+
+    Returns:
+        The network.
+    """
     digits = settings.dataset == "digits"
     width = (DIGITS_WIDTH if digits else 1.0) if settings.width is None else settings.width
     pretrained = settings.pretrained or str(digits)
@@ -236,7 +248,16 @@ def _restore(model: nn.Module, state: dict[str, torch.Tensor], path: str) -> Non
         ) from error
 
 
-def _data(settings: TrainSettings, device: torch.device) -> Data:
+def load_run_data(settings: TrainSettings, device: torch.device) -> Data:
+    """Return the data of a run.
+
+    Args:
+        settings: The options.
+        device: Where batches go.
+
+    Returns:
+        The data.
+    """
     return load_data(
         settings.dataset,
         settings.dataset_path,
@@ -259,8 +280,8 @@ def measure_initial(settings: TrainSettings) -> tuple[float, float, float]:
         Mean cross entropy, top-1 and top-5 accuracy in per cent, on the validation images.
     """
     device = find_device(settings.device)
-    data = _data(settings, device)
-    return evaluate(_model(settings, data, device).model, data.validation)
+    data = load_run_data(settings, device)
+    return evaluate(initial_model(settings, data, device).model, data.validation)
 
 
 def train(settings: TrainSettings) -> list[Measurement]:
@@ -306,8 +327,8 @@ def train(settings: TrainSettings) -> list[Measurement]:
             f"checkpoint_path: expected training left to do, got {source}, which has completed the recipe's "
             f"{manager.epochs:g} epochs"
         )
-    data = _data(settings, device)
-    built = _model(settings, data, device, state)
+    data = load_run_data(settings, device)
+    built = initial_model(settings, data, device, state)
     model = built.model
     if state:
         _restore(model, state["model"], source)

@@ -1,0 +1,88 @@
+"""What a Pruner is going to do: its updates, and what they cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mfac.gradients.memory import check_memory
+from mfac.pruning.engine import Engine
+from mfac.pruning.schedule import Schedule, num_recomputations
+from mfac.pruning.selection import Sparsities
+from mfac.pruning.settings import num_grads_at
+
+
+@dataclass(frozen=True)
+class PlannedUpdate:
+    """An update to come.
+
+    Attributes:
+        time: When it is due.
+        sparsity: Over all parameters together, afterwards.
+        layers: Name -> sparsity afterwards, of parameters that are ranked by themselves.
+        recomputations: R.
+        num_grads: m, rows of the Fisher; 0 for a criterion that needs none.
+        gradients: Backward passes that it takes.
+        nbytes: Of the gradients.
+    """
+
+    time: float
+    sparsity: float
+    layers: dict[str, float]
+    recomputations: int
+    num_grads: int
+    gradients: int
+    nbytes: int
+
+
+def _times(schedule: Schedule) -> Iterator[float]:
+    count = math.ceil((schedule.end - schedule.start) / schedule.frequency - 1e-9)
+    for i in range(count):
+        yield schedule.start + i * schedule.frequency
+    yield schedule.end
+
+
+def plan_updates(
+    engine: Engine, schedules: dict[str | None, Schedule], collects: bool
+) -> list[PlannedUpdate]:  # fmt: skip
+    """List the updates to come, and check that their gradients fit into memory.
+
+    Args:
+        engine: The model and its settings; nothing is changed.
+        schedules: Key -> schedule, which differ in sparsity only.
+        collects: Whether gradients are collected.
+
+    Returns:
+        The updates that prune.
+
+    Raises:
+        MemoryError: If the gradients do not fit; the text says what would.
+    """
+    settings, d = engine.settings, sum(engine.selection.sizes.values())
+    reached: Sparsities = dict(engine.reached)
+    updates = []
+    for time in _times(next(iter(schedules.values()))):
+        after = {key: max(reached[key], schedule.sparsity(time)) for key, schedule in schedules.items()}
+        if after == reached:
+            continue
+        m = num_grads_at(settings["num_grads"], engine.selection.overall(reached)) if collects else 0
+        rounds = settings["recomputations"]
+        rounds = num_recomputations(reached, after) if rounds == "auto" else rounds
+        renewed = engine.num_refresh(m)
+        updates.append(
+            PlannedUpdate(
+                time=time,
+                sparsity=engine.selection.overall(after),
+                layers={names[0]: after[key] for key, names in engine.selection.segments if len(names) == 1},
+                recomputations=rounds if collects else 1,
+                num_grads=m,
+                gradients=m + (rounds - 1) * renewed if collects else 0,
+                nbytes=m * d * settings["dtype"].itemsize,
+            )
+        )
+        reached = after
+    if collects and updates:
+        storage = engine.storage
+        check_memory(max(update.num_grads for update in updates), d, settings["dtype"], storage)
+    return updates
