@@ -20,7 +20,8 @@ LAYERS = [
     {"gradients"},
     {"fisher"},
     {"pruning"},
-    {"recipe", "integrations"},
+    {"recipe"},
+    {"integrations"},
     {"tutorial"},
     {"cli"},
 ]

@@ -218,3 +218,42 @@ def test_bad_arguments(tmp_path):
         PrunerCallback(unit="hour")
     with pytest.raises(TypeError, match="unexpected keyword argument 'sparsty'; did you mean 'sparsity'"):
         trainer([PrunerCallback(sparsty=0.5, end=3)], tmp_path).fit(Module(), loader())
+
+
+RECIPE = """
+modifiers:
+  - !EpochRangeModifier {end_epoch: 2}
+  - !LearningRateFunctionModifier {lr_func: linear, init_lr: 0.1, final_lr: 0, end_epoch: 2}
+  - !MFACPruningModifier
+    params: [net.0.weight, net.3.weight]
+    final_sparsity: 0.75
+    start_epoch: 0.5
+    end_epoch: 1.5
+    update_frequency: 0.5
+    num_grads: 4
+"""
+
+
+def test_recipe(tmp_path):
+    """The optimizer, the epochs, the batches and the loss are the trainer's."""
+    module, callback = Module(), PrunerCallback(recipe=RECIPE)
+    used = trainer([callback], tmp_path, max_epochs=2)
+    used.fit(module, loader())
+    assert callback.pruner.sparsity == 0.75 and module.zeros() == round(0.75 * 192) + round(0.75 * 64)
+    assert used.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="recipe: expected a trainer of at least its 2 epochs, got 1"):
+        trainer([PrunerCallback(recipe=RECIPE)], tmp_path, max_epochs=1).fit(Module(), loader())
+
+
+def test_a_recipe_is_resumed(tmp_path):
+    weights = []
+    for path in (None, "half.ckpt"):
+        module = Module()
+        used = trainer([PrunerCallback(recipe=RECIPE)], tmp_path, max_epochs=2)
+        if path is None:
+            half = trainer([PrunerCallback(recipe=RECIPE)], tmp_path, max_epochs=2, max_steps=8)
+            half.fit(Module(), loader(False))
+            half.save_checkpoint(tmp_path / "half.ckpt")
+        used.fit(module, loader(False), ckpt_path=path and str(tmp_path / path))
+        weights.append([p.detach().clone() for p in module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))

@@ -172,3 +172,39 @@ def test_a_second_training_goes_on(tmp_path):
 def test_bad_arguments():
     with pytest.raises(ValueError, match="unit: expected one of step, epoch, got 'hour'"):
         PrunerCallback(unit="hour")
+
+
+RECIPE = """
+modifiers:
+  - !EpochRangeModifier {end_epoch: 2}
+  - !SetLearningRateModifier {learning_rate: 0.005}
+  - !OBSPruningModifier
+    params: ["re:transformer.h.*.weight"]
+    final_sparsity: 0.8
+    start_epoch: 0.25
+    end_epoch: 1.5
+    update_frequency: 0.5
+    num_grads: 4
+    damp: 1e-7
+    fisher_block_size: 50
+"""
+
+
+def test_recipe(tmp_path):
+    """The optimizer, the epochs and the batches are the trainer's; a resumed run ends with the same weights."""
+    weights = []
+    for resume in (False, True):
+        model, callback = make_model(), PrunerCallback(recipe=RECIPE)
+        trainer = make_trainer(model, callback, tmp_path, save_steps=6)
+        trainer.args.save_strategy = "steps"
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6") if resume else None)
+        assert callback.pruner.sparsity == pytest.approx(0.8, abs=1e-3)
+        names = callback.pruner.masks
+        assert all(bool((p[~names[name]] == 0).all()) for name, p in callback.pruner.params.items())
+        weights.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    with pytest.raises(ValueError, match="recipe: expected a trainer of at least its 3 epochs, got 2"):
+        longer = RECIPE.replace("end_epoch: 2}", "end_epoch: 3}")
+        make_trainer(make_model(), PrunerCallback(recipe=longer), tmp_path).train()
+    with pytest.raises(TypeError, match="recipe: expected no settings beside it, got sparsity"):
+        PrunerCallback(recipe=RECIPE, sparsity=0.5)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mfac.checks import check_choice, warn
 from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.gradual import Pruner
+from mfac.recipe.manager import Manager, Session
 
 UNITS = ("step", "epoch")
 
@@ -25,12 +27,63 @@ def needs_batches(settings: Mapping[str, Any]) -> bool:
     return settings.get("buffer") is None and (criterion is None or criterion.needs_gradients)
 
 
-def masks_so_far(pruner: Pruner | None, model: nn.Module) -> dict[str, Any]:
+def masks_so_far(pruner: Pruner | Session | None, model: nn.Module) -> dict[str, Any]:
     """Return the setting ``masks`` for a model that an earlier Pruner has pruned; nothing for another model."""
     return {"masks": pruner.masks} if pruner is not None and pruner.model is model and pruner.masks else {}
 
 
-def warn_if_dense(pruner: Pruner, model: nn.Module) -> None:
+def check_recipe(recipe: Any, settings: Mapping[str, Any]) -> None:
+    """Check that a callback is given a recipe or settings, not both; a recipe counts in epochs."""
+    if recipe is not None and settings:
+        raise TypeError(f"recipe: expected no settings beside it, got {', '.join(settings)}; change the recipe")
+
+
+def apply_recipe(
+    recipe: Any,
+    recipe_args: Any,
+    epochs: float,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Any] | None,
+    loss_fn: Callable | None,
+    forward: Callable | None,
+) -> Session:
+    """Bind a recipe to a training run of so many epochs.
+
+    Args:
+        recipe: A path or text.
+        recipe_args: Values for its variables.
+        epochs: That the trainer trains.
+        model: The model.
+        optimizer: Its optimizer.
+        batches: Where gradients come from.
+        loss_fn: Loss of (outputs, targets), or None.
+        forward: Function of (model, batch), or None.
+
+    Returns:
+        The session.
+
+    Raises:
+        ValueError: If the recipe is longer, or wrong.
+    """
+    manager = Manager.from_recipe(recipe, recipe_args)
+    if epochs < manager.epochs:
+        raise ValueError(f"recipe: expected a trainer of at least its {manager.epochs:g} epochs, got {epochs:g}")
+    return manager.apply(model, optimizer, batches, loss_fn, forward=forward, progress=True)
+
+
+def full_state(pruner: Pruner | Session) -> dict[str, Any]:
+    """Return what a checkpoint holds: the state, and a Pruner's results."""
+    return pruner.state_dict(results=True) if isinstance(pruner, Pruner) else pruner.state_dict()
+
+
+def masks_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the masks in the state of a Pruner or a Session."""
+    states = state.get("actions", [state])
+    return {name: mask for part in states for name, mask in part.get("masks", {}).items()}
+
+
+def warn_if_dense(pruner: Pruner | Session, model: nn.Module) -> None:
     """Warn of a model that is not pruned as the masks say, such as an earlier checkpoint that was loaded at the end."""
     params = pruner.params if pruner.model is model else {}
     if any(

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,8 +14,17 @@ from torch.utils.data import DataLoader
 
 from mfac.checks import warn
 from mfac.extras import install_hint
-from mfac.integrations.callback import check_unit, masks_so_far, needs_batches, warn_if_dense
+from mfac.integrations.callback import (
+    apply_recipe,
+    check_recipe,
+    check_unit,
+    full_state,
+    masks_so_far,
+    needs_batches,
+    warn_if_dense,
+)
 from mfac.pruning.gradual import Pruner
+from mfac.recipe.manager import Session
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -36,13 +46,16 @@ class PrunerCallback(Callback):
         batches: Where gradients come from; None: the training dataloader, in an order of its own.
         loss_fn: Loss of (outputs, targets); None, without ``forward``: what ``training_step`` returns, its logging
             being off.
+        recipe: A recipe (path or text) in place of the settings; its epochs are those of the trainer.
+        recipe_args: Values for the recipe's variables.
         unit: Of ``start``, ``frequency`` and ``end``: ``"step"``, the trainer's ``global_step``, or ``"epoch"``.
         settings: The other arguments of :class:`mfac.Pruner`; ``sparsity`` and ``end`` are required.
 
     Attributes:
-        pruner: The :class:`mfac.Pruner`; None until training begins.
+        pruner: The :class:`mfac.Pruner`, or the :class:`mfac.recipe.Session` of a recipe; None until training begins.
 
     Raises:
+        TypeError: If both a recipe and settings are given.
         ValueError: If ``unit`` is another; all else is checked when training begins.
 
     Example::
@@ -56,11 +69,16 @@ class PrunerCallback(Callback):
         batches: Iterable[Any] | None = None,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         *,
+        recipe: str | Path | None = None,
+        recipe_args: str | dict[str, Any] | None = None,
         unit: str = "step",
         **settings: Any,
     ) -> None:
         """Keep the arguments."""
-        self.pruner: Pruner | None = None
+        check_recipe(recipe, settings)
+        self.pruner: Pruner | Session | None = None
+        self._recipe, self._recipe_args = recipe, recipe_args
+        unit = "epoch" if recipe is not None else unit
         self._batches, self._loss_fn, self._unit, self._settings = batches, loss_fn, check_unit(unit), settings
         self._state: dict[str, Any] | None = None  # of a checkpoint, until there is a Pruner
         self._step = 0
@@ -82,8 +100,8 @@ class PrunerCallback(Callback):
             )
         if self._unit == "epoch" and math.isinf(trainer.num_training_batches):
             raise ValueError("unit: expected 'step' with a dataloader of unknown length, got 'epoch'")
-        settings = {**masks_so_far(self.pruner, pl_module), **self._settings}
-        if self._state is not None and self._state["masks"]:
+        settings = {} if self._recipe is not None else {**masks_so_far(self.pruner, pl_module), **self._settings}
+        if self._recipe is None and self._state is not None and self._state["masks"]:
             settings["masks"] = self._state["masks"]
         batches = self._batches
         if batches is None and needs_batches(settings):
@@ -105,13 +123,23 @@ class PrunerCallback(Callback):
                 "trainer: ModelCheckpoint(monitor=...) may choose a checkpoint from before the final sparsity; look "
                 "among those after the last update"
             )
-        self.pruner = Pruner(pl_module, batches, self._loss_fn, **settings)
-        if len(trainer.optimizers) == 1:
-            self.pruner.check_optimizer(trainer.optimizers[0])
+        if self._recipe is not None:
+            self.pruner = self._apply_recipe(trainer, pl_module, batches, settings.get("forward"))
+        else:
+            self.pruner = Pruner(pl_module, batches, self._loss_fn, **settings)
+            if len(trainer.optimizers) == 1:
+                self.pruner.check_optimizer(trainer.optimizers[0])
         if self._state is not None:
             self.pruner.load_state_dict(self._state)
             self._state = None
         self._step = trainer.global_step
+
+    def _apply_recipe(self, trainer: Trainer, module: LightningModule, batches: Any, forward: Any) -> Session:
+        if len(trainer.optimizers) != 1:
+            raise ValueError(f"recipe: expected a model with one optimizer, got {len(trainer.optimizers)}")
+        epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+        arguments = (module, trainer.optimizers[0], batches, self._loss_fn, forward)
+        return apply_recipe(self._recipe, self._recipe_args, epochs, *arguments)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Take pruned weights out of the gradients, before these are clipped."""
@@ -133,7 +161,7 @@ class PrunerCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds."""
-        return self._state or {} if self.pruner is None else self.pruner.state_dict(results=True)
+        return self._state or {} if self.pruner is None else full_state(self.pruner)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what a checkpoint held, when training begins."""

@@ -11,9 +11,20 @@ from torch import Tensor, nn
 
 from mfac.checks import warn
 from mfac.extras import install_hint
-from mfac.integrations.callback import check_unit, masks_so_far, needs_batches, warn_if_dense
+from mfac.integrations.callback import (
+    apply_recipe,
+    check_recipe,
+    check_unit,
+    full_state,
+    masks_of,
+    masks_so_far,
+    needs_batches,
+    warn_if_dense,
+)
+from mfac.model.names import named_parameters
 from mfac.model.targets import prunable_parameters
 from mfac.pruning.gradual import Pruner
+from mfac.recipe.manager import Session
 
 try:
     from transformers import TrainerCallback
@@ -34,15 +45,18 @@ class PrunerCallback(TrainerCallback):
     Args:
         batches: Where gradients come from; None: the training dataloader, in an order of its own.
         loss_fn: Loss of (outputs, batch); None: the ``.loss`` of the model's output.
+        recipe: A recipe (path or text) in place of the settings; its epochs are those of the trainer.
+        recipe_args: Values for the recipe's variables.
         unit: Of ``start``, ``frequency`` and ``end``: ``"step"`` (optimizer steps) or ``"epoch"``.
         resume_from: Folder of the checkpoint that training is resumed from, if that is not
             ``<output_dir>/checkpoint-<step>``.
         settings: The other arguments of :class:`mfac.Pruner`; ``sparsity`` and ``end`` are required.
 
     Attributes:
-        pruner: The :class:`mfac.Pruner`; None until training begins.
+        pruner: The :class:`mfac.Pruner`, or the :class:`mfac.recipe.Session` of a recipe; None until training begins.
 
     Raises:
+        TypeError: If both a recipe and settings are given.
         ValueError: If ``unit`` is another; all else is checked when training begins.
 
     Example::
@@ -56,12 +70,17 @@ class PrunerCallback(TrainerCallback):
         batches: Iterable[Any] | None = None,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         *,
+        recipe: str | Path | None = None,
+        recipe_args: str | dict[str, Any] | None = None,
         unit: str = "step",
         resume_from: str | Path | None = None,
         **settings: Any,
     ) -> None:
         """Keep the arguments."""
-        self.pruner: Pruner | None = None
+        check_recipe(recipe, settings)
+        self.pruner: Pruner | Session | None = None
+        self._recipe, self._recipe_args = recipe, recipe_args
+        unit = "epoch" if recipe is not None else unit
         self._batches, self._loss_fn, self._unit, self._settings = batches, loss_fn, check_unit(unit), settings
         self._resume_from = resume_from
         self._hooks: list[Any] = []
@@ -86,18 +105,27 @@ class PrunerCallback(TrainerCallback):
                 f"args: expected one process and GPU, got {workers}, which would prune by different gradients"
             )
         model, batches, saved = objects["model"], self._batches, None
-        settings = {**masks_so_far(self.pruner, model), **self._settings}
+        settings = {} if self._recipe is not None else {**masks_so_far(self.pruner, model), **self._settings}
         if state.global_step > 0:
             saved = self._saved(args, state, model)
-            settings |= {"masks": saved["masks"]} if saved["masks"] else {}
+            if self._recipe is None and saved["masks"]:
+                settings["masks"] = saved["masks"]
         if batches is None and needs_batches(settings):
             loader = objects["train_dataloader"]
             batches = getattr(loader, "base_dataloader", loader)  # without accelerate's bookkeeping
-        self.pruner = Pruner(model, batches, self._loss_fn, **settings)
+        if self._recipe is not None:
+            epochs, optimizer = args.num_train_epochs, objects["optimizer"]
+            optimizer = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
+            self.pruner = apply_recipe(
+                self._recipe, self._recipe_args, epochs, model, optimizer, batches, self._loss_fn, None
+            )
+        else:
+            self.pruner = Pruner(model, batches, self._loss_fn, **settings)
         if saved is not None:
             self.pruner.load_state_dict(saved)
         # Trainer clips gradients before it calls any callback.
-        trained = {name: p for name, p in self.pruner.params.items() if p.requires_grad}
+        every = self.pruner.params if isinstance(self.pruner, Pruner) else named_parameters(model)
+        trained = {name: p for name, p in every.items() if p.requires_grad}
         self._masking = [_MaskGradient(self.pruner, name) for name in trained]
         pairs = zip(trained.values(), self._masking, strict=True)
         self._hooks = [p.register_post_accumulate_grad_hook(mask) for p, mask in pairs]
@@ -111,9 +139,10 @@ class PrunerCallback(TrainerCallback):
                 "checkpoint"
             )
         saved = torch.load(folder / FILE, map_location="cpu", weights_only=True)
-        params = prunable_parameters(model, list(saved["masks"])) if saved["masks"] else {}
+        masks = masks_of(saved)
+        params = prunable_parameters(model, list(masks)) if masks else {}
         for name, p in params.items():
-            zero, mask = p.detach().cpu() == 0, saved["masks"][name]
+            zero, mask = p.detach().cpu() == 0, masks[name].cpu()
             if bool((~zero & ~mask).any()) or float((zero & mask).float().mean()) > _CHANCE_ZEROS:
                 raise ValueError(
                     f"resume_from: expected the state of this model, got {folder / FILE}, whose masks do not fit the "
@@ -135,7 +164,7 @@ class PrunerCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if not folder.is_dir():
             return warn(f"output_dir: expected the checkpoint at {folder}, got none; the Pruner's state is not saved")
-        torch.save(self.pruner.state_dict(results=True), folder / FILE)
+        torch.save(full_state(self.pruner), folder / FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Remove the hooks, and warn if the model is not pruned as the masks say."""
@@ -151,7 +180,7 @@ class _MaskGradient:
     Training that is interrupted leaves the hook behind: it does nothing then.
     """
 
-    def __init__(self, pruner: Pruner, name: str) -> None:
+    def __init__(self, pruner: Pruner | Session, name: str) -> None:
         self._pruner, self._name = pruner, name
         self.remaining = 0  # backward passes of the current step
 

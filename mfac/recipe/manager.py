@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mfac.checks import check_number
+from mfac.model.names import named_parameters
 from mfac.pruning.gradual import Pruner
 from mfac.pruning.masks import sparsity_of
 from mfac.pruning.result import PruneResult
@@ -89,6 +90,11 @@ class Manager:
         """Whether a modifier prunes."""
         return any(isinstance(modifier, PRUNING) for modifier in self.modifiers)
 
+    def __repr__(self) -> str:
+        """Return the length of training and the modifiers."""
+        names = ", ".join(type(modifier).__name__ for modifier in self.modifiers)
+        return f"Manager({self.epochs:g} epochs: {names})"
+
     def describe(self) -> list[str]:
         """Return a line for each modifier that prunes by gradients: the settings of the recipe, and the defaults."""
         return [modifier.describe() for modifier in self._pruning() if modifier.reported]
@@ -103,6 +109,7 @@ class Manager:
         batches: Iterable | None = None,
         loss_fn: Callable | None = None,
         *,
+        forward: Callable | None = None,
         progress: bool = False,
     ) -> Session:
         """Bind the recipe to a model and its optimizer; set the learning rate and weight decay of epoch 0.
@@ -113,6 +120,7 @@ class Manager:
             batches: Iterable of (inputs, targets) on the model's device, from which M-FAC computes its gradients, one
                 per batch. Only M-FAC modifiers need it.
             loss_fn: `loss_fn(outputs, targets)`, a scalar. Only M-FAC modifiers need it.
+            forward: `forward(model, batch)`, for batches that are not (inputs, targets); see :class:`mfac.Pruner`.
             progress: Show progress bars while gradients are collected.
 
         Returns:
@@ -124,13 +132,15 @@ class Manager:
         """
         if not 0 < self.epochs < math.inf:
             raise ValueError("recipe: expected a length of training, !EpochRangeModifier {end_epoch: ...}, got none")
-        return self._bind(Target(model, optimizer, batches, loss_fn, self.epochs, progress, one_shot=False))
+        return self._bind(
+            Target(model, optimizer, batches, loss_fn, self.epochs, progress, one_shot=False, forward=forward)
+        )
 
     def _bind(self, target: Target) -> Session:
         # Stable: of two settings that start together, the later one wins.
         modifiers = sorted(self.modifiers, key=lambda modifier: modifier.start_epoch)
         actions = [modifier.bind(target) for modifier in modifiers]
-        return Session([action for action in actions if action is not None])
+        return Session(target.model, [action for action in actions if action is not None])
 
     def one_shot(
         self,
@@ -176,10 +186,15 @@ class Session:
     :meth:`state_dict`: it holds tensors and plain values only, and ``torch.load`` reads it with ``weights_only=True``.
 
     Args:
+        model: The model.
         actions: What the modifiers do, in order.
+
+    Attributes:
+        model: As given.
     """
 
-    def __init__(self, actions: list[Action]) -> None:
+    def __init__(self, model: nn.Module, actions: list[Action]) -> None:
+        self.model = model
         self._actions = actions
         self._epoch = -math.inf  # of the last call
         for action in actions:
@@ -220,6 +235,25 @@ class Session:
             for name, mask in action.masks.items():
                 masks[name] = masks[name] & mask if name in masks else mask
         return masks
+
+    @property
+    def params(self) -> dict[str, nn.Parameter]:
+        """The parameters that masks are held of, by name."""
+        every = named_parameters(self.model)
+        return {name: every[name] for name in self.masks}
+
+    def mask_gradients(self) -> None:
+        """Set the gradients of pruned weights to zero; call it before gradients are clipped, whose norm counts them."""
+        masks = self.masks
+        with torch.no_grad():
+            for name, p in self.params.items():
+                if p.grad is not None:
+                    p.grad.masked_fill_(~masks[name].to(p.grad.device), 0)
+
+    def __repr__(self) -> str:
+        """Return epoch, sparsity and the Pruners with their next updates."""
+        pruners = "".join(f", {pruner!r}" for pruner in self.pruners)
+        return f"Session(epoch {self._epoch:g}, sparsity {100 * self.sparsity:.1f} %{pruners})"
 
     @property
     def sparsity(self) -> float:

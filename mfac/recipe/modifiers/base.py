@@ -129,6 +129,7 @@ class Target:
         end: The epoch at which training ends.
         progress: Show progress bars while gradients are collected.
         one_shot: Everything is due at once, at epoch 0; initial sparsities do not count.
+        forward: ``forward(model, batch)``, for batches of another form; see :class:`mfac.Pruner`.
     """
 
     model: nn.Module
@@ -138,6 +139,7 @@ class Target:
     end: float
     progress: bool
     one_shot: bool
+    forward: Callable | None = None
 
 
 class Action:

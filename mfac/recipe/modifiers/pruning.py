@@ -155,6 +155,7 @@ class MagnitudePruning(Modifier):
             criterion=self.criterion,
             masks="nonzero" if from_param else None,
             progress=target.progress,
+            forward=target.forward,
             **self.settings,
         )
         return Pruning(pruner, self.leave_enabled)
