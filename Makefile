@@ -8,7 +8,7 @@ BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready-$(subst =,-,$(TORCH))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench accuracy lint format sanitize cuda-check gpu clean
+.PHONY: help demo test docs bench accuracy lint format sanitize cuda-check gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
@@ -32,6 +32,9 @@ test: $(READY)  ## all tests, and the examples in the docstrings
 	$(BIN)/mfac doctor
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests --ignore=tests/test_cuda_kernels.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --doctest-modules mfac
+
+docs: $(READY)  ## the documentation as a site, in build/site; fails on a warning
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet -f .mkdocs.yml
 
 bench: $(READY)  ## speed of textbook recursion, reference and kernels, against this machine's roofline
 	$(BIN)/python -m pytest -q benchmarks -o python_files='bench_*.py' --benchmark-disable-gc --benchmark-columns=median,iqr,rounds

@@ -180,6 +180,14 @@ class Pruner:
         return self._last is not None and self._last >= self._schedule.end and not self._behind
 
     @property
+    def next_update(self) -> float | None:
+        """The nominal time of the next update; None after the last one."""
+        if self.finished:
+            return None
+        schedule = self._schedule
+        return schedule.start if self._last is None else min(self._last + schedule.frequency, schedule.end)
+
+    @property
     def _schedule(self) -> Schedule:
         return next(iter(self._schedules.values()))
 
@@ -193,9 +201,10 @@ class Pruner:
         goals = sorted({schedule.final_sparsity for schedule in self._schedules.values()})
         goal = " to ".join(f"{100 * value:.1f}" for value in dict.fromkeys((goals[0], goals[-1])))
         time = "not started" if self._time is None else f"time {self._time:g}"
+        coming = "" if self.next_update is None else f", next at {self.next_update:g}"
         return (
             f"Pruner(sparsity {100 * self.sparsity:.1f} % of {goal} %, {time} of {self._schedule.end:g}, "
-            f"{self._updates} updates)"
+            f"{self._updates} updates{coming})"
         )
 
     def __getstate__(self) -> dict[str, Any]:
