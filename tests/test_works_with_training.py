@@ -336,7 +336,7 @@ def test_start_from_what_is_sparse():
 
 def test_schedule_that_training_never_reaches():
     pruner = make_pruner(mlp(), batches())
-    assert repr(pruner) == "Pruner(sparsity 0.0 % of 80.0 %, not started of 12, 0 updates)"
+    assert repr(pruner) == "Pruner(sparsity 0.0 % of 80.0 %, not started of 12, 0 updates, next at 0)"
     for _ in range(5):
         pruner.step()
     assert "time 5 of 12, 1 updates" in repr(pruner)

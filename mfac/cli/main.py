@@ -29,7 +29,7 @@ _Flat = Parameter(name="*")
 app = App(
     name="mfac",
     help=_HELP,
-    version=__version__,
+    version=f"mfac {__version__}",
     help_format="markdown",
     result_action="return_value",
     exit_on_error=False,
