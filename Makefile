@@ -8,7 +8,7 @@ BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready-$(subst =,-,$(TORCH))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs bench accuracy lint format sanitize cuda-check gpu clean
+.PHONY: help demo test docs bench accuracy tutorial lint format sanitize cuda-check gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
@@ -41,6 +41,9 @@ bench: $(READY)  ## speed of textbook recursion, reference and kernels, against 
 
 accuracy: $(READY)  ## accuracy of pruned ResNet-20: make accuracy DATA=cifar10 CHECKPOINT=resnet20.pt; takes hours, goes on where it stopped
 	$(BIN)/python benchmarks/accuracy/run.py --data "$(DATA)" --checkpoint "$(CHECKPOINT)"
+
+tutorial: $(READY)  ## the tutorial on Imagenette, from dense training on: make tutorial DATA=imagenette; takes hours, goes on where it stopped
+	$(BIN)/python benchmarks/tutorial/run.py --data "$(DATA)"
 
 lint: $(READY)  ## ruff and clang-format, changing nothing
 	$(BIN)/ruff check .

@@ -203,8 +203,8 @@ class Drawn:
     ("name", "epochs", "updates", "gradients"),
     [
         ("original_magnitude.md", (0.5, 1.0, 1.5, 2.0, 2.5, 3.0), [(1.0, 0.35, 0.1), (2.0, 0.96, 0.0)], 0),
-        # Training in such long strides that there is one update, to the final sparsity of 0.97: log2(1 / 0.03) is 5.06.
-        ("original_mfac.md", (2.0, 3.0), [(2.0, 0.96, 0.0)], 256 + 9 * 64),
+        # Training in such long strides that there is one update, to 0.97: log2(1 / 0.03) is 5.06, so R is 10.
+        ("original_mfac.md", (2.0, 3.0), [(2.0, 0.96, 0.0)], 256 + 9 * 16 + 10 * 4),
     ],
 )
 def test_originals_run_unmodified(name, epochs, updates, gradients):

@@ -149,8 +149,9 @@ def test_what_a_recipe_leaves_open_has_the_defaults_of_the_package():
     modifier = manager.modifiers[-1]
     assert (modifier.settings["damping"], modifier.settings["num_grads"]) == (1e-5, 64)
     defaults = definitions(PrunerSettings)
-    for name in ("block_size", "refresh", "update", "substeps", "corrections"):
+    for name in ("block_size", "update", "substeps"):
         assert modifier.settings[name] == defaults[name].default
+    assert (modifier.settings["refresh"], modifier.settings["corrections"]) == (4, None)  # but for these
     (line,) = manager.describe()
     assert line.startswith("MFACPruning: of the recipe damping=1e-05, num_grads=64; by default recomputations=auto, ")
     assert "block_size=512" in line and "substeps=auto" in line
@@ -158,11 +159,11 @@ def test_what_a_recipe_leaves_open_has_the_defaults_of_the_package():
 
 
 @pytest.mark.parametrize(
-    ("written", "batches"), [("", 8 + 2 + 2), ("    refresh: 8\n", 3 * 8), ("    refresh: 3\n", 8 + 3 + 3)]
+    ("written", "batches"), [("", 8 + 1 + 1), ("    refresh: 8\n", 3 * 8), ("    refresh: 3\n", 8 + 3 + 3)]
 )
 def test_refresh(written, batches):
     """Of m = 8 gradients, how many are new at each of the recomputations after the first."""
-    text = (PRUNING % "MFACPruningModifier") + "    num_grads: 8\n    recomputations: 3\n" + written
+    text = (PRUNING % "MFACPruningModifier") + "    num_grads: 8\n    recomputations: 3\n    corrections: 0\n" + written
     drawn = []
     stream = (drawn.append(i) or (torch.randn(4, 8), torch.randint(2, (4,))) for i in range(100))
     Manager.from_recipe(text).one_shot(nn.Sequential(nn.Linear(8, 2)), stream, nn.functional.cross_entropy)

@@ -21,6 +21,7 @@ from mfac.pruning.settings import CorrectionSettings, GradientSettings, PrunerSe
 from mfac.recipe.modifiers.base import Action, Modifier, Target, flag, names, number, plain_number, positive
 from mfac.settings import definitions
 
+_RENEWED = 16  # of so many gradients one is new at each recomputation
 FROM_PARAM = "__FROM_PARAM__"  # an initial sparsity: what the parameters have when the recipe is applied
 
 # Settings that the format gives in its own way, or that whoever applies the recipe gives.
@@ -117,7 +118,9 @@ class MagnitudePruning(Modifier):
         """Return a line that tells the settings of the recipe from those that it leaves open."""
         said = [f"{name}={self.settings[name]}" for name in self.settings if name in self.given]
         left = [f"{name}={self.settings[name]}" for name in self.reported if name not in self.given]
-        return f"{type(self).__name__}: of the recipe {', '.join(said) or 'no settings'}; by default {', '.join(left)}"
+        parts = [f"{what} {', '.join(settings)}" for what, settings in (("of the recipe", said), ("by default", left))]
+        used = [part for part, settings in zip(parts, (said, left), strict=True) if settings]
+        return f"{type(self).__name__}: {'; '.join(used)}"
 
     @classmethod
     def setting_names(cls) -> list[str]:
@@ -219,7 +222,8 @@ class MFACPruning(MagnitudePruning):
 
     Beyond the format's own arguments it takes settings of :class:`mfac.Pruner` by their names. What the recipe says
     counts to the letter; what it leaves open, damping and block size too, has the defaults of :class:`mfac.Pruner`,
-    but that an update is made in as many ``recomputations`` as its length asks for (``"auto"``).
+    but for what suits updates that a training run pays for and recovers from: as many ``recomputations`` as the way is
+    long (``"auto"``), a sixteenth of the gradients new at each, and a correction after each (docs/defaults.md).
     """
 
     criterion: ClassVar[str] = "fisher"
@@ -229,7 +233,7 @@ class MFACPruning(MagnitudePruning):
         "fisher_block_size": "block_size",
         "available_gpus": "available_devices",
     }
-    defaults: ClassVar[dict[str, Any]] = {"recomputations": "auto"}
+    defaults: ClassVar[dict[str, Any]] = {"recomputations": "auto", "corrections": None, "correction_batches": 4}
     reported: ClassVar[tuple[str, ...]] = (
         "num_grads", "recomputations", "refresh", "damping", "block_size", "update", "substeps", "corrections",
     )  # fmt: skip
@@ -272,7 +276,10 @@ class MFACPruning(MagnitudePruning):
         if isinstance(given, dict):
             self.settings["num_grads"] = {plain_number(key): plain_number(value) for key, value in given.items()}
         super().__post_init__()
-        check_int("refresh", self.settings["refresh"] or 1, 1, least_num_grads(self.settings["num_grads"]))
+        least = least_num_grads(self.settings["num_grads"])
+        if "refresh" not in self.given:
+            self.settings["refresh"] = max(1, least // _RENEWED)
+        check_int("refresh", self.settings["refresh"] or 1, 1, least)
         device = self.settings["grads_device"]
         if device is not None and not re.fullmatch(r"cpu|disk(:.+)?|cuda(:\d+)?", str(device)):
             raise ValueError(
