@@ -22,7 +22,7 @@ from mfac.tutorial.data import Data, load_data
 from mfac.tutorial.dense import DIGITS_WIDTH, load_weights, read_described, read_state, save
 from mfac.tutorial.loop import evaluate as measure
 from mfac.tutorial.models import Built, build_model
-from mfac.tutorial.train import ModelSettings, TrainSettings, find_device, initial_model, load_run_data
+from mfac.tutorial.train import ModelSettings, TrainSettings, dataset_path, find_device, initial_model, load_run_data
 
 _MAX_SHOWN = 8  # updates of a plan
 _KEYWORDS = ("__ALL__", "__ALL_PRUNABLE__")
@@ -126,7 +126,7 @@ def evaluate(checkpoint_path: str, settings: ModelSettings) -> tuple[float, floa
     """
     data = load_data(
         settings.dataset,
-        settings.dataset_path,
+        dataset_path(settings),
         image_size=settings.image_size,
         train_batch_size=1,
         test_batch_size=settings.test_batch_size,

@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from mfac._build import cache_dir
 from mfac.checks import check_int, check_number, check_positive, warn
 from mfac.pruning.result import write_csv
 from mfac.recipe.manager import Manager, Session
 from mfac.tutorial.data import IMAGE_SIZE, TEST_BATCH, TRAIN_BATCH, Data, load_data
 from mfac.tutorial.dense import DIGITS_WIDTH, dense_digits, load_weights, read_described, read_state, save
+from mfac.tutorial.download import fetch_imagenette
 from mfac.tutorial.loop import Measurement, evaluate, fit
 from mfac.tutorial.models import Built, build_model
 
@@ -35,6 +37,7 @@ class ModelSettings:
         width: Multiplier of its channels (default: 0.35 for digits, else 1.0).
         dataset: digits (bundled with scikit-learn), or images in folders: imagenette or imagefolder.
         dataset_path: Folder with train/CLASS/IMAGE.jpg and val/CLASS/IMAGE.jpg.
+        download: Fetch imagenette into dataset_path (default: the cache folder) if it is not there.
         image_size: Height and width to which images are resized.
         test_batch_size: Images per validation batch.
         loader_num_workers: Processes that read images.
@@ -45,6 +48,7 @@ class ModelSettings:
     width: float | None = None
     dataset: str = "digits"
     dataset_path: str | None = None
+    download: bool = False
     image_size: int = IMAGE_SIZE
     test_batch_size: int = TEST_BATCH
     loader_num_workers: int = 0
@@ -248,6 +252,25 @@ def _restore(model: nn.Module, state: dict[str, torch.Tensor], path: str) -> Non
         ) from error
 
 
+def dataset_path(settings: ModelSettings) -> str | Path | None:
+    """Return the folder of the images, downloaded if that is asked for.
+
+    Args:
+        settings: The options.
+
+    Returns:
+        The folder; None for the digits.
+
+    Raises:
+        ValueError: If another dataset than imagenette is to be downloaded.
+    """
+    if not settings.download:
+        return settings.dataset_path
+    if settings.dataset != "imagenette":
+        raise ValueError(f"download: expected --dataset imagenette, got {settings.dataset}")
+    return fetch_imagenette(settings.dataset_path or cache_dir() / "datasets", settings.image_size)
+
+
 def load_run_data(settings: TrainSettings, device: torch.device) -> Data:
     """Return the data of a run.
 
@@ -260,7 +283,7 @@ def load_run_data(settings: TrainSettings, device: torch.device) -> Data:
     """
     return load_data(
         settings.dataset,
-        settings.dataset_path,
+        dataset_path(settings),
         image_size=settings.image_size,
         train_batch_size=settings.train_batch_size,
         test_batch_size=settings.test_batch_size,
