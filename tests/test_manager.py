@@ -248,3 +248,34 @@ def test_shipped_recipes_fit_the_tutorials_network(name):
     assert session.sparsity == 0.0
     text = Path(recipe_path(name)).read_text()
     assert all(f"sections.{block}.point.conv.weight" in text for block in ("1.0", "2.1", "3.5", "4.1"))
+
+
+@pytest.mark.parametrize("how", ["plain", "compiled", "accumulated", "scaled", "groups"])
+def test_training_loops(how):
+    """A recipe with every construct gives the same in all of them (accumulated: in half as many steps)."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    model = torch.compile(net, backend="eager") if how == "compiled" else net
+    groups = [{"params": [p]} for p in net.parameters()] if how == "groups" else net.parameters()
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=how == "scaled")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        manager = Manager.from_recipe(ORIGINALS / "everything.yaml")
+    data = [(torch.randn(16, 8), torch.randint(2, (16,))) for _ in range(8)]
+    session = manager.apply(model, optimizer, data, F.cross_entropy)
+    every = 2 if how == "accumulated" else 1
+    for step in range(48):
+        inputs, targets = data[step % 8]
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "scaled"):
+            loss = F.cross_entropy(model(inputs).float(), targets)
+        scaler.scale(loss / every).backward()
+        if (step + 1) % every == 0:
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            session.step((step + 1) / 8)
+    assert session.sparsity == pytest.approx(96 / 144)
+    assert sum(int((net[i].weight == 0).sum()) for i in (0, 2)) == 96
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.001] * len(optimizer.param_groups))
+    assert all(name.count("_orig_mod") == 0 for name in session.masks)
