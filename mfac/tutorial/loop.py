@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mfac.gradients.batches import evaluation
+from mfac.progress import progress_bar
 from mfac.pruning.result import PruneResult
 from mfac.tutorial.data import Batches, Data
 
@@ -95,7 +96,7 @@ def fit(
         measure_every: Measure also after every so many steps, and before the last step of all epochs but the last.
         on_epoch: Called with the number of the epoch and its last measurement.
         report: Takes a line of text for each pruning step and each epoch.
-        progress: Show a progress bar (on a terminal).
+        progress: Show progress: a bar on a terminal, a line now and then elsewhere.
 
     Returns:
         The measurements in order.
@@ -127,7 +128,7 @@ def fit(
     for epoch in range(first_epoch, math.ceil(epochs)):
         model.train()
         data.start_epoch(epoch)
-        bar = tqdm(total=steps, desc=f"epoch {epoch}", leave=False, disable=None if progress else True)
+        bar = progress_bar(progress, f"epoch {epoch}", steps)
         for index, (images, targets) in zip(range(steps), data.train, strict=False):
             with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
                 loss = F.cross_entropy(model(images).float(), targets)
