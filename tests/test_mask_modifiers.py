@@ -122,6 +122,7 @@ def test_phases_alternate_and_end_sparse(model):
         seen.append(float((model[0].weight == 0).float().mean()))
         assert bool(results) == (step + 1 in (4, 8))
         assert session.sparsity == (0.75 if seen[-1] == 0.75 else 0.0)
+    assert Manager.from_recipe(RANGE + ACDC).pruned_from == 4
     # Epochs 0.5 to 8: a dense phase from 1, sparse from 2, dense from 3, sparse from 4 on: the fifth would be dense.
     assert seen == [0, 0, 0, 0.75, 0.75, 0, 0, *[0.75] * 9]
 

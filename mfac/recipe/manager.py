@@ -82,8 +82,7 @@ class Manager:
     @property
     def pruned_from(self) -> float:
         """The epoch at which the final sparsity is reached; 0 if the recipe prunes nothing."""
-        ends = [self.epochs if item.end_epoch < 0 else item.end_epoch for item in self._pruning()]
-        return max(ends, default=0.0)
+        return max((modifier.settled(self.epochs) for modifier in self.modifiers), default=0.0)
 
     @property
     def prunes(self) -> bool:

@@ -199,6 +199,10 @@ class Modifier:
         """Return `arguments` with legacy spellings replaced by today's."""
         return arguments
 
+    def settled(self, end: float) -> float:
+        """Return the epoch from which on the modifier leaves the masks as they are, in training that ends at `end`."""
+        return 0.0
+
     def bind(self, target: Target) -> Action | None:
         """Return what the modifier does in one training run, or None; nothing is changed yet.
 

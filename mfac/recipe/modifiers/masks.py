@@ -126,6 +126,10 @@ class ACDCPruning(Modifier):
         done = epoch - max(self.start_epoch, 0.0)
         return min(math.floor(done / self.update_frequency + _ROUNDING), self.phases - 1)
 
+    def settled(self, end: float) -> float:
+        """Return the epoch at which the last sparse phase begins."""
+        return max(self.start_epoch, 0.0) + (self.phases - 1) * self.update_frequency
+
     def bind(self, target: Target) -> Action:
         """Return what holds the masks in sparse phases."""
         return _Alternating(self, target)

@@ -134,6 +134,10 @@ class MagnitudePruning(Modifier):
         own = {key: value for key, value in arguments.items() if key not in known}
         return {**own, "settings": {key: value for key, value in arguments.items() if key in known}}
 
+    def settled(self, end: float) -> float:
+        """Return the epoch of the last update."""
+        return end if self.end_epoch < 0 else self.end_epoch
+
     def bind(self, target: Target) -> Pruning:
         """Return the Pruner that carries out the modifier, as an action; its time is measured in epochs."""
         start = end = initial = 0.0
