@@ -8,7 +8,8 @@ import pytest
 
 from mfac._build import BuildError
 from mfac.cli.main import main
-from mfac.tutorial.train import TrainSettings, train
+from mfac.tutorial.settings import TrainSettings
+from mfac.tutorial.train import train
 
 
 def test_help_teaches(capsys):
@@ -72,7 +73,7 @@ def test_wrong_input_is_one_line(command, message, tmp_path, monkeypatch, capsys
     [
         (RuntimeError("loss: expected a finite number,\n  got nan"), "loss: expected a finite number, got nan"),
         (BuildError("no kernels\n  tried: a\n  fix: b"), "no kernels\n  tried: a\n  fix: b"),
-        (MemoryError(), "expected enough memory, got a MemoryError"),
+        (MemoryError(), "memory: expected enough, got a MemoryError"),
         (MemoryError("grads: needs 9 GiB"), "grads: needs 9 GiB"),
     ],
 )

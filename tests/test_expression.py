@@ -25,7 +25,7 @@ def test_expressions(expression, expected):
     ("expression", "message"),
     [
         ("missing", "variable: expected one of a, b, names, got 'missing'"),
-        ("a", "variable: expected references without a circle, got a -> b -> a"),
+        ("a", "variable: expected acyclic references, got a -> b -> a"),
         ("__import__('os').getcwd()", "expected only numbers, variable names, .*, got Call"),
         ("(lambda: 1)()", "expected only numbers, variable names, .*, got Call"),
         ("a.b", "expected only numbers, variable names, .*, got Attribute"),

@@ -103,7 +103,7 @@ def test_names_of_other_packages(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     assert isinstance(build_model("net", 10).model, nn.Sequential)
     assert build_model("net", 10, pretrained=True).model[3].weight.shape == (10, 512)
-    with pytest.raises(ImportError, match=r"arch_key: 'other' .*: pip install timm"):
+    with pytest.raises(ImportError, match=r"arch_key: expected mobilenet .for others: pip install timm., got 'other'"):
         build_model("other", 10)
     model = small(10)
     model.pretrained_cfg = {"mean": (0.1,) * 3, "std": (0.2,) * 3}

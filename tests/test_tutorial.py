@@ -15,7 +15,8 @@ from mfac.tutorial.demo import METHODS, demo
 from mfac.tutorial.dense import dense_digits, load_weights
 from mfac.tutorial.loop import evaluate
 from mfac.tutorial.models import MobileNetV1
-from mfac.tutorial.train import TrainSettings, train
+from mfac.tutorial.settings import TrainSettings
+from mfac.tutorial.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

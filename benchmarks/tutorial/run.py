@@ -12,7 +12,8 @@ import shutil
 from pathlib import Path
 
 from mfac.tutorial.compare import compare
-from mfac.tutorial.train import RunSettings, TrainSettings, train
+from mfac.tutorial.settings import RunSettings, TrainSettings
+from mfac.tutorial.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = [
@@ -47,6 +48,7 @@ def main() -> None:
             dense.with_name("done").touch()
     compare([str(path) for path in RECIPES], RunSettings(pretrained=str(dense), **common), arguments.seeds)
     results = Path(__file__).parent / "results"
+    results.mkdir(exist_ok=True)
     for path in arguments.output.glob("comparison.*"):
         shutil.copy(path, results / path.name)
 

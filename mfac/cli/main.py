@@ -13,7 +13,7 @@ from cyclopts import App, CycloptsError, Parameter, validators
 
 from mfac import __version__
 from mfac._build import BuildError
-from mfac.tutorial.train import ModelSettings, RunSettings, TrainSettings
+from mfac.tutorial.settings import ModelSettings, RunSettings, TrainSettings
 
 _HELP = """\
 Prune PyTorch models with second-order information (M-FAC).
@@ -133,8 +133,9 @@ def lint(
 def plan(settings: Annotated[TrainSettings, _Flat]) -> None:
     """Show what a recipe is going to do with a model and what that costs, without training.
 
-    Per update: the sparsity, the gradients and their memory, and an estimate of the time from a short measurement.
-    Refuses what does not fit into memory and says what would. The options are those of `mfac train`.
+    Per update: the sparsity, the gradients and their memory, and an estimate of the time from a short measurement (of
+    collecting gradients and of a step with default settings; not of corrections). Refuses what does not fit into memory
+    and says what would. The options are those of `mfac train`.
 
     `mfac plan --recipe-path recipes/mfac.md --dataset imagenette --dataset-path DIR`
     """
@@ -225,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in given:
             traceback.print_exc()
         else:
-            text = str(error) or "expected enough memory, got a MemoryError"  # which mostly has no text
+            text = str(error) or "memory: expected enough, got a MemoryError"  # which mostly has no text
             text = text if isinstance(error, BuildError) else " ".join(text.split())
             sys.stderr.write(f"mfac: error: {text}\n")
         return _WRONG if isinstance(error, (ValueError, TypeError)) else _FAILED

@@ -16,9 +16,11 @@ from mfac.recipe.manager import Manager, Session
 UNITS = ("step", "epoch")
 
 
-def check_unit(unit: str) -> str:
-    """Check the unit of time, ``"step"`` or ``"epoch"``, and return it."""
-    return check_choice("unit", unit, UNITS)
+def check_unit(unit: str | None, recipe: Any = None) -> str:
+    """Return the unit of time, ``"step"`` or ``"epoch"``; a recipe counts in epochs."""
+    if unit is not None:
+        check_choice("unit", unit, UNITS if recipe is None else ("epoch",))
+    return unit or ("step" if recipe is None else "epoch")
 
 
 def needs_batches(settings: Mapping[str, Any]) -> bool:
@@ -32,10 +34,14 @@ def masks_so_far(pruner: Pruner | Session | None, model: nn.Module) -> dict[str,
     return {"masks": pruner.masks} if pruner is not None and pruner.model is model and pruner.masks else {}
 
 
+_BESIDE_A_RECIPE = ("forward", "progress")  # settings that no recipe has
+
+
 def check_recipe(recipe: Any, settings: Mapping[str, Any]) -> None:
-    """Check that a callback is given a recipe or settings, not both; a recipe counts in epochs."""
-    if recipe is not None and settings:
-        raise TypeError(f"recipe: expected no settings beside it, got {', '.join(settings)}; change the recipe")
+    """Check that a callback is given a recipe or settings, not both."""
+    others = [name for name in settings if name not in _BESIDE_A_RECIPE]
+    if recipe is not None and others:
+        raise TypeError(f"recipe: expected no settings beside it, got {', '.join(others)}; change the recipe")
 
 
 def apply_recipe(
@@ -46,7 +52,7 @@ def apply_recipe(
     optimizer: torch.optim.Optimizer,
     batches: Iterable[Any] | None,
     loss_fn: Callable | None,
-    forward: Callable | None,
+    settings: Mapping[str, Any],
 ) -> Session:
     """Bind a recipe to a training run of so many epochs.
 
@@ -58,7 +64,7 @@ def apply_recipe(
         optimizer: Its optimizer.
         batches: Where gradients come from.
         loss_fn: Loss of (outputs, targets), or None.
-        forward: Function of (model, batch), or None.
+        settings: ``forward`` and ``progress``.
 
     Returns:
         The session.
@@ -69,7 +75,7 @@ def apply_recipe(
     manager = Manager.from_recipe(recipe, recipe_args)
     if epochs < manager.epochs:
         raise ValueError(f"recipe: expected a trainer of at least its {manager.epochs:g} epochs, got {epochs:g}")
-    return manager.apply(model, optimizer, batches, loss_fn, forward=forward, progress=True)
+    return manager.apply(model, optimizer, batches, loss_fn, **{"progress": True, **settings})
 
 
 def full_state(pruner: Pruner | Session) -> dict[str, Any]:

@@ -48,7 +48,8 @@ class PrunerCallback(Callback):
             being off.
         recipe: A recipe (path or text) in place of the settings; its epochs are those of the trainer.
         recipe_args: Values for the recipe's variables.
-        unit: Of ``start``, ``frequency`` and ``end``: ``"step"``, the trainer's ``global_step``, or ``"epoch"``.
+        unit: Of ``start``, ``frequency`` and ``end``: ``"step"`` (the default), the trainer's ``global_step``, or
+            ``"epoch"``, as for recipes.
         settings: The other arguments of :class:`mfac.Pruner`; ``sparsity`` and ``end`` are required.
 
     Attributes:
@@ -71,15 +72,15 @@ class PrunerCallback(Callback):
         *,
         recipe: str | Path | None = None,
         recipe_args: str | dict[str, Any] | None = None,
-        unit: str = "step",
+        unit: str | None = None,
         **settings: Any,
     ) -> None:
         """Keep the arguments."""
         check_recipe(recipe, settings)
         self.pruner: Pruner | Session | None = None
         self._recipe, self._recipe_args = recipe, recipe_args
-        unit = "epoch" if recipe is not None else unit
-        self._batches, self._loss_fn, self._unit, self._settings = batches, loss_fn, check_unit(unit), settings
+        self._batches, self._loss_fn, self._settings = batches, loss_fn, settings
+        self._unit = check_unit(unit, recipe)
         self._state: dict[str, Any] | None = None  # of a checkpoint, until there is a Pruner
         self._step = 0
 
@@ -100,7 +101,8 @@ class PrunerCallback(Callback):
             )
         if self._unit == "epoch" and math.isinf(trainer.num_training_batches):
             raise ValueError("unit: expected 'step' with a dataloader of unknown length, got 'epoch'")
-        settings = {} if self._recipe is not None else {**masks_so_far(self.pruner, pl_module), **self._settings}
+        so_far = {} if self._recipe is not None else masks_so_far(self.pruner, pl_module)
+        settings = {**so_far, **self._settings}
         if self._recipe is None and self._state is not None and self._state["masks"]:
             settings["masks"] = self._state["masks"]
         batches = self._batches
@@ -124,7 +126,7 @@ class PrunerCallback(Callback):
                 "among those after the last update"
             )
         if self._recipe is not None:
-            self.pruner = self._apply_recipe(trainer, pl_module, batches, settings.get("forward"))
+            self.pruner = self._apply_recipe(trainer, pl_module, batches, settings)
         else:
             self.pruner = Pruner(pl_module, batches, self._loss_fn, **settings)
             if len(trainer.optimizers) == 1:
@@ -134,11 +136,11 @@ class PrunerCallback(Callback):
             self._state = None
         self._step = trainer.global_step
 
-    def _apply_recipe(self, trainer: Trainer, module: LightningModule, batches: Any, forward: Any) -> Session:
+    def _apply_recipe(self, trainer: Trainer, module: LightningModule, batches: Any, settings: Any) -> Session:
         if len(trainer.optimizers) != 1:
             raise ValueError(f"recipe: expected a model with one optimizer, got {len(trainer.optimizers)}")
         epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
-        arguments = (module, trainer.optimizers[0], batches, self._loss_fn, forward)
+        arguments = (module, trainer.optimizers[0], batches, self._loss_fn, settings)
         return apply_recipe(self._recipe, self._recipe_args, epochs, *arguments)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:

@@ -47,7 +47,8 @@ class PrunerCallback(TrainerCallback):
         loss_fn: Loss of (outputs, batch); None: the ``.loss`` of the model's output.
         recipe: A recipe (path or text) in place of the settings; its epochs are those of the trainer.
         recipe_args: Values for the recipe's variables.
-        unit: Of ``start``, ``frequency`` and ``end``: ``"step"`` (optimizer steps) or ``"epoch"``.
+        unit: Of ``start``, ``frequency`` and ``end``: ``"step"`` (optimizer steps, the default) or ``"epoch"``, as for
+            recipes.
         resume_from: Folder of the checkpoint that training is resumed from, if that is not
             ``<output_dir>/checkpoint-<step>``.
         settings: The other arguments of :class:`mfac.Pruner`; ``sparsity`` and ``end`` are required.
@@ -72,7 +73,7 @@ class PrunerCallback(TrainerCallback):
         *,
         recipe: str | Path | None = None,
         recipe_args: str | dict[str, Any] | None = None,
-        unit: str = "step",
+        unit: str | None = None,
         resume_from: str | Path | None = None,
         **settings: Any,
     ) -> None:
@@ -80,8 +81,8 @@ class PrunerCallback(TrainerCallback):
         check_recipe(recipe, settings)
         self.pruner: Pruner | Session | None = None
         self._recipe, self._recipe_args = recipe, recipe_args
-        unit = "epoch" if recipe is not None else unit
-        self._batches, self._loss_fn, self._unit, self._settings = batches, loss_fn, check_unit(unit), settings
+        self._batches, self._loss_fn, self._settings = batches, loss_fn, settings
+        self._unit = check_unit(unit, recipe)
         self._resume_from = resume_from
         self._hooks: list[Any] = []
         self._masking: list[_MaskGradient] = []
@@ -105,7 +106,8 @@ class PrunerCallback(TrainerCallback):
                 f"args: expected one process and GPU, got {workers}, which would prune by different gradients"
             )
         model, batches, saved = objects["model"], self._batches, None
-        settings = {} if self._recipe is not None else {**masks_so_far(self.pruner, model), **self._settings}
+        so_far = {} if self._recipe is not None else masks_so_far(self.pruner, model)
+        settings = {**so_far, **self._settings}
         if state.global_step > 0:
             saved = self._saved(args, state, model)
             if self._recipe is None and saved["masks"]:
@@ -117,7 +119,7 @@ class PrunerCallback(TrainerCallback):
             epochs, optimizer = args.num_train_epochs, objects["optimizer"]
             optimizer = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
             self.pruner = apply_recipe(
-                self._recipe, self._recipe_args, epochs, model, optimizer, batches, self._loss_fn, None
+                self._recipe, self._recipe_args, epochs, model, optimizer, batches, self._loss_fn, settings
             )
         else:
             self.pruner = Pruner(model, batches, self._loss_fn, **settings)

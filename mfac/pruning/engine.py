@@ -34,6 +34,13 @@ from mfac.pruning.result import PruneResult, PruneStep
 from mfac.pruning.selection import Selection, Sparsities, parse_sparsity
 from mfac.pruning.settings import num_grads_at
 
+
+def split_evenly(count: int, parts: int) -> list[int]:
+    """Return ``count`` in at most so many parts, as equal as can be, none empty."""
+    parts = min(parts, count)
+    return [count * (i + 1) // parts - count * i // parts for i in range(parts)]
+
+
 LossFn = Callable[[Any, Any], Tensor]
 
 _WARN_SPARSITY = 0.01  # of a model without masks
@@ -372,6 +379,12 @@ class Engine:
         """Return how many of m gradients are new at each recomputation; with corrections more come at the end."""
         given = self.settings["refresh"]
         return max(1, num_grads // (8 if self.corrections else 4)) if given is None else given
+
+    def num_backward_passes(self, num_grads: int, recomputations: int) -> int:
+        """Return how many gradients an update takes: m, those renewed on its way, and those of final corrections."""
+        refresh, corrections = self.num_refresh(num_grads), self.corrections
+        part = split_evenly(refresh, corrections)[-1] if corrections else 0
+        return num_grads + (recomputations - 1) * refresh + self.settings["final_corrections"] * part
 
     @property
     def storage(self) -> torch.device | Path:

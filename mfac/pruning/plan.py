@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mfac.gradients.memory import check_memory
@@ -11,6 +9,8 @@ from mfac.pruning.engine import Engine
 from mfac.pruning.schedule import Schedule, num_recomputations
 from mfac.pruning.selection import Sparsities
 from mfac.pruning.settings import num_grads_at
+
+_MAX_UPDATES = 100_000  # of a plan
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,7 @@ class PlannedUpdate:
     nbytes: int
 
 
-def _times(schedule: Schedule) -> Iterator[float]:
-    count = math.ceil((schedule.end - schedule.start) / schedule.frequency - 1e-9)
-    for i in range(count):
-        yield schedule.start + i * schedule.frequency
-    yield schedule.end
-
-
-def plan_updates(
-    engine: Engine, schedules: dict[str | None, Schedule], collects: bool
-) -> list[PlannedUpdate]:  # fmt: skip
+def plan_updates(engine: Engine, schedules: dict[str | None, Schedule], collects: bool) -> list[PlannedUpdate]:
     """List the updates to come, and check that their gradients fit into memory.
 
     Args:
@@ -57,19 +48,19 @@ def plan_updates(
         The updates that prune.
 
     Raises:
+        ValueError: If there are more than 100,000 updates.
         MemoryError: If the gradients do not fit; the text says what would.
     """
     settings, d = engine.settings, sum(engine.selection.sizes.values())
     reached: Sparsities = dict(engine.reached)
-    updates = []
-    for time in _times(next(iter(schedules.values()))):
+    updates: list[PlannedUpdate] = []
+    for time in next(iter(schedules.values())).nominal_times():
         after = {key: max(reached[key], schedule.sparsity(time)) for key, schedule in schedules.items()}
         if after == reached:
             continue
         m = num_grads_at(settings["num_grads"], engine.selection.overall(reached)) if collects else 0
         rounds = settings["recomputations"]
         rounds = num_recomputations(reached, after) if rounds == "auto" else rounds
-        renewed = engine.num_refresh(m)
         updates.append(
             PlannedUpdate(
                 time=time,
@@ -77,11 +68,13 @@ def plan_updates(
                 layers={names[0]: after[key] for key, names in engine.selection.segments if len(names) == 1},
                 recomputations=rounds if collects else 1,
                 num_grads=m,
-                gradients=m + (rounds - 1) * renewed if collects else 0,
+                gradients=engine.num_backward_passes(m, rounds) if collects else 0,
                 nbytes=m * d * settings["dtype"].itemsize,
             )
         )
         reached = after
+        if len(updates) > _MAX_UPDATES:
+            raise ValueError(f"frequency: expected at most {_MAX_UPDATES} updates, got more")
     if collects and updates:
         storage = engine.storage
         check_memory(max(update.num_grads for update in updates), d, settings["dtype"], storage)

@@ -13,7 +13,7 @@ from mfac.gradients.source import GradientSource
 from mfac.progress import progress_bar
 from mfac.pruning.auto import Candidate
 from mfac.pruning.correction import Descent
-from mfac.pruning.engine import Engine
+from mfac.pruning.engine import Engine, split_evenly
 from mfac.pruning.quadratic import timed
 from mfac.pruning.result import PruneResult, PruneStep
 from mfac.pruning.schedule import interpolate_sparsities, num_recomputations
@@ -56,7 +56,7 @@ def run(
     state = _Run(engine, grads, progress)
     final = settings["final_corrections"] if state.parts else 0
     try:
-        state.announce(recomputations, final, sparsities)
+        state.announce(recomputations, sparsities)
         with progress_bar(progress, "pruning", recomputations + final, leave=True) as bar:
             for r in range(1, recomputations + 1):
                 state.step(sparsities, interpolate_sparsities(origin, sparsities, r / recomputations))
@@ -92,17 +92,15 @@ class _Run:
         self._ahead = 0  # gradients to be collected
         self._descent = Descent()
         if isinstance(grads, GradientSource) and engine.corrections:
-            count = min(engine.corrections, grads.refresh)
-            self.parts = [grads.refresh * (i + 1) // count - grads.refresh * i // count for i in range(count)]
+            self.parts = split_evenly(grads.refresh, engine.corrections)
 
-    def announce(self, recomputations: int, final: int, sparsities: Sparsities) -> None:
+    def announce(self, recomputations: int, sparsities: Sparsities) -> None:
         """Log what is going to be done and, if an earlier run has shown it, how long it takes."""
         engine, source = self.engine, self.grads
         end = engine.selection.overall(sparsities)
         text = f"pruning from {100 * engine.sparsity:.1f} % to {100 * end:.1f} %"
         if isinstance(source, GradientSource):
-            part = self.parts[-1] if self.parts else 0
-            self._ahead = source.num_grads + (recomputations - 1) * source.refresh + final * part
+            self._ahead = engine.num_backward_passes(source.num_grads, recomputations)
             text += f" in {recomputations} recomputations, from {self._ahead} gradients"
             if source.seconds is not None:
                 text += f", in about {self._ahead * source.seconds:.0f} s for the gradients"

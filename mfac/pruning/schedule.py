@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -32,7 +32,7 @@ class Schedule:
         initial_sparsity: Sparsity at ``start``, in [0, ``final_sparsity``].
         final_sparsity: Sparsity at ``end``, in [0, 1].
         start: Time of the first update.
-        end: Time of the last update. With ``end == start`` there is one update, to ``final``.
+        end: Time of the last update. With ``end == start`` there is one update, to ``final_sparsity``.
         frequency: Time between updates, > 0; infinity for none but those at ``start`` and ``end``.
         curve: ``"cubic"`` (1 - (1 - x)³: fast at first, the usual choice), ``"linear"`` (x) or
             ``"inverse_cubic"`` (1 - (1 - x)^⅓).
@@ -94,6 +94,16 @@ class Schedule:
         except OverflowError:  # updates closer together than floats are: one is due at any time
             return time
         return self.start + passed * self.frequency if passed else self.start
+
+    def nominal_times(self) -> Iterator[float]:
+        """Yield the nominal times of all updates; of updates closer together than floats are, only ``end``."""
+        step, last = 0, -math.inf
+        while last < self.end:
+            time = self.start + step * self.frequency if step else self.start
+            if not last < time < self.end * (1 - 1e-12) - 1e-9 or not math.isfinite(time):
+                time = self.end
+            yield time
+            step, last = step + 1, time
 
     def due(self, time: float, last: float | None) -> bool:
         """Return whether an update is due at ``time``, ``last`` being the nominal time of the last one, or None."""

@@ -171,7 +171,7 @@ class Scope:
             return self._known[name]
         if name in self._underway:
             circle = " -> ".join([*self._underway, name])
-            raise ValueError(f"variable: expected references without a circle, got {circle:.200}")
+            raise ValueError(f"variable: expected acyclic references, got {circle:.200}")
         if name not in self._variables:
             known = ", ".join(sorted(map(str, self._variables)))
             raise ValueError(f"variable: expected one of {known or 'none':.200}, got {name!r:.80}")

@@ -16,7 +16,7 @@ from mfac.pruning.gradual import Pruner
 from mfac.pruning.masks import sparsity_of
 from mfac.pruning.result import PruneResult
 from mfac.recipe.load import load_recipe
-from mfac.recipe.modifiers import PRUNING, EpochRange, MagnitudePruning, Modifier, Pruning, Target, build
+from mfac.recipe.modifiers import EpochRange, MagnitudePruning, Modifier, Pruning, Target, build
 from mfac.recipe.modifiers.base import Action
 
 
@@ -87,7 +87,7 @@ class Manager:
     @property
     def prunes(self) -> bool:
         """Whether a modifier prunes."""
-        return any(isinstance(modifier, PRUNING) for modifier in self.modifiers)
+        return any(modifier.prunes for modifier in self.modifiers)
 
     def __repr__(self) -> str:
         """Return the length of training and the modifiers."""
@@ -96,10 +96,8 @@ class Manager:
 
     def describe(self) -> list[str]:
         """Return a line for each modifier that prunes by gradients: the settings of the recipe, and the defaults."""
-        return [modifier.describe() for modifier in self._pruning() if modifier.reported]
-
-    def _pruning(self) -> list[MagnitudePruning]:
-        return [modifier for modifier in self.modifiers if isinstance(modifier, MagnitudePruning)]
+        pruning = [modifier for modifier in self.modifiers if isinstance(modifier, MagnitudePruning)]
+        return [modifier.describe() for modifier in pruning if modifier.reported]
 
     def apply(
         self,
@@ -116,8 +114,8 @@ class Manager:
         Args:
             model: The model to prune.
             optimizer: The optimizer whose learning rate and weight decay the recipe sets.
-            batches: Iterable of (inputs, targets) on the model's device, from which M-FAC computes its gradients, one
-                per batch. Only M-FAC modifiers need it.
+            batches: Iterable of (inputs, targets), moved to the model's device; each gives a gradient. Only modifiers
+                that prune by gradients need it.
             loss_fn: `loss_fn(outputs, targets)`, a scalar. Only M-FAC modifiers need it.
             forward: `forward(model, batch)`, for batches that are not (inputs, targets); see :class:`mfac.Pruner`.
             progress: Show progress bars while gradients are collected.

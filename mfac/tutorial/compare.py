@@ -16,7 +16,8 @@ from mfac.extras import install_hint
 from mfac.pruning.result import write_csv
 from mfac.recipe.load import load_recipe
 from mfac.tutorial.loop import Measurement
-from mfac.tutorial.train import RunSettings, TrainSettings, measure_initial, train
+from mfac.tutorial.settings import RunSettings, TrainSettings
+from mfac.tutorial.train import measure_initial, train
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,14 +22,12 @@ from mfac.tutorial.data import Data, load_data
 from mfac.tutorial.dense import DIGITS_WIDTH, load_weights, read_described, read_state, save
 from mfac.tutorial.loop import evaluate as measure
 from mfac.tutorial.models import Built, build_model
-from mfac.tutorial.train import ModelSettings, TrainSettings, dataset_path, find_device, initial_model, load_run_data
+from mfac.tutorial.settings import ModelSettings, TrainSettings
+from mfac.tutorial.train import dataset_path, find_device, initial_model, load_run_data
 
 _MAX_SHOWN = 8  # updates of a plan
 _KEYWORDS = ("__ALL__", "__ALL_PRUNABLE__")
-_SPEED = (
-    "Zeros at any place make a model smaller, not faster: a dense kernel multiplies by them too. Kernels for sparse "
-    "matrices pay off on the CPU from about 90 % on."
-)
+_SPEED = "Zeros at any place make a model smaller, not faster: a dense kernel multiplies by them too."
 
 
 def lint(
@@ -167,12 +165,12 @@ def plan(recipe: str, settings: TrainSettings) -> None:
         updates = pruner.plan()
         names, d = list(pruner.params), sum(p.numel() for p in pruner.params.values())
         tqdm.write(f"{len(updates)} updates of {len(names)} parameters with {d:,} weights")
-        collecting = any(update.gradients for update in updates)
-        gradient, weight = _measured(model, data, names, updates[0].num_grads) if collecting else (0.0, 0.0)
+        gradient = _seconds_per_gradient(model, data, names) if any(update.gradients for update in updates) else 0.0
+        weight = {m: _seconds_per_weight(m) for m in {update.num_grads for update in updates} - {0}}
         for update in updates if len(updates) <= _MAX_SHOWN else [*updates[: _MAX_SHOWN - 1], updates[-1]]:
             cost = ""
             if update.gradients:
-                seconds = update.gradients * gradient + update.recomputations * d * weight
+                seconds = update.gradients * gradient + update.recomputations * d * weight[update.num_grads]
                 cost = f", {update.gradients} gradients ({update.nbytes / 2**30:.2f} GiB), about {seconds:.0f} s"
             rounds = f" in {update.recomputations} recomputations" if update.recomputations > 1 else ""
             tqdm.write(f"  epoch {update.time:g}: to {100 * update.sparsity:.2f} %{rounds}{cost}")
@@ -183,18 +181,21 @@ def plan(recipe: str, settings: TrainSettings) -> None:
             tqdm.write(f"  (the first {_MAX_SHOWN - 1} and the last of {len(updates)})")
 
 
-def _measured(model: nn.Module, data: Data, names: list[str], m: int) -> tuple[float, float]:
-    """Seconds for a gradient, and for a weight in one step with m gradients, from a short measurement."""
+def _seconds_per_gradient(model: nn.Module, data: Data, names: list[str]) -> float:
     collect_gradients(model, data.gradients, F.cross_entropy, 1, params=names, progress=False)  # warm-up
     began = time.perf_counter()
     collect_gradients(model, data.gradients, F.cross_entropy, 3, params=names, progress=False)
-    gradient = (time.perf_counter() - began) / 3
+    return (time.perf_counter() - began) / 3
+
+
+def _seconds_per_weight(m: int) -> float:
+    """Of one step with m gradients and default settings."""
     weights = 2**16
     grads = torch.randn(m, weights)
     prune_step(nn.Linear(weights, 1, bias=False), grads[:1], 0.5, progress=False)  # the kernels are loaded
     began = time.perf_counter()
     prune_step(nn.Linear(weights, 1, bias=False), grads, 0.5, substeps=1, progress=False)
-    return gradient, (time.perf_counter() - began) / weights
+    return (time.perf_counter() - began) / weights
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

@@ -229,7 +229,8 @@ def build_model(
         if built is not None:
             return built
     if missing:
-        raise ImportError(f"arch_key: {arch_key!r} is none of mobilenet; for others: pip install {' '.join(missing)}")
+        install = f"pip install {' '.join(missing)}"
+        raise ImportError(f"arch_key: expected mobilenet (for others: {install}), got {arch_key!r}")
     raise ValueError(
         f"arch_key: expected mobilenet, a name of torchvision or timm, or package.module:function, got {arch_key!r:.80}"
     )

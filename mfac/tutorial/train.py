@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,95 +15,17 @@ from mfac._build import cache_dir
 from mfac.checks import check_int, check_number, check_positive, warn
 from mfac.pruning.result import write_csv
 from mfac.recipe.manager import Manager, Session
-from mfac.tutorial.data import IMAGE_SIZE, TEST_BATCH, TRAIN_BATCH, Data, load_data
+from mfac.tutorial.data import Data, load_data
 from mfac.tutorial.dense import DIGITS_WIDTH, dense_digits, load_weights, read_described, read_state, save
 from mfac.tutorial.download import fetch_imagenette
 from mfac.tutorial.loop import Measurement, evaluate, fit
 from mfac.tutorial.models import Built, build_model
+from mfac.tutorial.settings import ModelSettings, TrainSettings
 
 _FILES = ("model.pt", "model.txt", "checkpoint.pt")  # of a run
 # What a resumed run must have in common with the interrupted one.
 _SAME = ("arch_key", "width", "dataset", "image_size", "train_batch_size", "max_train_steps", "seed", "amp")
 _MAX_TAG = 200  # bytes; file systems allow 255 for a name, and the log's ends in .csv
-
-
-@dataclass(kw_only=True)
-class ModelSettings:
-    """The options about a model and its data.
-
-    Args:
-        arch_key: Network: mobilenet, a name of torchvision or timm, or package.module:function.
-        width: Multiplier of its channels (default: 0.35 for digits, else 1.0).
-        dataset: digits (bundled with scikit-learn), or images in folders: imagenette or imagefolder.
-        dataset_path: Folder with train/CLASS/IMAGE.jpg and val/CLASS/IMAGE.jpg.
-        download: Fetch imagenette into dataset_path (default: the cache folder) if it is not there.
-        image_size: Height and width to which images are resized.
-        test_batch_size: Images per validation batch.
-        loader_num_workers: Processes that read images.
-        device: cpu, cuda or cuda:N (default: cuda if available).
-    """
-
-    arch_key: str = "mobilenet"
-    width: float | None = None
-    dataset: str = "digits"
-    dataset_path: str | None = None
-    download: bool = False
-    image_size: int = IMAGE_SIZE
-    test_batch_size: int = TEST_BATCH
-    loader_num_workers: int = 0
-    device: str | None = None
-
-
-@dataclass(kw_only=True)
-class RunSettings(ModelSettings):
-    """The options of `mfac compare`: of all its runs.
-
-    Args:
-        recipe_args: Values for variables of the recipe: K=V,... or JSON.
-        pretrained: Initial weights: True, False or a file with a state_dict. True: those of the network's package (for
-            mobilenet timm's, of ImageNet) or, on the digits, a dense model that is trained once and cached (default
-            there); False: random (default otherwise).
-        train_batch_size: Images per step, and per gradient of M-FAC.
-        init_lr: Learning rate until the recipe sets one.
-        max_train_steps: Largest number of steps per epoch; -1: all.
-        amp: Train under autocast to bfloat16.
-        save_dir: Folder for the results of all runs.
-        save_best_after: First epoch that can become model.pt (default: the first that begins at the final sparsity).
-        logs_dir: Folder for a CSV file of loss, accuracy and sparsity, and for TensorBoard if it is installed.
-    """
-
-    recipe_args: str | None = None
-    pretrained: str | None = None
-    train_batch_size: int = TRAIN_BATCH
-    init_lr: float = 4e-4
-    max_train_steps: int = -1
-    amp: bool = False
-    save_dir: str = "runs"
-    save_best_after: int | None = None
-    logs_dir: str | None = None
-
-
-@dataclass(kw_only=True)
-class TrainSettings(RunSettings):
-    """The options of `mfac train`.
-
-    Args:
-        recipe_path: Recipe: .yaml, .yml, or .md with front matter (FILE.md#2 for the second of its fenced recipes).
-        one_shot: Prune to the final sparsity at once, without training.
-        checkpoint_path: Go on from this checkpoint.pt, masks included; with --one-shot: prune its model.
-        model_tag: Subfolder for this run, a plain name (default: that of the recipe's file).
-        seed: Seed of the order of images and of random weights.
-        resume: Go on with the run of this tag where it stopped.
-        overwrite: Replace the run of this tag.
-    """
-
-    recipe_path: str
-    one_shot: bool = False
-    checkpoint_path: str | None = None
-    model_tag: str | None = None
-    seed: int = 0
-    resume: bool = False
-    overwrite: bool = False
 
 
 def find_device(name: str | None) -> torch.device:
@@ -337,8 +258,9 @@ def train(settings: TrainSettings) -> list[Measurement]:
     check_int("seed", settings.seed, 0, 2**63 - 1)
     check_number("init_lr", settings.init_lr, 0)
     check_int("loader_num_workers", settings.loader_num_workers, 0)
-    if settings.resume and (settings.overwrite or settings.checkpoint_path):
-        raise ValueError("resume: expected it without --overwrite and --checkpoint-path, got both")
+    for name in ("overwrite", "checkpoint_path"):
+        if settings.resume and getattr(settings, name):
+            raise ValueError(f"resume: expected it without --{name.replace('_', '-')}, got both")
     manager = Manager.from_recipe(settings.recipe_path, settings.recipe_args)
     tag = _model_tag(settings)
     device = find_device(settings.device)

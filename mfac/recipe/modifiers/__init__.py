@@ -26,7 +26,6 @@ from mfac.recipe.modifiers.pruning import (
 
 __all__ = [
     "MODIFIERS",
-    "PRUNING",
     "Action",
     "EpochRange",
     "MagnitudePruning",
@@ -53,7 +52,6 @@ MODIFIERS: dict[str, type[Modifier]] = {
     "TrainableParamsModifier": TrainableParams,
     "SetParamModifier": SetParam,
 }
-PRUNING = (MagnitudePruning, ConstantPruning, ACDCPruning)
 _SKIPPED = ("Quantization", "Distillation")  # modifiers of these kinds are skipped with a warning
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +157,7 @@ class Action:
         """Act after an optimizer step.
 
         Args:
-            last: Epoch of the call before; -inf at the first one.
+            last: Epoch of the call before; -inf at the call before training, else 0 at the first one.
             epoch: The training done so far, in epochs.
 
         Returns:
@@ -182,6 +182,8 @@ class Modifier:
 
     Epochs are floats; -1 stands for the start or the end of training.
     """
+
+    prunes: ClassVar[bool] = False
 
     start_epoch: float = -1.0
     end_epoch: float = -1.0

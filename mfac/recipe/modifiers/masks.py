@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,8 @@ class _Masked(Action):
 class ConstantPruning(Modifier):
     """Hold the weights at zero that are zero at `start_epoch`."""
 
+    prunes: ClassVar[bool] = True
+
     params: Any
     update_frequency: Any = None  # ignored, as in the original
 
@@ -93,6 +95,8 @@ class ACDCPruning(Modifier):
     pruning the smallest weights, a dense one by letting them free and, with `momentum_buffer_reset`, setting the
     momentum of SGD to zero.
     """
+
+    prunes: ClassVar[bool] = True
 
     compression_sparsity: Any
     end_epoch: float = field()  # required

@@ -21,7 +21,7 @@ from mfac.pruning.settings import CorrectionSettings, GradientSettings, PrunerSe
 from mfac.recipe.modifiers.base import Action, Modifier, Target, flag, names, number, plain_number, positive
 from mfac.settings import definitions
 
-_RENEWED = 16  # of so many gradients one is new at each recomputation
+_REFRESH_DIVISOR = 16  # of so many gradients one is new at each recomputation
 FROM_PARAM = "__FROM_PARAM__"  # an initial sparsity: what the parameters have when the recipe is applied
 
 # Settings that the format gives in its own way, or that whoever applies the recipe gives.
@@ -61,6 +61,7 @@ def _sparsity_by_name(final_sparsity: dict[Any, Any]) -> dict[str, float]:
 class MagnitudePruning(Modifier):
     """Prune the smallest weights, from `init_sparsity` at `start_epoch` to `final_sparsity` at `end_epoch`."""
 
+    prunes: ClassVar[bool] = True
     criterion: ClassVar[str] = "magnitude"
     score_types: ClassVar[tuple[str, ...]] = ("magnitude",)
     spellings: ClassVar[dict[str, str]] = {}  # of the format -> of mfac
@@ -224,10 +225,10 @@ class GlobalMagnitudePruning(MagnitudePruning):
 class MFACPruning(MagnitudePruning):
     """Prune by the empirical Fisher (M-FAC), updating the remaining weights.
 
-    Beyond the format's own arguments it takes settings of :class:`mfac.Pruner` by their names. What the recipe says
-    counts to the letter; what it leaves open, damping and block size too, has the defaults of :class:`mfac.Pruner`,
-    but for what suits updates that a training run pays for and recovers from: as many ``recomputations`` as the way is
-    long (``"auto"``), a sixteenth of the gradients new at each, and a correction after each (docs/defaults.md).
+    Beyond the format's own arguments it takes settings of :class:`mfac.Pruner` by their names. Settings in the recipe
+    are used exactly as written. What it leaves open, damping and block size too, has the defaults of the Pruner, but
+    for updates that a training run pays for and recovers from: ``recomputations="auto"``, a sixteenth of the gradients
+    new at each, and a correction at each (docs/defaults.md).
     """
 
     criterion: ClassVar[str] = "fisher"
@@ -282,7 +283,7 @@ class MFACPruning(MagnitudePruning):
         super().__post_init__()
         least = least_num_grads(self.settings["num_grads"])
         if "refresh" not in self.given:
-            self.settings["refresh"] = max(1, least // _RENEWED)
+            self.settings["refresh"] = max(1, least // _REFRESH_DIVISOR)
         check_int("refresh", self.settings["refresh"] or 1, 1, least)
         device = self.settings["grads_device"]
         if device is not None and not re.fullmatch(r"cpu|disk(:.+)?|cuda(:\d+)?", str(device)):
