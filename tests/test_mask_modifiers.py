@@ -215,3 +215,70 @@ def test_errors(model, modifier, message):
 def test_names_that_need_not_match(model):
     apply("  - !TrainableParamsModifier {params: [7.bias], trainable: False, params_strict: False}\n", model)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_masks_hold_whatever_another_modifier_writes(model):
+    """In the last step as in every other, and at once."""
+    constant = "  - !ConstantPruningModifier {params: [0.weight], start_epoch: 0}\n"
+    pruning = "  - !MFACPruningModifier {params: [0.weight, 2.weight], init_sparsity: 0.1, final_sparsity: 0.3, "
+    pruning += "start_epoch: 1, end_epoch: 2, num_grads: 4}\n"
+    data = [(torch.randn(16, 8), torch.randint(2, (16,))) for _ in range(4)]
+    before = copy.deepcopy(model)
+    session, optimizer = apply(constant + pruning, model, batches=data, loss_fn=F.cross_entropy)
+    for step in range(2):
+        train(model, optimizer)
+        session.step(step + 1)
+    at_once = Manager.from_recipe(RANGE + constant + pruning).one_shot(before, data, F.cross_entropy)
+    for found, net in ((session, model), (at_once, before)):
+        assert all(not net.get_parameter(name)[~mask].any() for name, mask in found.masks.items())
+    text = "  - !GMPruningModifier {params: [0.weight], final_sparsity: 0.5, start_epoch: 0, end_epoch: 1}\n"
+    session, _ = apply(text + "  - !SetParamModifier {params: [0.weight], val: 0.1, start_epoch: 2}\n", model)
+    session.step(1.0)
+    session.step(2.0)
+    assert float((model[0].weight == 0).float().mean()) == 0.5
+
+
+@pytest.mark.parametrize("loaded_first", [True, False])
+def test_a_resumed_run_does_not_set_parameters_again(model, loaded_first):
+    text = "  - !SetParamModifier {params: [0.bias], val: 0.0, start_epoch: 0}\n"
+    session, optimizer = apply(text, model)
+    train(model, optimizer)
+    session.step(1.0)
+    other = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    if loaded_first:
+        other.load_state_dict(model.state_dict())
+    again, _ = apply(text, other)
+    if not loaded_first:
+        other.load_state_dict(model.state_dict())
+    again.load_state_dict(session.state_dict())
+    assert model[0].bias.any() and torch.equal(other[0].bias, model[0].bias)
+
+
+def test_dropped_masks_are_not_checked(model):
+    text = "  - !GMPruningModifier {params: [2.weight], final_sparsity: 0.5, end_epoch: 1, leave_enabled: False}\n"
+    session, optimizer = apply(text, model)
+    session.step(1.0)
+    train(model, optimizer)
+    session.step(2.0)
+    assert session.layer_sparsities() == {}
+    assert Manager.from_recipe(RANGE + text).one_shot(model).sparsity == 0.5
+
+
+def test_a_model_at_its_final_sparsity_goes_on(model):
+    """Though 0.3 of 32 weights is rounded to 10, which is 0.3125."""
+    text = "  - !GMPruningModifier {params: [0.weight], init_sparsity: __FROM_PARAM__, final_sparsity: 0.3, "
+    text += "end_epoch: 1}\n"
+    with torch.no_grad():
+        model[0].weight.view(-1)[:] = torch.arange(32.0)
+        model[0].weight.view(-1)[:10] = 0
+    session, _ = apply(text, model)
+    assert session.step(1.0) == [] and float((model[0].weight == 0).float().mean()) == 0.3125
+
+
+def test_overlapping_freezes_end_as_before(model):
+    text = "  - !TrainableParamsModifier {params: __ALL__, trainable: false, start_epoch: 0, end_epoch: 1}\n"
+    text += "  - !TrainableParamsModifier {params: [2.weight], trainable: true, start_epoch: 0, end_epoch: 1}\n"
+    session, _ = apply(text, model)
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, False]
+    session.step(1.0)
+    assert all(p.requires_grad for p in model.parameters())

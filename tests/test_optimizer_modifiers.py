@@ -131,3 +131,29 @@ def test_a_resumed_session_keeps_the_rate_that_a_scheduler_made():
     _, _, other = rates(text, [], groups=2)
     with pytest.raises(ValueError, match="state: expected lr of 2 parameter groups"):
         other.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    ["{step_size: 0}", "{step_size: 1, gamma: [1]}", "{step_size: 1, last_epoch: 5}", "{step_size: 1, gamma: -1}"],
+)
+def test_schedulers_that_fail_are_refused_early(kwargs):
+    with pytest.raises(ValueError, match="recipe line 3: !LearningRateModifier: lr_kwargs: expected"):
+        Manager.from_recipe(f"{RANGE}  - !LearningRateModifier {{lr_class: StepLR, init_lr: 1, lr_kwargs: {kwargs}}}\n")
+
+
+def test_cycles_begin_where_they_should():
+    """Whatever the rounding of epochs: 0.6 / 0.1 is below 6."""
+    text = "  - !LearningRateFunctionModifier "
+    text += "{lr_func: cyclic_linear, cycle_epochs: 0.1, init_lr: 1.0, final_lr: 0.0, end_epoch: 2}\n"
+    seen, _, _ = rates(text, [0.1, 0.2, 0.3, 0.6, 0.7, 1.2])
+    assert seen == pytest.approx([1.0] * 7)
+
+
+def test_what_does_not_fit_the_optimizer_is_refused():
+    manager = Manager.from_recipe(RANGE + "  - !SetWeightDecayModifier {weight_decay: 0.0, start_epoch: 2}\n")
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(
+        ValueError, match="recipe line 3: !SetWeightDecayModifier: optimizer: expected one with weight_decay"
+    ):
+        manager.apply(model, torch.optim.Rprop(model.parameters()))

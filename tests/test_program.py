@@ -207,3 +207,29 @@ def test_plan_of_a_pruner():
     )  # fmt: skip
     updates = [(u.time, u.recomputations, u.num_grads, u.gradients, u.nbytes) for u in pruner.plan()]
     assert updates == [(1, 1, 16, 16, 16 * 64 * 4), (2, 6, 16, 16 + 5 * 4, 16 * 64 * 4)]
+
+
+def test_a_plan_is_what_happens():
+    """Also with final corrections, and where the mask is rounded to below a key of num_grads."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(16, 16, bias=False)
+    data = [(torch.randn(8, 16), torch.randn(8, 16)) for _ in range(4)]
+    pruner = mfac.Pruner(
+        model, data, torch.nn.functional.mse_loss, sparsity=0.9, initial_sparsity=0.7, start=1, end=2, progress=False,
+        num_grads={0.0: 4, 0.7: 16}, recomputations=2, corrections=1, final_corrections=3,
+    )  # fmt: skip
+    planned = [(update.num_grads, update.gradients) for update in pruner.plan()]
+    for _ in range(2):
+        pruner.step()
+    made = [sum(step.new_gradients for step in result.steps) for _, result in pruner.results]
+    assert [gradients for _, gradients in planned] == made and [m for m, _ in planned] == [4, 16]
+
+
+def test_another_recipe_is_not_resumed(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text("rate: 0.1\n" + RECIPE.replace("init_lr: 1e-3", "init_lr: eval(rate)"))
+    command = f"train --recipe-path {tmp_path / 'r.yaml'} --save-dir {tmp_path} --logs-dir {tmp_path} {OPTIONS}".split()
+    assert main([*command, "--recipe-args", "rate=0.001"]) == 0
+    assert main([*command, "--resume"]) == 2
+    assert "resume: expected the recipe and the --recipe-args of before" in capsys.readouterr().err
+    assert main([*command, "--resume", "--one-shot"]) == 2
+    assert len((tmp_path / "r.csv").read_text().splitlines()) == 1 + 9

@@ -1,5 +1,6 @@
 """Sparsity over time."""
 
+import itertools
 import math
 from itertools import pairwise
 
@@ -120,3 +121,17 @@ GOOD = {"initial_sparsity": 0.0, "final_sparsity": 0.8, "start": 0, "end": 10, "
 def test_bad_input(change, error, message):
     with pytest.raises(error, match=message):
         Schedule(**GOOD | change)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "frequency", "times"),
+    [
+        (0, 2, 1, [0, 1, 2]), (1, 4, math.inf, [1, 4]), (0, 0, 1, [0]), (0, 1, 0.4, [0, 0.4, 0.8, 1]),
+        (0, 1, 1e-300, [0, 1]), (0.1, 0.4, 0.1, [0.1, 0.2, 0.3, 0.4]),
+    ],
+)  # fmt: skip
+def test_nominal_times(start, end, frequency, times):
+    schedule = Schedule(0.0, 0.5, start, end, frequency)
+    assert list(schedule.nominal_times()) == pytest.approx(times)
+    for time, following in itertools.pairwise(times):
+        assert schedule.following_time(time) == pytest.approx(following)

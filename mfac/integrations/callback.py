@@ -84,9 +84,12 @@ def full_state(pruner: Pruner | Session) -> dict[str, Any]:
 
 
 def masks_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the masks in the state of a Pruner or a Session."""
-    states = state.get("actions", [state])
-    return {name: mask for part in states for name, mask in part.get("masks", {}).items()}
+    """Return the masks that are held, in the state of a Pruner or a Session."""
+    masks: dict[str, Tensor] = {}
+    for part in state.get("actions", [state]):
+        for name, mask in ({} if part.get("released") else part.get("masks", {})).items():
+            masks[name] = masks[name] & mask if name in masks else mask
+    return masks
 
 
 def warn_if_dense(pruner: Pruner | Session, model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -116,11 +117,14 @@ class PrunerCallback(TrainerCallback):
             loader = objects["train_dataloader"]
             batches = getattr(loader, "base_dataloader", loader)  # without accelerate's bookkeeping
         if self._recipe is not None:
-            epochs, optimizer = args.num_train_epochs, objects["optimizer"]
+            steps = max(len(objects["train_dataloader"]) // args.gradient_accumulation_steps, 1)
+            epochs, optimizer = state.max_steps / steps, objects["optimizer"]
             optimizer = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
             self.pruner = apply_recipe(
                 self._recipe, self._recipe_args, epochs, model, optimizer, batches, self._loss_fn, settings
             )
+            if self.pruner.sets_learning_rate:
+                self._hooks.append(_IdleScheduler(objects["lr_scheduler"], optimizer))
         else:
             self.pruner = Pruner(model, batches, self._loss_fn, **settings)
         if saved is not None:
@@ -130,7 +134,7 @@ class PrunerCallback(TrainerCallback):
         trained = {name: p for name, p in every.items() if p.requires_grad}
         self._masking = [_MaskGradient(self.pruner, name) for name in trained]
         pairs = zip(trained.values(), self._masking, strict=True)
-        self._hooks = [p.register_post_accumulate_grad_hook(mask) for p, mask in pairs]
+        self._hooks += [p.register_post_accumulate_grad_hook(mask) for p, mask in pairs]
 
     def _saved(self, args: Any, state: Any, model: nn.Module) -> dict[str, Any]:
         """Return the Pruner's state of the checkpoint that training is resumed from."""
@@ -174,6 +178,20 @@ class PrunerCallback(TrainerCallback):
             hook.remove()
         self._hooks = []
         warn_if_dense(self.pruner, objects["model"])
+
+
+class _IdleScheduler:
+    """Keeps the trainer's scheduler, which would overwrite the learning rate of a recipe, from setting any."""
+
+    def __init__(self, scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
+        self._scheduler = getattr(scheduler, "scheduler", scheduler)  # without accelerate's wrapper
+        self._scheduler.step = lambda *args, **options: None
+        self._scheduler.get_last_lr = lambda: [group["lr"] for group in optimizer.param_groups]
+        logging.getLogger("mfac").info("the recipe sets the learning rate: the trainer's scheduler is not used")
+
+    def remove(self) -> None:
+        """Let it go on."""
+        del self._scheduler.step, self._scheduler.get_last_lr
 
 
 class _MaskGradient:

@@ -137,6 +137,12 @@ class Engine:
         """Sparsity of the masks, over all chosen parameters."""
         return sparsity_of(self.masks)
 
+    def start_sparsity(self, key: str | None, final: float) -> float:
+        """Return the sparsity of a key now; the final one if the masks hold as many weights as that rounds to."""
+        reached = self.reached[key]
+        size = sum(self.selection.sizes[name] for name in dict(self.selection.segments)[key])
+        return final if abs(reached - final) * size <= 0.5 * self.selection.pattern.size else reached
+
     def warn_of_zeros(self) -> None:
         """Warn of a model that was sparse when it came, but has no masks: its zeros would come back."""
         if self.zeros > _WARN_SPARSITY and not self.masks:
@@ -356,7 +362,7 @@ class Engine:
         refuse_distributed(self.model)
         settings = self.settings
         check_grads_device("grads_device", settings["grads_device"], self.device)
-        count = num_grads_at(settings["num_grads"], self.sparsity)
+        count = num_grads_at(settings["num_grads"], self.selection.overall(self.reached))
         return GradientSource(
             batches,
             loss_fn,
@@ -371,7 +377,7 @@ class Engine:
 
     def resize(self, source: GradientSource) -> None:
         """Let a source collect as many gradients as the settings say for the sparsity now; all are new then."""
-        count = num_grads_at(self.settings["num_grads"], self.sparsity)
+        count = num_grads_at(self.settings["num_grads"], self.selection.overall(self.reached))
         if count != source.num_grads:
             source.resize(count, self.num_refresh(count))
 

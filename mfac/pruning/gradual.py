@@ -141,7 +141,7 @@ class Pruner:
         initial = settings["initial_sparsity"]
         self._schedules = {  # they differ in sparsity only
             key: Schedule(
-                self._engine.reached[key] if initial == "current" else initial,
+                self._engine.start_sparsity(key, value) if initial == "current" else initial,
                 value,
                 settings["start"],
                 end,
@@ -184,8 +184,7 @@ class Pruner:
         """The nominal time of the next update; None after the last one."""
         if self.finished:
             return None
-        schedule = self._schedule
-        return schedule.start if self._last is None else min(self._last + schedule.frequency, schedule.end)
+        return self._schedule.start if self._last is None else self._schedule.following_time(self._last)
 
     @property
     def _schedule(self) -> Schedule:

@@ -15,6 +15,7 @@ CURVES = {
     "inverse_cubic": lambda x: 1 - (1 - x) ** (1 / 3),
 }
 
+_ROUNDING = 1e-12  # of times
 _MAX_RECOMPUTATIONS = 16  # of "auto"
 
 Key = TypeVar("Key")
@@ -95,15 +96,24 @@ class Schedule:
             return time
         return self.start + passed * self.frequency if passed else self.start
 
+    def following_time(self, time: float) -> float:
+        """Return the first nominal time after ``time``, which is not before ``start``; ``end`` if there is none."""
+        now = self.nominal_time(time)
+        try:
+            passed = round((now - self.start) / self.frequency)
+        except OverflowError:  # updates closer together than floats are
+            return self.end
+        following = self.start + (passed + 1) * self.frequency
+        least = _ROUNDING * max(abs(now), abs(self.end))  # closer together than that, updates are not told apart
+        return following if now + least < following < self.end - least else self.end
+
     def nominal_times(self) -> Iterator[float]:
         """Yield the nominal times of all updates; of updates closer together than floats are, only ``end``."""
-        step, last = 0, -math.inf
-        while last < self.end:
-            time = self.start + step * self.frequency if step else self.start
-            if not last < time < self.end * (1 - 1e-12) - 1e-9 or not math.isfinite(time):
-                time = self.end
+        time = self.start
+        while time < self.end:
             yield time
-            step, last = step + 1, time
+            time = self.following_time(time)
+        yield self.end
 
     def due(self, time: float, last: float | None) -> bool:
         """Return whether an update is due at ``time``, ``last`` being the nominal time of the last one, or None."""

@@ -18,6 +18,7 @@ from mfac.pruning.result import PruneResult
 from mfac.recipe.load import load_recipe
 from mfac.recipe.modifiers import EpochRange, MagnitudePruning, Modifier, Pruning, Target, build
 from mfac.recipe.modifiers.base import Action
+from mfac.recipe.modifiers.optimizer import Write
 
 
 class Manager:
@@ -136,7 +137,12 @@ class Manager:
     def _bind(self, target: Target) -> Session:
         # Stable: of two settings that start together, the later one wins.
         modifiers = sorted(self.modifiers, key=lambda modifier: modifier.start_epoch)
-        actions = [modifier.bind(target) for modifier in modifiers]
+        actions = []
+        for modifier in modifiers:
+            try:
+                actions.append(modifier.bind(target))
+            except ValueError as error:
+                raise ValueError(f"{modifier.where}: {error}" if modifier.where else str(error)) from error
         return Session(target.model, [action for action in actions if action is not None])
 
     def one_shot(
@@ -220,9 +226,12 @@ class Session:
             ValueError: If it is not finite.
         """
         epoch = check_number("epoch", epoch)
-        results = [action.step(self._epoch, epoch) for action in self._actions]
+        results = [result for action in self._actions if (result := action.step(self._epoch, epoch)) is not None]
+        if results or any(action.writes for action in self._actions):  # what one has written another may hold at zero
+            for action in self._actions:
+                action.enforce()
         self._epoch = max(self._epoch, epoch)
-        return [result for result in results if result is not None]
+        return results
 
     @property
     def masks(self) -> dict[str, torch.Tensor]:
@@ -238,6 +247,11 @@ class Session:
         """The parameters that masks are held of, by name."""
         every = named_parameters(self.model)
         return {name: every[name] for name in self.masks}
+
+    @property
+    def sets_learning_rate(self) -> bool:
+        """Whether the recipe sets the learning rate."""
+        return any(isinstance(action, Write) and action.setting.key == "lr" for action in self._actions)
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero; call it before gradients are clipped, whose norm counts them."""
@@ -259,7 +273,8 @@ class Session:
 
     def layer_sparsities(self) -> dict[str, tuple[float | None, float]]:
         """Return the sparsity of each parameter that is pruned along a schedule; see :class:`mfac.Pruner`."""
-        return {name: pair for pruner in self.pruners for name, pair in pruner.layer_sparsities().items()}
+        holding = [action for action in self._actions if isinstance(action, Pruning) and not action.released]
+        return {name: pair for action in holding for name, pair in action.pruner.layer_sparsities().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return masks, progress and what the recipe set, for :meth:`load_state_dict`."""

@@ -184,8 +184,7 @@ def write_comparison(dense_top1: float, runs: Sequence[Run], folder: Path, title
     text = f"{table(dense_top1, runs)}\n\n{FOOTNOTE}"
     (folder / "comparison.txt").write_text(f"{text}\n", encoding="utf-8")
     for run in runs:
-        name = "".join(c if c.isalnum() else "-" for c in run.method.label.lower())
-        write_csv(folder / f"{name}-{run.seed}.csv", Measurement, run.measurements)
+        write_csv(folder / f"{_file_name(run.method.label)}-{run.seed}.csv", Measurement, run.measurements)
     plot(dense_top1, runs, folder / "comparison.png", title)
     return text
 
@@ -194,7 +193,14 @@ def _labels(recipes: Sequence[str]) -> list[str]:
     """File names without suffix, or the paths if two have the same."""
     parts = [recipe.partition("#") for recipe in recipes]
     labels = [Path(path).stem + mark + number for path, mark, number in parts]
-    return labels if len(set(labels)) == len(labels) else list(recipes)
+    return (
+        labels if len(set(map(_file_name, labels))) == len(labels) else [f"{i} {r}" for i, r in enumerate(recipes, 1)]
+    )
+
+
+def _file_name(label: str) -> str:
+    """A label as part of a file name."""
+    return "".join(c if c.isalnum() else "-" for c in label.lower())
 
 
 class _Record:
@@ -279,7 +285,7 @@ def compare(recipes: Sequence[str], settings: RunSettings, seeds: int = 1) -> li
             measurements = record.find(method.label, seed)
             if measurements is None:
                 tqdm.write(f"{method.label}, seed {seed}")
-                tag = "".join(c if c.isalnum() else "-" for c in method.label) + f"-{seed}"
+                tag = f"{_file_name(method.label)}-{seed}"
                 measurements = train(
                     TrainSettings(
                         recipe_path=method.recipe, model_tag=tag, seed=seed, overwrite=True, **asdict(settings)

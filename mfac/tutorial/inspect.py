@@ -64,13 +64,17 @@ def lint(
     table = NameTable(names)
     for item in loaded.items:
         for argument in ("params", "final_sparsity"):
-            for entry in _entries(item.arguments.get(argument)):
+            strict = item.arguments.get("params_strict", True) is True
+            for entry in _entries(item.arguments.get(argument)) if strict else ():
                 if entry not in _KEYWORDS and not table.find(entry):
                     raise ValueError(
                         f"{loaded.name} line {item.at(argument)}: !{item.name}: {argument}: expected names of the "
                         f"model's {len(names)} parameters, got {entry!r:.120}{suggestion(entry, names)}"
                     )
     tqdm.write(f"all names are among the model's {len(names)} parameters")
+    if arch_key is not None:  # what else must fit: patterns, schedules
+        model = build_model(arch_key, 10).model
+        manager.apply(model, torch.optim.SGD(model.parameters(), lr=0.1), [], F.cross_entropy)
 
 
 def _short(value: object) -> str:
@@ -150,15 +154,21 @@ def plan(recipe: str, settings: TrainSettings) -> None:
         settings: Which model and data.
 
     Raises:
+        ValueError: If an option does not make sense here.
         MemoryError: If the gradients do not fit into memory; the text says what would.
     """
+    for name in ("one_shot", "checkpoint_path", "resume", "overwrite"):
+        if getattr(settings, name):
+            raise ValueError(f"plan: expected options of a new run, got --{name.replace('_', '-')}")
     manager = Manager.from_recipe(recipe, settings.recipe_args)
     device = find_device(settings.device)
     data = load_run_data(settings, device)
     model = initial_model(settings, data, device).model
     optimizer = torch.optim.Adam(model.parameters())
     session = manager.apply(model, optimizer, data.gradients, F.cross_entropy)
-    tqdm.write(f"{manager.epochs:g} epochs of {len(data.train)} steps")
+    steps = len(data.train)
+    steps = steps if settings.max_train_steps < 0 else min(steps, settings.max_train_steps)
+    tqdm.write(f"{manager.epochs:g} epochs of {steps} steps; final masks from epoch {manager.pruned_from:g} on")
     for line in manager.describe():
         tqdm.write(line)
     for pruner in session.pruners:

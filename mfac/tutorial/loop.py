@@ -81,6 +81,7 @@ def fit(
     on_epoch: Callable[[int, Measurement], None] | None = None,
     report: Callable[[str], None] = tqdm.write,
     progress: bool = True,
+    measurements: list[Measurement] | None = None,
 ) -> list[Measurement]:
     """Train, and measure at the end of every epoch and after every pruning step.
 
@@ -97,6 +98,7 @@ def fit(
         on_epoch: Called with the number of the epoch and its last measurement.
         report: Takes a line of text for each pruning step and each epoch.
         progress: Show progress: a bar on a terminal, a line now and then elsewhere.
+        measurements: A list to append the measurements to as they are made.
 
     Returns:
         The measurements in order.
@@ -105,13 +107,14 @@ def fit(
         RuntimeError: If the loss is not finite.
     """
     steps = len(data.train) if max_train_steps < 0 else min(len(data.train), max_train_steps)
-    measurements: list[Measurement] = []
+    measurements = [] if measurements is None else measurements
     sparsity = stepper.sparsity
     losses: list[float] = []
     began, measuring = time.perf_counter(), 0.0
 
     def measure(done: int, now: float, pruned: bool, pruning: float = 0.0) -> Measurement:
-        nonlocal measuring
+        nonlocal measuring, sparsity
+        sparsity = stepper.sparsity
         start = time.perf_counter()
         trained = start - began - measuring
         train_loss = sum(losses) / len(losses) if losses else math.nan

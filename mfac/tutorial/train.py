@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from mfac._build import cache_dir
 from mfac.checks import check_int, check_number, check_positive, warn
 from mfac.pruning.result import write_csv
+from mfac.recipe.load import load_recipe
 from mfac.recipe.manager import Manager, Session
 from mfac.tutorial.data import Data, load_data
 from mfac.tutorial.dense import DIGITS_WIDTH, dense_digits, load_weights, read_described, read_state, save
@@ -82,7 +84,7 @@ def _folder(settings: TrainSettings, tag: str) -> Path:
     return folder
 
 
-def _checkpoint(settings: TrainSettings, folder: Path, device: torch.device) -> dict[str, Any] | None:
+def _checkpoint(settings: TrainSettings, folder: Path, device: torch.device, recipe: str) -> dict[str, Any] | None:
     """Return the checkpoint that the run goes on from; None if it begins anew."""
     if settings.checkpoint_path:
         return _load_checkpoint(settings.checkpoint_path, device)
@@ -99,6 +101,11 @@ def _checkpoint(settings: TrainSettings, folder: Path, device: torch.device) -> 
                 f"resume: expected --{name.replace('_', '-')} {saved} as before, got {getattr(settings, name)}; "
                 "--checkpoint-path goes on with other options"
             )
+    if state.get("recipe_text", recipe) != recipe:
+        raise ValueError(
+            "resume: expected the recipe and the --recipe-args of before, got others; --checkpoint-path goes on with "
+            "another recipe, but for what the first has set already"
+        )
     return state
 
 
@@ -242,7 +249,7 @@ def train(settings: TrainSettings) -> list[Measurement]:
         settings: The options.
 
     Returns:
-        The measurements, one per epoch and one after every pruning step.
+        The measurements, one per epoch and one after every pruning step; of a run that goes on, also those before.
 
     Raises:
         TypeError: If an option that is a number is not one.
@@ -258,14 +265,15 @@ def train(settings: TrainSettings) -> list[Measurement]:
     check_int("seed", settings.seed, 0, 2**63 - 1)
     check_number("init_lr", settings.init_lr, 0)
     check_int("loader_num_workers", settings.loader_num_workers, 0)
-    for name in ("overwrite", "checkpoint_path"):
+    for name in ("overwrite", "checkpoint_path", "one_shot"):
         if settings.resume and getattr(settings, name):
             raise ValueError(f"resume: expected it without --{name.replace('_', '-')}, got both")
     manager = Manager.from_recipe(settings.recipe_path, settings.recipe_args)
     tag = _model_tag(settings)
     device = find_device(settings.device)
     folder = _folder(settings, tag)
-    state = _checkpoint(settings, folder, device)
+    recipe = str(load_recipe(settings.recipe_path, settings.recipe_args))
+    state = _checkpoint(settings, folder, device, recipe)
     source = settings.checkpoint_path or str(folder / "checkpoint.pt")
     if state and not settings.one_shot and state["epoch"] + 1 >= manager.epochs:
         raise ValueError(
@@ -287,12 +295,16 @@ def train(settings: TrainSettings) -> list[Measurement]:
     for line in manager.describe():
         tqdm.write(line)
     if settings.one_shot:
-        return [_one_shot(manager, built, data, folder)]
+        measured = _one_shot(manager, built, data, folder)
+        if settings.logs_dir:
+            _write_logs(Path(settings.logs_dir), folder.name, [measured])
+        return [measured]
 
     torch.manual_seed(settings.seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.init_lr)
     session = manager.apply(model, optimizer, data.gradients, F.cross_entropy, progress=True)
-    first_epoch, best = 0, None
+    first_epoch, best, measurements = 0, None, []
+    earlier = [Measurement(**measured) for measured in state.get("measurements", ())] if state else []
     if state:
         optimizer.load_state_dict(state["optimizer"])
         session.load_state_dict(state["recipe"])
@@ -312,10 +324,14 @@ def train(settings: TrainSettings) -> list[Measurement]:
             "epoch": epoch,
             "best": best,
             "network": built.description(),
+            "recipe_text": recipe,
+            "measurements": [asdict(measured) for measured in (*earlier, *measurements)],
             "settings": {name: getattr(settings, name) for name in _SAME},
         }
         save(state, folder / "checkpoint.pt")
         kept = epoch
+        if settings.logs_dir and measured is not None:
+            _write_logs(Path(settings.logs_dir), folder.name, [*earlier, *measurements])
         if is_best or (epoch == final_epoch and (best is None or not (folder / "model.txt").exists())):
             save(state, folder / "model.pt")
             _write_model_text(folder / "model.txt", epoch, measured, session)
@@ -324,7 +340,7 @@ def train(settings: TrainSettings) -> list[Measurement]:
     if not state:
         keep(-1, None)  # what a run that is killed in its first epoch goes on from
     try:
-        measurements = fit(
+        fit(
             model,
             optimizer,
             session,
@@ -334,6 +350,7 @@ def train(settings: TrainSettings) -> list[Measurement]:
             max_train_steps=settings.max_train_steps,
             amp=settings.amp,
             on_epoch=keep,
+            measurements=measurements,
         )
     except KeyboardInterrupt:
         tqdm.write(
@@ -343,22 +360,21 @@ def train(settings: TrainSettings) -> list[Measurement]:
         raise
     for line in _sparsity_lines(session):
         tqdm.write(line)
-    if settings.logs_dir:
-        _write_logs(Path(settings.logs_dir), folder.name, measurements, append=state is not None)
     tqdm.write(f"saved in {folder}")
-    return measurements
+    return [*earlier, *measurements]
 
 
-def _write_logs(folder: Path, name: str, measurements: list[Measurement], append: bool) -> None:
-    """Write a CSV file and, if it is installed, for TensorBoard."""
+def _write_logs(folder: Path, name: str, measurements: list[Measurement]) -> None:
+    """Write a CSV file of all measurements and, if it is installed, those of the last epoch for TensorBoard."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_csv(folder / f"{name}.csv", Measurement, measurements, append=append)
+    write_csv(folder / f"{name}.csv", Measurement, measurements)
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return
+    last = math.ceil(measurements[-1].epoch)
     with SummaryWriter(str(folder / name)) as writer:
-        for measured in measurements:
+        for measured in (m for m in measurements if math.ceil(m.epoch) == last):
             for field in ("train_loss", "loss", "top1", "top5", "sparsity", "learning_rate"):
                 writer.add_scalar(field, getattr(measured, field), measured.step)
 

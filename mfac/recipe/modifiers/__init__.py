@@ -43,6 +43,7 @@ MODIFIERS: dict[str, type[Modifier]] = {
     "SetWeightDecayModifier": SetWeightDecay,
     "MagnitudePruningModifier": MagnitudePruning,
     "GMPruningModifier": MagnitudePruning,
+    "LegacyGMPruningModifier": MagnitudePruning,
     "GlobalMagnitudePruningModifier": GlobalMagnitudePruning,
     "MFACPruningModifier": MFACPruning,
     "MFACGlobalPruningModifier": MFACGlobalPruning,
@@ -80,12 +81,13 @@ def build(item: Item, strict: bool = False, name: str = "recipe") -> Modifier | 
             raise ValueError(f"{where}: expected modifiers that prune or train, got one that mfac does not run")
         warn(f"{where} neither prunes nor trains; it is skipped")
         return None
-    if item.name not in MODIFIERS:
+    known_name = item.name.removeprefix("pytorch.")
+    if known_name not in MODIFIERS:
         raise ValueError(
             f"{where}: expected one of {', '.join(MODIFIERS)}, got an unknown modifier"
             f"{suggestion(item.name, MODIFIERS)}"
         )
-    cls = MODIFIERS[item.name]
+    cls = MODIFIERS[known_name]
     try:
         arguments = cls.normalize(item.arguments)
         known = [field.name for field in fields(cls) if field.name != "settings"]
@@ -99,7 +101,9 @@ def build(item: Item, strict: bool = False, name: str = "recipe") -> Modifier | 
         for needed in [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]:
             if needed not in arguments:
                 raise ValueError(f"{needed}: expected a value, got none")
-        return cls(**arguments)
+        modifier = cls(**arguments)
+        modifier.where = where
+        return modifier
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} line {_line(cls, item, str(error))}: !{item.name:.80}: {error!s:.1000}") from error
 

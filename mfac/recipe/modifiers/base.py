@@ -147,10 +147,12 @@ class Action:
 
     Attributes:
         early: Whether :meth:`step` is also called before training, with epoch 0.
+        writes: Whether :meth:`step` may write weights that another action holds at zero, without pruning.
         masks: Parameter name -> bool tensor, True = kept, of the masks that the action holds now.
     """
 
     early = False
+    writes = False
     masks: Mapping[str, Tensor] = {}
 
     def step(self, last: float, epoch: float) -> PruneResult | None:
@@ -164,6 +166,9 @@ class Action:
             What was pruned, or None.
         """
         raise NotImplementedError
+
+    def enforce(self) -> None:
+        """Set the weights to zero that the masks hold."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values, for :meth:`load_state_dict`."""
@@ -184,6 +189,7 @@ class Modifier:
     """
 
     prunes: ClassVar[bool] = False
+    where: ClassVar[str] = ""  # of an object: file, line and name, for errors
 
     start_epoch: float = -1.0
     end_epoch: float = -1.0

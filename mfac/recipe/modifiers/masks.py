@@ -32,7 +32,7 @@ class _Masked(Action):
         every = named_parameters(self._model)
         return {name: every[name] for name in self._names}
 
-    def _enforce(self) -> None:
+    def enforce(self) -> None:
         params = self._params()
         with torch.no_grad():
             for name, mask in self.masks.items():
@@ -48,7 +48,7 @@ class _Masked(Action):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.masks = {name: mask.clone() for name, mask in state["masks"].items()}
-        self._enforce()
+        self.enforce()
 
 
 @dataclass(kw_only=True)
@@ -64,6 +64,10 @@ class ConstantPruning(Modifier):
         """Check the arguments."""
         super().__post_init__()
         self.params = names("params", self.params)
+
+    def settled(self, end: float) -> float:
+        """Return the epoch from which on the masks are held."""
+        return max(self.start_epoch, 0.0)
 
     def bind(self, target: Target) -> Action:
         """Return what holds the masks: from before training on if `start_epoch` is 0."""
@@ -82,7 +86,7 @@ class _Constant(_Masked):
     def step(self, last: float, epoch: float) -> None:
         if last < max(self._start, 0.0) <= epoch:
             self.masks = {name: p.detach() != 0 for name, p in self._params().items()}
-        self._enforce()
+        self.enforce()
         if epoch >= self._end:
             self.masks = {}
 
@@ -150,7 +154,7 @@ class _Alternating(_Masked):
             return None
         sparse = self._one_shot or modifier.phase(epoch) % 2 == 1
         if not self._one_shot and epoch >= modifier.end_epoch and not modifier.leave_enabled:
-            self._enforce()
+            self.enforce()
             self.masks = {}
             return None
         if sparse and not self.masks:
@@ -171,5 +175,5 @@ class _Alternating(_Masked):
                 for state in self._optimizer.state.values():
                     if isinstance(state.get("momentum_buffer"), Tensor):
                         state["momentum_buffer"].zero_()
-        self._enforce()
+        self.enforce()
         return result

@@ -28,6 +28,7 @@ _SCHEDULERS: dict[str, Callable[..., lr_scheduler.LRScheduler]] = {
     name: getattr(lr_scheduler, name)
     for name in ("StepLR", "MultiStepLR", "ExponentialLR", "CosineAnnealingWarmRestarts")
 }
+_ROUNDING = 1e-9  # of epochs as floats
 _MAX_EPOCHS = 10**5  # of a torch scheduler, which is stepped epoch by epoch
 
 
@@ -81,37 +82,51 @@ class OptimizerSetting(Modifier):
         """Return what writes into the optimizer."""
         if target.optimizer is None:
             return None
-        self.groups(target.optimizer)
-        return _Write(self, target.optimizer)
+        if any(self.key not in group for group in self.groups(target.optimizer)):
+            raise ValueError(
+                f"optimizer: expected one with {self.key}, got {type(target.optimizer).__name__}, which has none"
+            )
+        return Write(self, target.optimizer)
 
 
-class _Write(Action):
-    """Writes the value of a setting into an optimizer while its time lasts."""
+class Write(Action):
+    """Writes the value of a setting into an optimizer while its time lasts.
+
+    Args:
+        setting: The modifier.
+        optimizer: The optimizer.
+
+    Attributes:
+        setting: As given.
+    """
 
     early = True
 
     def __init__(self, setting: OptimizerSetting, optimizer: torch.optim.Optimizer) -> None:
-        self._setting, self._optimizer = setting, optimizer
+        self.setting, self._optimizer = setting, optimizer
 
     def step(self, last: float, epoch: float) -> None:
-        setting = self._setting
+        """Write if it is time to."""
+        setting = self.setting
         if epoch >= setting.start_epoch and last < setting.until:
             for group in setting.groups(self._optimizer):
                 group[setting.key] = setting.value(epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the values as they are, which a scheduler may have changed."""
-        setting = self._setting
+        setting = self.setting
         return {"values": [float(group[setting.key]) for group in setting.groups(self._optimizer)]}
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        values, count = state.get("values"), len(self._setting.groups(self._optimizer))
+        """Check the number of values."""
+        values, count = state.get("values"), len(self.setting.groups(self._optimizer))
         if not isinstance(values, list) or len(values) != count:
-            raise ValueError(f"state: expected {self._setting.key} of {count} parameter groups, got {values!r:.80}")
+            raise ValueError(f"state: expected {self.setting.key} of {count} parameter groups, got {values!r:.80}")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for group, value in zip(self._setting.groups(self._optimizer), state["values"], strict=True):
-            group[self._setting.key] = value
+        """Write the values."""
+        for group, value in zip(self.setting.groups(self._optimizer), state["values"], strict=True):
+            group[self.setting.key] = value
 
 
 @dataclass(kw_only=True)
@@ -183,7 +198,8 @@ class LearningRateFunction(OptimizerSetting):
         start = max(self.start_epoch, 0.0)
         done, length = min(epoch, self.end_epoch) - start, self.end_epoch - start
         if self.lr_func == "cyclic_linear" and epoch < self.end_epoch:
-            cycle = math.floor(done / self.cycle_epochs)
+            cycle = math.floor(done / self.cycle_epochs + _ROUNDING)
+            done = max(done, cycle * self.cycle_epochs)
             done, length = done - cycle * self.cycle_epochs, min(length - cycle * self.cycle_epochs, self.cycle_epochs)
         return self.init_lr + (self.final_lr - self.init_lr) * _FUNCTIONS[self.lr_func](done / length)
 
@@ -214,13 +230,13 @@ class LearningRate(OptimizerSetting):
             if not all(isinstance(item, (int, float)) for item in (value if isinstance(value, list) else [value])):
                 raise ValueError(f"lr_kwargs: expected numbers and lists of numbers, got {value!r:.80} for {key:.80}")
         self._rates: list[float] = []
-        self._make()
+        self._rate(1)
 
     def _make(self) -> tuple[torch.optim.Optimizer, lr_scheduler.LRScheduler]:
         optimizer = torch.optim.SGD([torch.zeros(())], lr=self.init_lr)
         try:
             return optimizer, _SCHEDULERS[self.lr_class](optimizer, **self.lr_kwargs)
-        except (TypeError, ValueError, ArithmeticError) as error:
+        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise ValueError(f"lr_kwargs: expected arguments of {self.lr_class}, got an error: {error}") from error
 
     @property
@@ -230,14 +246,25 @@ class LearningRate(OptimizerSetting):
 
     def value(self, epoch: float) -> float:
         """Return the value at an epoch: that of the last whole epoch since the start."""
-        index = math.floor(max(min(epoch, self.until) - max(self.start_epoch, 0.0), 0.0))
+        return self._rate(math.floor(max(min(epoch, self.until) - max(self.start_epoch, 0.0), 0.0) + _ROUNDING))
+
+    def _rate(self, index: int) -> float:
+        """Return the rate of an epoch; those before are kept."""
         if index > _MAX_EPOCHS:
             raise ValueError(f"epoch: expected at most {_MAX_EPOCHS} epochs of {self.lr_class}, got {index}")
         if index >= len(self._rates):
             optimizer, scheduler = self._make()
-            self._rates = []
-            for _ in range(index + 1):
-                self._rates.append(optimizer.param_groups[0]["lr"])
-                optimizer.step()
-                scheduler.step()
+            rates: list[float] = []
+            try:
+                for _ in range(index + 1):
+                    rates.append(float(optimizer.param_groups[0]["lr"]))
+                    optimizer.step()
+                    scheduler.step()
+            except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+                raise ValueError(f"lr_kwargs: expected arguments of {self.lr_class}, got an error: {error}") from error
+            if not all(0 <= rate < math.inf for rate in rates):
+                raise ValueError(
+                    f"lr_kwargs: expected rates that stay finite and >= 0, got {min(rates)} to {max(rates)}"
+                )
+            self._rates = rates
         return self._rates[index]

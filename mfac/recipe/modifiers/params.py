@@ -51,41 +51,36 @@ class _Trainable(Action):
     early = True
 
     def __init__(self, modifier: TrainableParams, model: nn.Module, found: list[str]) -> None:
-        self._model, self._names, self._trainable = model, found, modifier.trainable
+        self._model, self._trainable = model, modifier.trainable
         self._start, self._end = modifier.start_epoch, modifier.end_epoch if modifier.end_epoch > 0 else math.inf
-        self._before: dict[str, bool] = {}  # requires_grad; empty while nothing is changed
+        every = named_parameters(model)
+        self._before = {name: every[name].requires_grad for name in found}
+        self._active = False
 
-    def _set(self, values: Mapping[str, bool]) -> None:
+    def _set(self, active: bool) -> None:
         every = named_parameters(self._model)
-        for name, value in values.items():
-            every[name].requires_grad_(value)
-            if not value:
+        for name, before in self._before.items():
+            every[name].requires_grad_(self._trainable if active else before)
+            if not every[name].requires_grad:
                 every[name].grad = None  # which an optimizer would go on to apply
+        self._active = active
 
     def step(self, last: float, epoch: float) -> None:
-        if self._start <= epoch < self._end and not self._before:
-            every = named_parameters(self._model)
-            self._before = {name: every[name].requires_grad for name in self._names}
-            self._set(dict.fromkeys(self._names, self._trainable))
-        elif epoch >= self._end and self._before:
-            self._set(self._before)
-            self._before = {}
+        active = self._start <= epoch < self._end
+        if active != self._active:
+            self._set(active)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"before": dict(self._before)}
+        return {"active": self._active, "before": dict(self._before)}
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         before = state.get("before")
-        if not isinstance(before, Mapping) or (before and list(before) != self._names):
-            raise ValueError(f"state: expected requires_grad of {', '.join(self._names):.200}, got {before!r:.80}")
+        if not isinstance(before, Mapping) or list(before) != list(self._before):
+            raise ValueError(f"state: expected requires_grad of {', '.join(self._before):.200}, got {before!r:.80}")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        now, before = self._before, dict(state["before"])
-        if now and not before:
-            self._set(now)
-        elif before:
-            self._set(dict.fromkeys(self._names, self._trainable))
-        self._before = before
+        self._before = dict(state["before"])
+        self._set(bool(state["active"]))
 
 
 @dataclass(kw_only=True)
@@ -122,14 +117,28 @@ class SetParam(Modifier):
 
 
 class _Fill(Action):
-    early = True
+    early = writes = True
 
     def __init__(self, model: nn.Module, found: list[str], value: Tensor, start: float) -> None:
         self._model, self._names, self._value, self._start = model, found, value, start
+        self._undo: dict[str, tuple[Tensor, int]] = {}  # values before training, and version of the filled parameter
 
     def step(self, last: float, epoch: float) -> None:
+        self._undo = {}
         if last < max(self._start, 0.0) <= epoch:
             every = named_parameters(self._model)
             with torch.no_grad():
                 for name in self._names:
+                    before = every[name].detach().clone()
                     every[name].copy_(self._value)
+                    if last == -math.inf:
+                        self._undo[name] = before, every[name]._version
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what was set when the recipe was applied: the run that goes on has set it long ago."""
+        every = named_parameters(self._model)
+        with torch.no_grad():
+            for name, (before, version) in self._undo.items():
+                if every[name]._version == version:  # else the model was loaded after that
+                    every[name].copy_(before)
+        self._undo = {}

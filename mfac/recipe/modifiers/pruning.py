@@ -166,7 +166,7 @@ class MagnitudePruning(Modifier):
             forward=target.forward,
             **self.settings,
         )
-        return Pruning(pruner, self.leave_enabled)
+        return Pruning(pruner, self.leave_enabled or target.one_shot)
 
 
 class Pruning(Action):
@@ -184,21 +184,27 @@ class Pruning(Action):
         self.pruner, self._leave_enabled = pruner, leave_enabled
 
     @property
-    def _released(self) -> bool:
+    def released(self) -> bool:
+        """Whether the weights are free again."""
         return self.pruner.finished and not self._leave_enabled
 
     @property
     def masks(self) -> Mapping[str, Tensor]:
         """The masks that are held."""
-        return {} if self._released else self.pruner.masks
+        return {} if self.released else self.pruner.masks
 
     def step(self, last: float, epoch: float) -> PruneResult | None:
         """Enforce the masks, and prune if an update is due."""
-        return None if self._released else self.pruner.step(epoch)
+        return None if self.released else self.pruner.step(epoch)
+
+    def enforce(self) -> None:
+        """Set pruned weights to zero."""
+        if not self.released:
+            self.pruner.apply_masks()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the Pruner's state."""
-        return self.pruner.state_dict()
+        return {**self.pruner.state_dict(), "released": self.released}
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Check a state of the Pruner."""
@@ -208,7 +214,7 @@ class Pruning(Action):
         """Restore the Pruner's state, and enforce its masks if they are held."""
         weights = {name: p.detach().clone() for name, p in self.pruner.params.items()}
         self.pruner.load_state_dict(state)
-        if self._released:
+        if self.released:
             with torch.no_grad():
                 for name, p in self.pruner.params.items():
                     p.copy_(weights[name])
