@@ -232,4 +232,4 @@ def test_another_recipe_is_not_resumed(tmp_path, capsys):
     assert main([*command, "--resume"]) == 2
     assert "resume: expected the recipe and the --recipe-args of before" in capsys.readouterr().err
     assert main([*command, "--resume", "--one-shot"]) == 2
-    assert len((tmp_path / "r.csv").read_text().splitlines()) == 1 + 9
+    assert len((tmp_path / "r.csv").read_text().splitlines()) == 1 + 7

@@ -203,6 +203,7 @@ def test_recipe(tmp_path):
         assert all(bool((p[~names[name]] == 0).all()) for name, p in callback.pruner.params.items())
         weights.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.005  # not the trainer's scheduler's
     with pytest.raises(ValueError, match="recipe: expected a trainer of at least its 3 epochs, got 2"):
         longer = RECIPE.replace("end_epoch: 2}", "end_epoch: 3}")
         make_trainer(make_model(), PrunerCallback(recipe=longer), tmp_path).train()

@@ -124,7 +124,7 @@ class PrunerCallback(TrainerCallback):
                 self._recipe, self._recipe_args, epochs, model, optimizer, batches, self._loss_fn, settings
             )
             if self.pruner.sets_learning_rate:
-                self._hooks.append(_IdleScheduler(objects["lr_scheduler"], optimizer))
+                logging.getLogger("mfac").info("the recipe sets the learning rate, in place of the trainer's scheduler")
         else:
             self.pruner = Pruner(model, batches, self._loss_fn, **settings)
         if saved is not None:
@@ -134,7 +134,7 @@ class PrunerCallback(TrainerCallback):
         trained = {name: p for name, p in every.items() if p.requires_grad}
         self._masking = [_MaskGradient(self.pruner, name) for name in trained]
         pairs = zip(trained.values(), self._masking, strict=True)
-        self._hooks += [p.register_post_accumulate_grad_hook(mask) for p, mask in pairs]
+        self._hooks = [p.register_post_accumulate_grad_hook(mask) for p, mask in pairs]
 
     def _saved(self, args: Any, state: Any, model: nn.Module) -> dict[str, Any]:
         """Return the Pruner's state of the checkpoint that training is resumed from."""
@@ -164,6 +164,8 @@ class PrunerCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Hold the masks, and prune if an update is due."""
         self.pruner.step(state.global_step if self._unit == "step" else state.epoch)
+        if isinstance(self.pruner, Session):
+            self.pruner.rewrite_learning_rate()  # which the trainer's scheduler has changed
 
     def on_save(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Add the Pruner's state to the checkpoint."""
@@ -178,20 +180,6 @@ class PrunerCallback(TrainerCallback):
             hook.remove()
         self._hooks = []
         warn_if_dense(self.pruner, objects["model"])
-
-
-class _IdleScheduler:
-    """Keeps the trainer's scheduler, which would overwrite the learning rate of a recipe, from setting any."""
-
-    def __init__(self, scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
-        self._scheduler = getattr(scheduler, "scheduler", scheduler)  # without accelerate's wrapper
-        self._scheduler.step = lambda *args, **options: None
-        self._scheduler.get_last_lr = lambda: [group["lr"] for group in optimizer.param_groups]
-        logging.getLogger("mfac").info("the recipe sets the learning rate: the trainer's scheduler is not used")
-
-    def remove(self) -> None:
-        """Let it go on."""
-        del self._scheduler.step, self._scheduler.get_last_lr
 
 
 class _MaskGradient:

@@ -248,10 +248,18 @@ class Session:
         every = named_parameters(self.model)
         return {name: every[name] for name in self.masks}
 
+    def _rates(self) -> list[Write]:
+        return [action for action in self._actions if isinstance(action, Write) and action.setting.key == "lr"]
+
     @property
     def sets_learning_rate(self) -> bool:
         """Whether the recipe sets the learning rate."""
-        return any(isinstance(action, Write) and action.setting.key == "lr" for action in self._actions)
+        return bool(self._rates())
+
+    def rewrite_learning_rate(self) -> None:
+        """Set the learning rate once more to what the recipe has set last, against a scheduler that overwrites it."""
+        for action in sorted(self._rates(), key=lambda action: action.written_at):
+            action.rewrite()
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero; call it before gradients are clipped, whose norm counts them."""

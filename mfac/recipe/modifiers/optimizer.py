@@ -98,24 +98,34 @@ class Write(Action):
 
     Attributes:
         setting: As given.
+        written_at: Epoch of the last time; -inf before.
     """
 
     early = True
 
     def __init__(self, setting: OptimizerSetting, optimizer: torch.optim.Optimizer) -> None:
         self.setting, self._optimizer = setting, optimizer
+        self._written: float | None = None
+        self.written_at = -math.inf
+
+    def rewrite(self) -> None:
+        """Write the last value once more."""
+        if self._written is not None:
+            for group in self.setting.groups(self._optimizer):
+                group[self.setting.key] = self._written
 
     def step(self, last: float, epoch: float) -> None:
         """Write if it is time to."""
         setting = self.setting
         if epoch >= setting.start_epoch and last < setting.until:
-            for group in setting.groups(self._optimizer):
-                group[setting.key] = setting.value(epoch)
+            self._written, self.written_at = setting.value(epoch), epoch
+            self.rewrite()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the values as they are, which a scheduler may have changed."""
         setting = self.setting
-        return {"values": [float(group[setting.key]) for group in setting.groups(self._optimizer)]}
+        values = [float(group[setting.key]) for group in setting.groups(self._optimizer)]
+        return {"values": values, "written": self._written, "written_at": self.written_at}
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Check the number of values."""
@@ -125,6 +135,7 @@ class Write(Action):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Write the values."""
+        self._written, self.written_at = state["written"], state["written_at"]
         for group, value in zip(self.setting.groups(self._optimizer), state["values"], strict=True):
             group[self.setting.key] = value
 
