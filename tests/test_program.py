@@ -1,7 +1,6 @@
 """The program as its users see it: killed and resumed runs, comparisons, lint, eval, export, damaged images."""
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -40,15 +39,6 @@ modifiers:
     correction_batches: 2
 """
 OPTIONS = "--width 0.25 --pretrained False --train-batch-size 8 --test-batch-size 360 --max-train-steps 4 --device cpu"
-
-
-@pytest.fixture(autouse=True)
-def plain_log():
-    """The command sets up the log of the package for itself."""
-    log = logging.getLogger("mfac")
-    before = log.handlers, log.propagate, log.level
-    yield
-    log.handlers, log.propagate, log.level = before
 
 
 def weights(path):

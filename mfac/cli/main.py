@@ -6,7 +6,8 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter, validators
@@ -186,8 +187,9 @@ def doctor() -> int:
     return report.main()
 
 
-def _log_plainly() -> None:
-    """Say what the package logs and warns of in plain lines."""
+@contextmanager
+def _plain_log() -> Iterator[None]:
+    """Say what the package logs and warns of in plain lines meanwhile."""
     from tqdm import tqdm
 
     class Lines(logging.Handler):
@@ -195,9 +197,15 @@ def _log_plainly() -> None:
             tqdm.write(record.getMessage())
 
     log = logging.getLogger("mfac")
+    before = log.handlers, log.propagate, log.level, warnings.showwarning
     log.handlers, log.propagate = [Lines()], False
     log.setLevel(logging.INFO)
     warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
+    try:
+        yield
+    finally:
+        log.handlers, log.propagate, level, warnings.showwarning = before
+        log.setLevel(level)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -216,10 +224,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not tokens:
         app.help_print([])
         return _WRONG
-    before = warnings.showwarning
-    _log_plainly()
     try:
-        return app(tokens, print_error=True) or _DONE
+        with _plain_log():
+            return app(tokens, print_error=True) or _DONE
     except CycloptsError:
         return _WRONG
     except (ValueError, TypeError, ImportError, OSError, RuntimeError, MemoryError) as error:
@@ -233,5 +240,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("mfac: interrupted\n")
         return _INTERRUPTED
-    finally:
-        warnings.showwarning = before

@@ -35,7 +35,7 @@ class GradientSource:
         batches: Iterable of batches, as for :func:`mfac.collect_gradients`.
         loss_fn: Loss of (outputs, targets), or None.
         num_grads: m, rows of the Fisher.
-        refresh: How many of them are renewed from the second collection on, in [1, m]; None for a quarter.
+        refresh: How many of them are renewed from the second collection on, in [1, m]; None for all.
         dtype: Of the rows.
         device: Where they are; see :class:`GradientBuffer`.
         mode: ``"eval"``, or ``"train"``: modules are in training mode while gradients are collected.
@@ -75,21 +75,20 @@ class GradientSource:
     ) -> None:
         """Check the arguments."""
         check_functions(loss_fn, forward)
-        self.resize(num_grads, refresh)
+        self.resize(num_grads, num_grads if refresh is None else refresh)
         self.dtype, self.device = check_dtype("dtype", dtype), device
         self._loss_fn, self._forward, self._mode = loss_fn, forward, check_choice("mode", mode, MODES)
         self.batches = BatchStream(batches, torch.initial_seed(), self.num_grads if announce else None)
         self.seconds: float | None = None
 
-    def resize(self, num_grads: int, refresh: int | None) -> None:
+    def resize(self, num_grads: int, refresh: int) -> None:
         """Change the number of rows; all rows are new at the next collection.
 
         Args:
             num_grads: m.
-            refresh: How many of them are renewed from the second collection on; None for a quarter.
+            refresh: How many of them are renewed from the second collection on.
         """
         self.num_grads = check_int("num_grads", num_grads)
-        refresh = max(1, self.num_grads // 4) if refresh is None else refresh
         self.refresh = check_int("refresh", refresh, 1, self.num_grads)
         self._buffer: GradientBuffer | None = None
 

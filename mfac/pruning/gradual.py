@@ -16,7 +16,7 @@ from mfac.checks import check_instance, check_int, check_number, warn
 from mfac.model.names import shorten
 from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.engine import Engine
-from mfac.pruning.masks import check_masks, flatten_masks
+from mfac.pruning.masks import check_masks, flatten_masks, mask_gradients
 from mfac.pruning.plan import PlannedUpdate, plan_updates
 from mfac.pruning.result import PruneResult
 from mfac.pruning.run import run
@@ -391,13 +391,7 @@ class Pruner:
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero; call it before gradients are clipped, whose norm counts them."""
-        masks = self._engine.masks
-        if not masks:
-            return
-        with torch.no_grad():
-            for name, p in self.params.items():
-                if p.grad is not None:
-                    p.grad.masked_fill_(~masks[name].to(p.grad.device), 0)
+        mask_gradients(self.params, self._engine.masks)
 
     def state_dict(self, *, gradients: bool = False, results: bool = False) -> dict[str, Any]:
         """Return what :meth:`load_state_dict` of a Pruner with the same arguments needs to go on as if uninterrupted.

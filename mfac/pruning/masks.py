@@ -32,10 +32,32 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         0.0
     """
     params = named_parameters(model)
-    checked = check_masks("masks", masks, params, NameTable.of_model(model))
+    zero_pruned(params, check_masks("masks", masks, params, NameTable.of_model(model)))
+
+
+def zero_pruned(params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+    """Set pruned weights to zero, with arguments that have been checked.
+
+    Args:
+        params: Name -> parameter.
+        masks: Name -> bool tensor, True = kept, of some of them.
+    """
     with torch.no_grad():
-        for name, mask in checked.items():
+        for name, mask in masks.items():
             params[name].masked_fill_(~mask.to(params[name].device), 0)
+
+
+def mask_gradients(params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+    """Set the gradients of pruned weights to zero.
+
+    Args:
+        params: Name -> parameter.
+        masks: Name -> bool tensor, True = kept, of some of them.
+    """
+    with torch.no_grad():
+        for name, mask in masks.items():
+            if params[name].grad is not None:
+                params[name].grad.masked_fill_(~mask.to(params[name].grad.device), 0)
 
 
 def check_masks(

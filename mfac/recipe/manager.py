@@ -13,7 +13,7 @@ from torch import nn
 from mfac.checks import check_number
 from mfac.model.names import named_parameters
 from mfac.pruning.gradual import Pruner
-from mfac.pruning.masks import sparsity_of
+from mfac.pruning.masks import mask_gradients, sparsity_of
 from mfac.pruning.result import PruneResult
 from mfac.recipe.load import load_recipe
 from mfac.recipe.modifiers import EpochRange, MagnitudePruning, Modifier, Pruning, Target, build
@@ -263,11 +263,7 @@ class Session:
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero; call it before gradients are clipped, whose norm counts them."""
-        masks = self.masks
-        with torch.no_grad():
-            for name, p in self.params.items():
-                if p.grad is not None:
-                    p.grad.masked_fill_(~masks[name].to(p.grad.device), 0)
+        mask_gradients(self.params, self.masks)
 
     def __repr__(self) -> str:
         """Return epoch, sparsity and the Pruners with their next updates."""

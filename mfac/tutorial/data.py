@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 DATASETS = ("digits", "imagenette", "imagefolder")
 IMAGE_SIZE, TRAIN_BATCH, TEST_BATCH = 224, 32, 64  # defaults
+DIGITS_SIZE = 32
+_SMALL = 64  # images up to this size pass the first convolution with stride 1
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of its channels
 _DIGITS_VALIDATION = 360  # of 1797
@@ -203,6 +205,11 @@ def _centre_crop(image: Image, size: int) -> Image:
     return image.resize((size, size), Resampling.BILINEAR, box=(x, y, x + side, y + side))
 
 
+def stem_stride(image_size: int) -> int:
+    """Return the stride of MobileNet's first convolution that suits images of this height and width."""
+    return 1 if image_size <= _SMALL else 2
+
+
 def load_data(
     dataset: str = "digits",
     dataset_path: str | Path | None = None,
@@ -236,7 +243,7 @@ def load_data(
     check_choice("dataset", dataset, DATASETS)
     if dataset == "digits":
         train, validation = Digits(True), Digits(False)
-        num_classes, workers, image_size = 10, 0, 32
+        num_classes, workers, image_size = 10, 0, DIGITS_SIZE
     else:
         if dataset_path is None:
             raise ValueError(
@@ -272,6 +279,6 @@ def load_data(
         loader(train, train_batch_size, True),
         Batches(loader(validation, test_batch_size, False), device),
         num_classes,
-        stem_stride=1 if image_size <= 64 else 2,
+        stem_stride=stem_stride(image_size),
         seed=seed,
     )

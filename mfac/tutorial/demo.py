@@ -17,8 +17,9 @@ from mfac.recipe.load import tutorial_recipes
 from mfac.recipe.manager import Manager
 from mfac.tutorial.compare import Method, Run, write_comparison
 from mfac.tutorial.data import load_data
-from mfac.tutorial.dense import DENSE_EPOCHS, DIGITS_WIDTH, dense_digits
+from mfac.tutorial.dense import DENSE_EPOCHS, dense_digits
 from mfac.tutorial.loop import evaluate, fit
+from mfac.tutorial.settings import DIGITS_WIDTH
 
 _MEASURE_EVERY = 8  # steps of the 44 of an epoch
 

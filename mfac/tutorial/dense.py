@@ -21,7 +21,6 @@ from mfac.tutorial.models import MobileNetV1
 
 # Reaches about 99 % on the validation digits, in about 40 s on one CPU core at this width.
 DENSE_EPOCHS = 10
-DIGITS_WIDTH = 0.35
 _BATCH, _RATE, _MOMENTUM, _DECAY, _SEED = 32, 0.05, 0.9, 5e-4, 0
 
 
@@ -127,6 +126,24 @@ def dense_digits(
     return model
 
 
+def read_weights(name: str, path: str | Path, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """Read a file with a state_dict, or with one under `model` or `state_dict`.
+
+    Args:
+        name: Of the option that names the file, for the error.
+        path: The file.
+        device: Where the tensors go.
+
+    Returns:
+        The state_dict; empty if there is none.
+    """
+    state = read_state(name, path, "a state_dict", device)
+    for key in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    return state if isinstance(state, dict) else {}
+
+
 def read_described(pretrained: str | Path) -> dict[str, Any] | None:
     """Return what a file of weights says of its network, or None: see :meth:`mfac.tutorial.models.Built.description`.
 
@@ -154,12 +171,9 @@ def load_weights(
     Raises:
         ValueError: If there is no such file, or it does not fit the model.
     """
-    state = read_state("pretrained", pretrained, "a state_dict", next(model.parameters()).device)
-    for key in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
+    state = read_weights("pretrained", pretrained, next(model.parameters()).device)
     own = model.state_dict()
-    unmatched = sorted(set(own) ^ set(state if isinstance(state, dict) else ()))
+    unmatched = sorted(set(own) ^ set(state))
     if unmatched:
         raise ValueError(
             f"pretrained: expected the names of the model's weights, got {pretrained}, in which {len(unmatched)} names "

@@ -18,8 +18,8 @@ from mfac.model.names import NameTable
 from mfac.pruning.step import prune_step
 from mfac.recipe.load import load_recipe
 from mfac.recipe.manager import Manager
-from mfac.tutorial.data import Data, load_data
-from mfac.tutorial.dense import DIGITS_WIDTH, load_weights, read_described, read_state, save
+from mfac.tutorial.data import Data, load_data, stem_stride
+from mfac.tutorial.dense import load_weights, read_described, read_weights, save
 from mfac.tutorial.loop import evaluate as measure
 from mfac.tutorial.models import Built, build_model
 from mfac.tutorial.settings import ModelSettings, TrainSettings
@@ -93,8 +93,7 @@ def _entries(value: object) -> list[str]:
 
 def _parameter_names(arch_key: str | None, checkpoint_path: str | None) -> list[str] | None:
     if checkpoint_path is not None:
-        state = read_state("checkpoint_path", checkpoint_path, "a checkpoint or a state_dict", "cpu")
-        state = state.get("model", state.get("state_dict", state)) if isinstance(state, dict) else {}
+        state = read_weights("checkpoint_path", checkpoint_path)
         return [name for name, value in state.items() if isinstance(value, Tensor) and value.dim() > 0]
     if arch_key is None:
         return None
@@ -102,11 +101,10 @@ def _parameter_names(arch_key: str | None, checkpoint_path: str | None) -> list[
 
 
 def _load(checkpoint_path: str, settings: ModelSettings, num_classes: int, stem_stride: int) -> Built:
-    width = (DIGITS_WIDTH if settings.dataset == "digits" else 1.0) if settings.width is None else settings.width
     built = build_model(
         settings.arch_key,
         num_classes,
-        width=width,
+        width=settings.effective_width,
         stem_stride=stem_stride,
         described=read_described(checkpoint_path),
     )
@@ -254,13 +252,12 @@ def export(checkpoint_path: str, output: str, settings: ModelSettings) -> None:
     Raises:
         ValueError: If it is no such file.
     """
-    state = read_state("checkpoint_path", checkpoint_path, "a checkpoint or a state_dict", "cpu")
-    state = state.get("model", state.get("state_dict", state)) if isinstance(state, dict) else {}
+    state = read_weights("checkpoint_path", checkpoint_path)
     matrices = [value for value in state.values() if isinstance(value, Tensor) and value.dim() == 2]
     if not matrices:
         raise ValueError(f"checkpoint_path: expected a model of `mfac train`, got {checkpoint_path}")
-    size = 32 if settings.dataset == "digits" else settings.image_size
-    built = _load(checkpoint_path, settings, len(matrices[-1]), 1 if size <= 64 else 2)  # the last is the classifier
+    size = settings.effective_image_size
+    built = _load(checkpoint_path, settings, len(matrices[-1]), stem_stride(size))  # the last is the classifier
     model = built.model.cpu()
     folder = Path(output)
     save(model.state_dict(), folder / "model.pt")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mfac.tutorial.data import IMAGE_SIZE, TEST_BATCH, TRAIN_BATCH
+from mfac.tutorial.data import DIGITS_SIZE, IMAGE_SIZE, TEST_BATCH, TRAIN_BATCH
+
+DIGITS_WIDTH = 0.35
 
 
 @dataclass(kw_only=True)
@@ -32,6 +34,16 @@ class ModelSettings:
     test_batch_size: int = TEST_BATCH
     loader_num_workers: int = 0
     device: str | None = None
+
+    @property
+    def effective_width(self) -> float:
+        """The multiplier of the channels."""
+        return (DIGITS_WIDTH if self.dataset == "digits" else 1.0) if self.width is None else self.width
+
+    @property
+    def effective_image_size(self) -> int:
+        """Height and width of the images."""
+        return DIGITS_SIZE if self.dataset == "digits" else self.image_size
 
 
 @dataclass(kw_only=True)
@@ -61,6 +73,12 @@ class RunSettings(ModelSettings):
     save_dir: str = "runs"
     save_best_after: int | None = None
     logs_dir: str | None = None
+
+    @property
+    def initial_weights(self) -> str:
+        """``"True"``, ``"False"`` or a path."""
+        given = self.pretrained or str(self.dataset == "digits")
+        return given.capitalize() if given.lower() in ("true", "false") else given
 
 
 @dataclass(kw_only=True)

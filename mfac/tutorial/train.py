@@ -18,7 +18,7 @@ from mfac.pruning.result import write_csv
 from mfac.recipe.load import load_recipe
 from mfac.recipe.manager import Manager, Session
 from mfac.tutorial.data import Data, load_data
-from mfac.tutorial.dense import DIGITS_WIDTH, dense_digits, load_weights, read_described, read_state, save
+from mfac.tutorial.dense import dense_digits, load_weights, read_described, read_state, save
 from mfac.tutorial.download import fetch_imagenette
 from mfac.tutorial.loop import Measurement, evaluate, fit
 from mfac.tutorial.models import Built, build_model
@@ -123,10 +123,8 @@ def initial_model(
     Returns:
         The network.
     """
+    width, pretrained = settings.effective_width, settings.initial_weights
     digits = settings.dataset == "digits"
-    width = (DIGITS_WIDTH if digits else 1.0) if settings.width is None else settings.width
-    pretrained = settings.pretrained or str(digits)
-    pretrained = pretrained.capitalize() if pretrained.lower() in ("true", "false") else pretrained
     if pretrained == "True" and state is None and digits and settings.arch_key == "mobilenet":
         return Built(dense_digits(width, device))
     torch.manual_seed(settings.seed)
@@ -285,9 +283,8 @@ def train(settings: TrainSettings) -> list[Measurement]:
     model = built.model
     if state:
         _restore(model, state["model"], source)
-    elif settings.pretrained in ("False", "false") or (settings.pretrained is None and settings.dataset != "digits"):
-        if manager.prunes:
-            warn("pretrained: the recipe prunes random weights; --pretrained FILE (or True) gives trained ones")
+    elif settings.initial_weights == "False" and manager.prunes:
+        warn("pretrained: the recipe prunes random weights; --pretrained FILE (or True) gives trained ones")
     folder.mkdir(parents=True, exist_ok=True)
     if settings.overwrite:
         for name in _FILES:

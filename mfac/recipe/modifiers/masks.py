@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mfac.model.names import named_parameters
 from mfac.model.targets import prunable_parameters
-from mfac.pruning.masks import check_masks
+from mfac.pruning.masks import check_masks, zero_pruned
 from mfac.pruning.result import PruneResult
 from mfac.pruning.step import prune_step
 from mfac.recipe.modifiers.base import Action, Modifier, Target, flag, names, number, positive
@@ -33,10 +33,7 @@ class _Masked(Action):
         return {name: every[name] for name in self._names}
 
     def enforce(self) -> None:
-        params = self._params()
-        with torch.no_grad():
-            for name, mask in self.masks.items():
-                params[name].masked_fill_(~mask.to(params[name].device), 0)
+        zero_pruned(self._params(), self.masks)
 
     def state_dict(self) -> dict[str, Any]:
         return {"masks": {name: mask.clone() for name, mask in self.masks.items()}}
