@@ -279,3 +279,9 @@ def test_training_loops(how):
     assert sum(int((net[i].weight == 0).sum()) for i in (0, 2)) == 96
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.001] * len(optimizer.param_groups))
     assert all(name.count("_orig_mod") == 0 for name in session.masks)
+
+
+def test_an_update_at_every_step(model):
+    session, _ = apply((PRUNING % "GMPruningModifier").replace("update_frequency: 0.5", "update_frequency: -1"), model)
+    made = [len(session.step((step + 1) / 8)) for step in range(24)]
+    assert made == [0] * 7 + [1] * 9 + [0] * 8 and session.sparsity == 0.75

@@ -22,6 +22,7 @@ from mfac.recipe.modifiers.base import Action, Modifier, Target, flag, names, nu
 from mfac.settings import definitions
 
 _REFRESH_DIVISOR = 16  # of so many gradients one is new at each recomputation
+_EVERY_STEP = 1e-6  # epochs: an update is due at every step
 FROM_PARAM = "__FROM_PARAM__"  # an initial sparsity: what the parameters have when the recipe is applied
 
 # Settings that the format gives in its own way, or that whoever applies the recipe gives.
@@ -94,6 +95,8 @@ class MagnitudePruning(Modifier):
         self.settings = {name: known[name].check(name, plain_number(value)) for name, value in given.items()}
         if self.init_sparsity != FROM_PARAM:
             self.init_sparsity = number("init_sparsity", self.init_sparsity, 0, 1)
+        if plain_number(self.update_frequency) == -1:
+            self.update_frequency = _EVERY_STEP
         self.update_frequency = positive("update_frequency", self.update_frequency)
         check_choice("inter_func", self.inter_func, CURVES)
         self.mask_type = pattern_of(self.mask_type)
