@@ -238,7 +238,9 @@ def test_every_construct_runs_to_the_end():
 
 
 @settings(
-    max_examples=int(os.environ.get("MFAC_FUZZ", "60")), deadline=1000, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=int(os.environ.get("MFAC_FUZZ", "60")),
+    deadline=1000 if "MFAC_FUZZ" in os.environ else None,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 @given(data=st.data())
 def test_no_text_gives_another_error(data):
