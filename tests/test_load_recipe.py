@@ -177,6 +177,11 @@ def test_what_is_given_twice():
     assert load_recipe(text).items[0].arguments == {"end_epoch": 1}
     with pytest.warns(UserWarning, match="recipe line 3: 'a' is given again, with another value than in line 1"):
         assert load_recipe(text.replace("a: &a 1\nm", "a: &a 3\nm")).items[0].arguments == {"end_epoch": 3}
+    text = "modifiers:\n" + 3 * "  - !GMPruningModifier {mask_type: unstructured, mask_type: [1, 4]}\n"
+    with pytest.warns(
+        UserWarning, match=r"recipe line 2: 'mask_type' .* line 2, and 2 such more; the later one counts"
+    ):
+        assert {str(item.arguments) for item in load_recipe(text).items} == {"{'mask_type': [1, 4]}"}
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,9 @@ class _Loader(yaml.SafeLoader):
     Of a key or an anchor that is defined again, the later definition counts; there is a warning if they differ.
     """
 
-    def __init__(self, text: str, name: str) -> None:
+    def __init__(self, text: str) -> None:
         super().__init__(text)
-        self.name_of_text = name
+        self.repeated: list[str] = []  # what is said of keys that are given again
         self._nodes = 0
         self._depth = 0
         self._sizes: dict[str, int] = {}  # nodes of each finished anchor, expanded
@@ -109,10 +109,9 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(node, yaml.ScalarNode) or isinstance(key, (list, dict, set, Item)):
                 raise _Refused(f"expected a number or a string as a key, got a {node.id}", node.start_mark)
             if key in values and not _same(values[key], value):
-                lines = (values[key].start_mark.line + 1, value.start_mark.line + 1)
-                warn(
-                    f"{self.name_of_text} line {lines[1]}: {key!r:.80} is given again, with another value than in line "
-                    f"{lines[0]}; the later one counts"
+                lines = values[key].start_mark.line + 1, value.start_mark.line + 1
+                self.repeated.append(
+                    f"line {lines[1]}: {key!r:.80} is given again, with another value than in line {lines[0]}"
                 )
             values[key] = value
         return mapping
@@ -182,11 +181,15 @@ def load_yaml(text: str, name: str) -> Any:
     if len(text) > _MAX_YAML:
         raise ValueError(f"{name}: expected at most {_MAX_YAML} characters of YAML, got {len(text)}")
     try:
-        loader = _Loader(text, name)
+        loader = _Loader(text)
         try:
-            return loader.get_single_data()
+            value = loader.get_single_data()
         finally:
             loader.dispose()
+        if loader.repeated:
+            more = f", and {len(loader.repeated) - 1} such more" if len(loader.repeated) > 1 else ""
+            warn(f"{name} {loader.repeated[0]}{more}; the later one counts")
+        return value
     except yaml.YAMLError as error:
         if not isinstance(error, yaml.MarkedYAMLError):  # a character that YAML does not allow
             raise ValueError(f"{name}: expected valid YAML, got an error: {' '.join(str(error).split())}") from error
