@@ -25,6 +25,10 @@ class _Lines(tqdm):
     def clear(self, nolock: bool = False) -> None:
         """Nothing: lines stay."""
 
+    def refresh(self, nolock: bool = False, lock_args: tuple | None = None) -> bool:
+        """Write the line when it is time, but not after each `tqdm.write`, which draws bars anew."""
+        return True if nolock else super().refresh(nolock, lock_args)
+
 
 def progress_bar(progress: bool, desc: str, total: int | None = None, leave: bool = False, unit: str = "it") -> tqdm:
     """Return a progress bar: on a terminal or in a notebook a bar, elsewhere a line on stderr every 20 seconds.
