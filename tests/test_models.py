@@ -126,10 +126,12 @@ def test_a_function_of_ones_own(tmp_path, monkeypatch, capsys):
         "  - !GMPruningModifier {params: __ALL_PRUNABLE__, final_sparsity: 0.5, start_epoch: 0, end_epoch: 1}\n"
     )
     command = f"train --recipe-path {tmp_path / 'r.yaml'} --arch-key own_network:net --pretrained False --device cpu "
-    command += f"--save-dir {tmp_path} --max-train-steps 2"
+    command += f"--save-dir {tmp_path} --max-train-steps 2 --export"
     assert main(command.split()) == 0
     captured = capsys.readouterr()
     assert "warning: pretrained: the recipe prunes random weights" in captured.err
     assert "sparsity of 3.weight: 0.500000, asked 0.500000" in captured.out
     assert main(["eval", str(tmp_path / "r" / "model.pt"), "--arch-key", "own_network:net"]) == 0
+    exported = torch.load(tmp_path / "r" / "exported" / "model.pt", weights_only=True)
+    assert int((exported["3.weight"] == 0).sum()) == 2560
     assert main(["train", "--recipe-path", str(tmp_path / "r.yaml"), "--arch-key", "no.such:net"]) == 1

@@ -79,9 +79,14 @@ def train(settings: Annotated[TrainSettings, _Flat]) -> None:
 
     `mfac train --recipe-path R.md --dataset imagefolder --dataset-path DIR --pretrained dense.pt --device cuda`
     """
+    from mfac.tutorial.inspect import export as write
+    from mfac.tutorial.train import run_folder
     from mfac.tutorial.train import train as run
 
     run(settings)
+    if settings.export:
+        folder = run_folder(settings)
+        write(str(folder / "model.pt"), str(folder / "exported"), settings)
 
 
 @app.command

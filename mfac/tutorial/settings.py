@@ -93,6 +93,7 @@ class TrainSettings(RunSettings):
         seed: Seed of the order of images and of random weights.
         resume: Go on with the run of this tag where it stopped.
         overwrite: Replace the run of this tag.
+        export: Write the best model for use elsewhere too, as `mfac export` does, into the subfolder exported.
     """
 
     recipe_path: str
@@ -102,3 +103,4 @@ class TrainSettings(RunSettings):
     seed: int = 0
     resume: bool = False
     overwrite: bool = False
+    export: bool = False

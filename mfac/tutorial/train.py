@@ -70,9 +70,21 @@ def _model_tag(settings: TrainSettings) -> str:
     return tag
 
 
+def run_folder(settings: TrainSettings) -> Path:
+    """Return the folder of a run, `<save_dir>/<model_tag>`.
+
+    Args:
+        settings: The options.
+
+    Returns:
+        The folder, which may not be there.
+    """
+    return Path(settings.save_dir) / _model_tag(settings)
+
+
 def _folder(settings: TrainSettings, tag: str) -> Path:
     """Return the run's folder; that of an earlier run only if this one goes on with it or replaces it."""
-    folder = Path(settings.save_dir) / tag
+    folder = run_folder(settings)
     resumed = settings.checkpoint_path and Path(settings.checkpoint_path).resolve().parent
     if settings.resume or settings.overwrite or folder.resolve() == resumed:
         return folder
