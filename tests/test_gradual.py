@@ -382,25 +382,3 @@ def test_rolling():
         pruner.step()
         counts.append(len(calls))
     assert counts == [0, 6 + 2 + 2]  # the first update is to nothing
-
-
-@pytest.mark.parametrize(
-    ("settings", "asked"),
-    [
-        ({"scope": "layer"}, [0.5, 0.5]),
-        ({"scope": "global"}, [None, None]),
-        ({"scope": "layer", "pattern": "2:4"}, [0.5, 0.5]),
-    ],
-)
-def test_layer_sparsities_are_checked(settings, asked):
-    model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2))
-    pruner = mfac.Pruner(model, sparsity=0.5, end=1, criterion="magnitude", **settings)
-    assert pruner.layer_sparsities() == {"0.weight": (None, 0.0), "1.weight": (None, 0.0)}
-    pruner.step()
-    found = pruner.layer_sparsities()
-    assert [pair[0] for pair in found.values()] == asked
-    assert sum(pair[1] * n for pair, n in zip(found.values(), (32, 8), strict=True)) == 20
-    with torch.no_grad():
-        model[0].weight.fill_(1)
-    with pytest.raises(RuntimeError, match=r"model: expected the pruned weights of '0.weight' to be zero"):
-        pruner.layer_sparsities()

@@ -8,6 +8,8 @@ import torch
 from test_gradual import SIZES, make, make_model, sgd, train, zeros
 from torch import nn
 
+import mfac
+
 
 def test_state_dict_continues_identically():
     """Saved in the middle of the schedule and resumed by new objects: the same bits as without a break."""
@@ -183,3 +185,25 @@ def test_bad_state(unchanged, state, message):
     assert all(torch.equal(after["masks"][name], before["masks"][name]) for name in SIZES)
     assert all(after[key] == before[key] for key in ("calls", "last", "reached"))
     assert repr(after["source"]) == repr(before["source"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        ({"scope": "layer"}, [0.5, 0.5]),
+        ({"scope": "global"}, [None, None]),
+        ({"scope": "layer", "pattern": "2:4"}, [0.5, 0.5]),
+    ],
+)
+def test_layer_sparsities_are_checked(settings, asked):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2))
+    pruner = mfac.Pruner(model, sparsity=0.5, end=1, criterion="magnitude", **settings)
+    assert pruner.layer_sparsities() == {"0.weight": (None, 0.0), "1.weight": (None, 0.0)}
+    pruner.step()
+    found = pruner.layer_sparsities()
+    assert [pair[0] for pair in found.values()] == asked
+    assert sum(pair[1] * n for pair, n in zip(found.values(), (32, 8), strict=True)) == 20
+    with torch.no_grad():
+        model[0].weight.fill_(1)
+    with pytest.raises(RuntimeError, match=r"model: expected the pruned weights of '0.weight' to be zero"):
+        pruner.layer_sparsities()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mfac.checks import check_choice, warn
 from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.gradual import Pruner
+from mfac.pruning.masks import merge_masks
 from mfac.recipe.manager import Manager, Session
 
 UNITS = ("step", "epoch")
@@ -85,11 +86,8 @@ def full_state(pruner: Pruner | Session) -> dict[str, Any]:
 
 def masks_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the masks that are held, in the state of a Pruner or a Session."""
-    masks: dict[str, Tensor] = {}
-    for part in state.get("actions", [state]):
-        for name, mask in ({} if part.get("released") else part.get("masks", {})).items():
-            masks[name] = masks[name] & mask if name in masks else mask
-    return masks
+    parts = state.get("actions", [state])
+    return merge_masks(part.get("masks", {}) for part in parts if not part.get("released"))
 
 
 def warn_if_dense(pruner: Pruner | Session, model: nn.Module) -> None:

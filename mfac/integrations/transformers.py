@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ class PrunerCallback(TrainerCallback):
         # Trainer clips gradients before it calls any callback.
         every = self.pruner.params if isinstance(self.pruner, Pruner) else named_parameters(model)
         trained = {name: p for name, p in every.items() if p.requires_grad}
-        self._masking = [_MaskGradient(self.pruner, name) for name in trained]
+        self._masking = [_MaskGradient(name) for name in trained]
         pairs = zip(trained.values(), self._masking, strict=True)
         self._hooks = [p.register_post_accumulate_grad_hook(mask) for p, mask in pairs]
 
@@ -158,8 +158,9 @@ class PrunerCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Let the hooks mask the gradients of this step."""
+        masks = self.pruner.masks  # which do not change within a step
         for mask in self._masking:
-            mask.remaining = args.gradient_accumulation_steps
+            mask.remaining, mask.masks = args.gradient_accumulation_steps, masks
 
     def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Hold the masks, and prune if an update is due."""
@@ -188,14 +189,15 @@ class _MaskGradient:
     Training that is interrupted leaves the hook behind: it does nothing then.
     """
 
-    def __init__(self, pruner: Pruner | Session, name: str) -> None:
-        self._pruner, self._name = pruner, name
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.masks: Mapping[str, Tensor] = {}  # of the current step
         self.remaining = 0  # backward passes of the current step
 
     def __call__(self, p: nn.Parameter) -> None:
         if not self.remaining:
             return
         self.remaining -= 1
-        mask = self._pruner.masks.get(self._name)
+        mask = self.masks.get(self._name)
         if mask is not None and p.grad is not None:
             p.grad.masked_fill_(~mask.to(p.grad.device), 0)

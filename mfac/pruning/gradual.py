@@ -434,6 +434,16 @@ class Pruner:
         Raises:
             ValueError: If it belongs to other parameters, sparsities or settings; nothing is changed then.
         """
+        self.restore(state, strict)
+        self.apply_masks()
+
+    def restore(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Do as :meth:`load_state_dict`, but leave the weights as they are.
+
+        Args:
+            state: From :meth:`state_dict`.
+            strict: See :meth:`load_state_dict`.
+        """
         self.check_state_dict(state, strict)
         engine, params = self._engine, self.params
         results = [(time, PruneResult.from_dict(values)) for time, values in state.get("results", ())]
@@ -450,7 +460,6 @@ class Pruner:
         self._calls, self._updates = state["calls"], state["updates"]
         self._time, self._last = state["time"], state["last"]
         self.results = results
-        self.apply_masks()
 
     def check_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Check a state without loading it.

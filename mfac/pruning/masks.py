@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,22 @@ def zero_pruned(params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> No
     with torch.no_grad():
         for name, mask in masks.items():
             params[name].masked_fill_(~mask.to(params[name].device), 0)
+
+
+def merge_masks(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the masks of several holders together: a weight is kept where all of them keep it.
+
+    Args:
+        parts: Name -> bool tensor, True = kept, of each.
+
+    Returns:
+        Name -> mask.
+    """
+    masks: dict[str, Tensor] = {}
+    for part in parts:
+        for name, mask in part.items():
+            masks[name] = masks[name] & mask if name in masks else mask
+    return masks
 
 
 def mask_gradients(params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:

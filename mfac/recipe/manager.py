@@ -13,9 +13,9 @@ from torch import nn
 from mfac.checks import check_number
 from mfac.model.names import named_parameters
 from mfac.pruning.gradual import Pruner
-from mfac.pruning.masks import mask_gradients, sparsity_of
+from mfac.pruning.masks import mask_gradients, merge_masks, sparsity_of
 from mfac.pruning.result import PruneResult
-from mfac.recipe.load import load_recipe
+from mfac.recipe.load import Recipe, load_recipe
 from mfac.recipe.modifiers import EpochRange, MagnitudePruning, Modifier, Pruning, Target, build
 from mfac.recipe.modifiers.base import Action
 from mfac.recipe.modifiers.optimizer import Write
@@ -29,7 +29,7 @@ class Manager:
 
     Args:
         modifiers: The recipe's modifiers, in order.
-        metadata: What the recipe's `__metadata__` holds.
+        recipe: What they were made of.
 
     Example:
         >>> manager = Manager.from_recipe('''
@@ -47,9 +47,9 @@ class Manager:
         0.5
     """
 
-    def __init__(self, modifiers: list[Modifier], metadata: Any = None) -> None:
+    def __init__(self, modifiers: list[Modifier], recipe: Recipe | None = None) -> None:
         self.modifiers = modifiers
-        self.metadata = metadata
+        self.recipe = recipe
 
     @classmethod
     def from_recipe(
@@ -72,7 +72,7 @@ class Manager:
         """
         recipe = load_recipe(source, recipe_args)
         modifiers = [build(item, strict, recipe.name) for item in recipe.items]
-        return cls([modifier for modifier in modifiers if modifier is not None], recipe.metadata)
+        return cls([modifier for modifier in modifiers if modifier is not None], recipe)
 
     @property
     def epochs(self) -> float:
@@ -236,11 +236,7 @@ class Session:
     @property
     def masks(self) -> dict[str, torch.Tensor]:
         """Parameter name -> bool tensor, True where a weight is kept; empty before the first update."""
-        masks: dict[str, torch.Tensor] = {}
-        for action in self._actions:
-            for name, mask in action.masks.items():
-                masks[name] = masks[name] & mask if name in masks else mask
-        return masks
+        return merge_masks(action.masks for action in self._actions)
 
     @property
     def params(self) -> dict[str, nn.Parameter]:
@@ -263,7 +259,7 @@ class Session:
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero; call it before gradients are clipped, whose norm counts them."""
-        mask_gradients(self.params, self.masks)
+        mask_gradients(named_parameters(self.model), self.masks)
 
     def __repr__(self) -> str:
         """Return epoch, sparsity and the Pruners with their next updates."""

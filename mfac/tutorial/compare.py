@@ -169,6 +169,18 @@ def plot(dense_top1: float, runs: Sequence[Run], path: Path, title: str) -> None
     figure.savefig(path)
 
 
+def check_matplotlib() -> None:
+    """Check, before hours of work, that what draws their result is there.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401 (looked for only)
+    except ImportError as error:
+        raise ImportError(install_hint("matplotlib, which draws the comparison,", "demo")) from error
+
+
 def write_comparison(dense_top1: float, runs: Sequence[Run], folder: Path, title: str) -> str:
     """Write `comparison.txt`, `comparison.png` and a CSV file per run.
 
@@ -256,10 +268,7 @@ def compare(recipes: Sequence[str], settings: RunSettings, seeds: int = 1) -> li
         ValueError: If there are no recipes, or `save_dir` holds a comparison with other options; and as for `train`.
         ImportError: If matplotlib is not installed.
     """
-    try:
-        import matplotlib  # noqa: F401 (needed at the end: say so at the start)
-    except ImportError as error:
-        raise ImportError(install_hint("matplotlib, which draws the comparison,", "demo")) from error
+    check_matplotlib()
     if not recipes:
         raise ValueError("recipes: expected at least one, got none")
     check_int("seeds", seeds)

@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from mfac.extras import install_hint
 from mfac.ops.backend import select_backend
 from mfac.recipe.load import tutorial_recipes
 from mfac.recipe.manager import Manager
-from mfac.tutorial.compare import Method, Run, write_comparison
+from mfac.tutorial.compare import Method, Run, check_matplotlib, write_comparison
 from mfac.tutorial.data import load_data
 from mfac.tutorial.dense import DENSE_EPOCHS, dense_digits
 from mfac.tutorial.loop import evaluate, fit
@@ -112,10 +111,7 @@ def demo(
     Raises:
         ImportError: If matplotlib or scikit-learn is not installed.
     """
-    try:
-        import matplotlib  # noqa: F401 (needed at the end: say so at the start)
-    except ImportError as error:
-        raise ImportError(install_hint("matplotlib, which draws the comparison,", "demo")) from error
+    check_matplotlib()
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     dense = dense_digits(width, epochs=dense_epochs)

@@ -16,14 +16,13 @@ from mfac.checks import suggestion
 from mfac.gradients.collect import collect_gradients
 from mfac.model.names import NameTable
 from mfac.pruning.step import prune_step
-from mfac.recipe.load import load_recipe
 from mfac.recipe.manager import Manager
-from mfac.tutorial.data import Data, load_data, stem_stride
+from mfac.tutorial.data import Data, stem_stride
 from mfac.tutorial.dense import load_weights, read_described, read_weights, save
 from mfac.tutorial.loop import evaluate as measure
 from mfac.tutorial.models import Built, build_model
 from mfac.tutorial.settings import ModelSettings, TrainSettings
-from mfac.tutorial.train import dataset_path, find_device, initial_model, load_run_data
+from mfac.tutorial.train import find_device, initial_model, load_images
 
 _MAX_SHOWN = 8  # updates of a plan
 _KEYWORDS = ("__ALL__", "__ALL_PRUNABLE__")
@@ -50,7 +49,8 @@ def lint(
     Raises:
         ValueError: If the recipe is wrong, or names parameters that the model does not have.
     """
-    manager, loaded = Manager.from_recipe(recipe, recipe_args, strict=strict), load_recipe(recipe, recipe_args)
+    manager = Manager.from_recipe(recipe, recipe_args, strict=strict)
+    loaded = manager.recipe
     tqdm.write(f"{loaded.name}: {len(manager.modifiers)} modifiers, {manager.epochs:g} epochs of training")
     for item in loaded.items:
         arguments = ", ".join(f"{key}={_short(value)}" for key, value in item.arguments.items())
@@ -124,15 +124,7 @@ def evaluate(checkpoint_path: str, settings: ModelSettings) -> tuple[float, floa
     Returns:
         Mean cross entropy, top-1 and top-5 accuracy in per cent.
     """
-    data = load_data(
-        settings.dataset,
-        dataset_path(settings),
-        image_size=settings.image_size,
-        train_batch_size=1,
-        test_batch_size=settings.test_batch_size,
-        workers=settings.loader_num_workers,
-        device=find_device(settings.device),
-    )
+    data = load_images(settings, find_device(settings.device), train_batch_size=1)
     built = _load(checkpoint_path, settings, data.num_classes, data.stem_stride)
     data.normalize(built.mean, built.std)
     model = built.model
@@ -160,7 +152,7 @@ def plan(recipe: str, settings: TrainSettings) -> None:
             raise ValueError(f"plan: expected options of a new run, got --{name.replace('_', '-')}")
     manager = Manager.from_recipe(recipe, settings.recipe_args)
     device = find_device(settings.device)
-    data = load_run_data(settings, device)
+    data = load_images(settings, device, settings.train_batch_size, settings.seed)
     model = initial_model(settings, data, device).model
     optimizer = torch.optim.Adam(model.parameters())
     session = manager.apply(model, optimizer, data.gradients, F.cross_entropy)

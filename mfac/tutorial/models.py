@@ -145,9 +145,8 @@ def mobilenet_from_timm(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
     renamed: dict[str, torch.Tensor] = {}
     for name, value in state.items():
         for pattern, ours in _FROM_TIMM:
-            new, count = pattern.subn(ours, name, count=1)
-            if count and pattern.match(name):
-                renamed[new] = value
+            if pattern.match(name):
+                renamed[pattern.sub(ours, name, count=1)] = value
                 break
         else:
             raise ValueError(f"state: expected the names of timm's {_TIMM_MOBILENET}, got {name!r:.80}")

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from mfac._build import cache_dir
 from mfac.checks import check_int, check_number, check_positive, warn
 from mfac.pruning.result import write_csv
-from mfac.recipe.load import load_recipe
 from mfac.recipe.manager import Manager, Session
 from mfac.tutorial.data import Data, load_data
 from mfac.tutorial.dense import dense_digits, load_weights, read_described, read_state, save
@@ -82,7 +81,7 @@ def run_folder(settings: TrainSettings) -> Path:
     return Path(settings.save_dir) / _model_tag(settings)
 
 
-def _folder(settings: TrainSettings, tag: str) -> Path:
+def _folder(settings: TrainSettings) -> Path:
     """Return the run's folder; that of an earlier run only if this one goes on with it or replaces it."""
     folder = run_folder(settings)
     resumed = settings.checkpoint_path and Path(settings.checkpoint_path).resolve().parent
@@ -90,8 +89,8 @@ def _folder(settings: TrainSettings, tag: str) -> Path:
         return folder
     if any((folder / name).exists() for name in _FILES):
         raise ValueError(
-            f"model_tag: expected the name of a new run, got {tag!r}: {folder} holds an earlier one; --resume goes on "
-            "with it, --overwrite replaces it"
+            f"model_tag: expected the name of a new run, got {folder.name!r}: {folder} holds an earlier one; "
+            "--resume goes on with it, --overwrite replaces it"
         )
     return folder
 
@@ -209,12 +208,14 @@ def dataset_path(settings: ModelSettings) -> str | Path | None:
     return fetch_imagenette(settings.dataset_path or cache_dir() / "datasets", settings.image_size)
 
 
-def load_run_data(settings: TrainSettings, device: torch.device) -> Data:
-    """Return the data of a run.
+def load_images(settings: ModelSettings, device: torch.device, train_batch_size: int, seed: int = 0) -> Data:
+    """Return the data that the options name.
 
     Args:
         settings: The options.
         device: Where batches go.
+        train_batch_size: Images per training step.
+        seed: Of the order of the training images.
 
     Returns:
         The data.
@@ -223,11 +224,11 @@ def load_run_data(settings: TrainSettings, device: torch.device) -> Data:
         settings.dataset,
         dataset_path(settings),
         image_size=settings.image_size,
-        train_batch_size=settings.train_batch_size,
+        train_batch_size=train_batch_size,
         test_batch_size=settings.test_batch_size,
         workers=settings.loader_num_workers,
         device=device,
-        seed=settings.seed,
+        seed=seed,
     )
 
 
@@ -241,7 +242,7 @@ def measure_initial(settings: TrainSettings) -> tuple[float, float, float]:
         Mean cross entropy, top-1 and top-5 accuracy in per cent, on the validation images.
     """
     device = find_device(settings.device)
-    data = load_run_data(settings, device)
+    data = load_images(settings, device, settings.train_batch_size, settings.seed)
     return evaluate(initial_model(settings, data, device).model, data.validation)
 
 
@@ -279,10 +280,9 @@ def train(settings: TrainSettings) -> list[Measurement]:
         if settings.resume and getattr(settings, name):
             raise ValueError(f"resume: expected it without --{name.replace('_', '-')}, got both")
     manager = Manager.from_recipe(settings.recipe_path, settings.recipe_args)
-    tag = _model_tag(settings)
     device = find_device(settings.device)
-    folder = _folder(settings, tag)
-    recipe = str(load_recipe(settings.recipe_path, settings.recipe_args))
+    folder = _folder(settings)
+    recipe = str(manager.recipe)
     state = _checkpoint(settings, folder, device, recipe)
     source = settings.checkpoint_path or str(folder / "checkpoint.pt")
     if state and not settings.one_shot and state["epoch"] + 1 >= manager.epochs:
@@ -290,7 +290,7 @@ def train(settings: TrainSettings) -> list[Measurement]:
             f"checkpoint_path: expected training left to do, got {source}, which has completed the recipe's "
             f"{manager.epochs:g} epochs"
         )
-    data = load_run_data(settings, device)
+    data = load_images(settings, device, settings.train_batch_size, settings.seed)
     built = initial_model(settings, data, device, state)
     model = built.model
     if state:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from mfac.checks import check_number
 from mfac.pruning.result import PruneResult
 
+ROUNDING = 1e-9  # of epochs as floats, in cycles and phases
+
 
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
     """Check a finite number; numeric strings count, because YAML 1.1 reads `1e-7` as a string.

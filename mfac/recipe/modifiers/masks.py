@@ -15,10 +15,8 @@ from mfac.model.targets import prunable_parameters
 from mfac.pruning.masks import check_masks, zero_pruned
 from mfac.pruning.result import PruneResult
 from mfac.pruning.step import prune_step
-from mfac.recipe.modifiers.base import Action, Modifier, Target, flag, names, number, positive
+from mfac.recipe.modifiers.base import ROUNDING, Action, Modifier, Target, flag, names, number, positive
 from mfac.recipe.modifiers.pruning import pattern_of
-
-_ROUNDING = 1e-9  # of epochs as floats, in phases
 
 
 class _Masked(Action):
@@ -118,7 +116,7 @@ class ACDCPruning(Modifier):
             setattr(self, name, flag(name, getattr(self, name)))
         self.mask_type = pattern_of(self.mask_type)
         start = max(self.start_epoch, 0.0)
-        phases = math.ceil((self.end_epoch - start) / self.update_frequency - _ROUNDING)
+        phases = math.ceil((self.end_epoch - start) / self.update_frequency - ROUNDING)
         if phases < 2:
             raise ValueError(
                 f"update_frequency: expected room for a dense and a sparse phase between start_epoch = {start:g} and "
@@ -129,7 +127,7 @@ class ACDCPruning(Modifier):
     def phase(self, epoch: float) -> int:
         """Return the number of the phase, even for a dense one; it ends in the last sparse one."""
         done = epoch - max(self.start_epoch, 0.0)
-        return min(math.floor(done / self.update_frequency + _ROUNDING), self.phases - 1)
+        return min(math.floor(done / self.update_frequency + ROUNDING), self.phases - 1)
 
     def settled(self, end: float) -> float:
         """Return the epoch at which the last sparse phase begins."""

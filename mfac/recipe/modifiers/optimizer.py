@@ -11,7 +11,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from mfac.checks import check_choice, check_int
-from mfac.recipe.modifiers.base import Action, Modifier, Target, number, plain_number, positive
+from mfac.recipe.modifiers.base import ROUNDING, Action, Modifier, Target, number, plain_number, positive
 
 
 def _linear(x: float) -> float:
@@ -28,7 +28,6 @@ _SCHEDULERS: dict[str, Callable[..., lr_scheduler.LRScheduler]] = {
     name: getattr(lr_scheduler, name)
     for name in ("StepLR", "MultiStepLR", "ExponentialLR", "CosineAnnealingWarmRestarts")
 }
-_ROUNDING = 1e-9  # of epochs as floats
 _MAX_EPOCHS = 10**5  # of a torch scheduler, which is stepped epoch by epoch
 
 
@@ -141,39 +140,39 @@ class Write(Action):
 
 
 @dataclass(kw_only=True)
-class SetLearningRate(OptimizerSetting):
-    """Set the learning rate once: a scheduler of the training program may change it afterwards."""
+class SetOnce(OptimizerSetting):
+    """Set a value once: a scheduler of the training program may change it afterwards."""
 
-    key = "lr"
-
-    learning_rate: float
+    argument: ClassVar[str]  # the recipe's name for the value
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        self.learning_rate = number("learning_rate", self.learning_rate, 0)
+        setattr(self, self.argument, number(self.argument, getattr(self, self.argument), 0))
 
     def value(self, epoch: float) -> float:
         """Return the value."""
-        return self.learning_rate
+        return getattr(self, self.argument)
 
 
 @dataclass(kw_only=True)
-class SetWeightDecay(OptimizerSetting):
-    """Set the weight decay once."""
+class SetLearningRate(SetOnce):
+    """Set the learning rate."""
+
+    key = "lr"
+    argument = "learning_rate"
+
+    learning_rate: float
+
+
+@dataclass(kw_only=True)
+class SetWeightDecay(SetOnce):
+    """Set the weight decay."""
 
     key = "weight_decay"
+    argument = "weight_decay"
 
     weight_decay: float
-
-    def __post_init__(self) -> None:
-        """Check the arguments."""
-        super().__post_init__()
-        self.weight_decay = number("weight_decay", self.weight_decay, 0)
-
-    def value(self, epoch: float) -> float:
-        """Return the value."""
-        return self.weight_decay
 
 
 @dataclass(kw_only=True)
@@ -209,7 +208,7 @@ class LearningRateFunction(OptimizerSetting):
         start = max(self.start_epoch, 0.0)
         done, length = min(epoch, self.end_epoch) - start, self.end_epoch - start
         if self.lr_func == "cyclic_linear" and epoch < self.end_epoch:
-            cycle = math.floor(done / self.cycle_epochs + _ROUNDING)
+            cycle = math.floor(done / self.cycle_epochs + ROUNDING)
             done = max(done, cycle * self.cycle_epochs)
             done, length = done - cycle * self.cycle_epochs, min(length - cycle * self.cycle_epochs, self.cycle_epochs)
         return self.init_lr + (self.final_lr - self.init_lr) * _FUNCTIONS[self.lr_func](done / length)
@@ -243,13 +242,6 @@ class LearningRate(OptimizerSetting):
         self._rates: list[float] = []
         self._rate(1)
 
-    def _make(self) -> tuple[torch.optim.Optimizer, lr_scheduler.LRScheduler]:
-        optimizer = torch.optim.SGD([torch.zeros(())], lr=self.init_lr)
-        try:
-            return optimizer, _SCHEDULERS[self.lr_class](optimizer, **self.lr_kwargs)
-        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise ValueError(f"lr_kwargs: expected arguments of {self.lr_class}, got an error: {error}") from error
-
     @property
     def until(self) -> float:
         """The epoch from which on the setting is left alone."""
@@ -257,16 +249,17 @@ class LearningRate(OptimizerSetting):
 
     def value(self, epoch: float) -> float:
         """Return the value at an epoch: that of the last whole epoch since the start."""
-        return self._rate(math.floor(max(min(epoch, self.until) - max(self.start_epoch, 0.0), 0.0) + _ROUNDING))
+        return self._rate(math.floor(max(min(epoch, self.until) - max(self.start_epoch, 0.0), 0.0) + ROUNDING))
 
     def _rate(self, index: int) -> float:
         """Return the rate of an epoch; those before are kept."""
         if index > _MAX_EPOCHS:
             raise ValueError(f"epoch: expected at most {_MAX_EPOCHS} epochs of {self.lr_class}, got {index}")
         if index >= len(self._rates):
-            optimizer, scheduler = self._make()
+            optimizer = torch.optim.SGD([torch.zeros(())], lr=self.init_lr)
             rates: list[float] = []
             try:
+                scheduler = _SCHEDULERS[self.lr_class](optimizer, **self.lr_kwargs)
                 for _ in range(index + 1):
                     rates.append(float(optimizer.param_groups[0]["lr"]))
                     optimizer.step()

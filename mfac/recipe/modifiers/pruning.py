@@ -215,12 +215,8 @@ class Pruning(Action):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the Pruner's state, and enforce its masks if they are held."""
-        weights = {name: p.detach().clone() for name, p in self.pruner.params.items()}
-        self.pruner.load_state_dict(state)
-        if self.released:
-            with torch.no_grad():
-                for name, p in self.pruner.params.items():
-                    p.copy_(weights[name])
+        self.pruner.restore(state)
+        self.enforce()
 
 
 @dataclass(kw_only=True)
