@@ -1,11 +1,12 @@
 """`make gpu`: build, test and time the kernels on an NVIDIA GPU; a table last.
 
-Tests: those of every op with the tensors on CUDA, opcheck, the library end to end, host memory paging; small ones again
-under compute-sanitizer (memcheck, racecheck) where that runs. Times: medians by CUDA events. The floor of a row is the
-larger of its flops over the rate of a matrix product and its bytes over the bandwidth of a copy, both of this run.
+Tests: those of every op with the tensors on CUDA, opcheck, the library end to end, gradients in host memory; small ones
+again under compute-sanitizer (memcheck, racecheck) where that runs. Times: medians by CUDA events. The floor of a row is
+the larger of its flops over the rate of a matrix product and its bytes over the bandwidth of a copy, both of this run.
 """
 
 import argparse
+import importlib.util
 import os
 import shutil
 import statistics
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 OPS = [f"tests/test_{name}.py" for name in (
     "block_factor", "inverse_diagonal", "inverse_product", "joint_update", "joint_step", "independent_update",
-    "quadratic_form", "group_saliency", "select_smallest", "ops", "devices", "paging",
+    "quadratic_form", "group_saliency", "select_smallest", "ops", "devices", "offload",
 )]  # fmt: skip
 RESNET50 = 25_500_000  # weights of its layers
 
@@ -34,13 +35,19 @@ def pytest(*arguments, before=()):
 
 
 def run_tests():
-    """Return an exit status; compute-sanitizer's counts where it can run."""
-    status = pytest("-k", "not reference and not threads", *OPS)
+    """Return an exit status; in parallel where pytest-xdist is installed."""
+    parallel = ["-n", str(min(8, os.cpu_count()))] if importlib.util.find_spec("xdist") else []
+    return pytest(*parallel, "-k", "not reference and not threads", *OPS)
+
+
+def run_sanitizers():
+    """Return an exit status; 0 where compute-sanitizer cannot run."""
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     probe = [sanitizer, sys.executable, "-c", "import torch; torch.ones(1, device='cuda').sum().item()"]
     if not Path(sanitizer).exists() or subprocess.run(probe, capture_output=True).returncode:
         print("compute-sanitizer is not here, or does not run: left out")
-        return status
+        return 0
+    status = 0
     for tool in ("memcheck", "racecheck"):
         before = [sanitizer, "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
         status |= pytest("-k", "opcheck and cuda", "tests/test_ops.py", before=before)
@@ -156,7 +163,7 @@ def step_rows(rates):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="where the table goes")
-    parser.add_argument("--only", choices=["tests", "times"], help="one of the two parts")
+    parser.add_argument("--only", choices=["tests", "sanitizers", "times"], help="one of the parts")
     options = parser.parse_args()
     if torch is None or not torch.cuda.is_available():
         what = "no torch" if torch is None else "no NVIDIA GPU that torch can use"
@@ -169,10 +176,10 @@ def main():
     if status or not ops.load()["cuda"]:
         print("make gpu: the CUDA kernels are not built; see `cuda kernels` above")
         return 1
-    if options.only != "times":
-        status = run_tests()
-    if options.only != "tests":
-        status |= run_times(options.output)
+    parts = {"tests": run_tests, "sanitizers": run_sanitizers, "times": lambda: run_times(options.output)}
+    for name, run in parts.items():
+        if options.only in {None, name}:
+            status |= run()
     return status
 
 

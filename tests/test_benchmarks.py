@@ -49,6 +49,13 @@ def test_names_taken_from_mfac(name):
                     importlib.import_module(f"{node.module}.{alias.name}")
 
 
+def test_gpu_names_test_files_that_there_are(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "path", list(sys.path))  # which gpu.py extends
+    for name in importlib.import_module("gpu").OPS:
+        assert (BENCHMARKS.parent / name).is_file(), name
+
+
 def test_gpu_without_a_gpu():
     assert "nothing to do" in run(str(BENCHMARKS / "gpu.py"))
 
