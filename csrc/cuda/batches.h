@@ -109,13 +109,15 @@ struct Factor {
 // G, its partition into blocks of columns, and the columns in use of each.
 class Blocks {
  public:
-  Blocks(const Tensor& given, double damping, int64_t size, const OptionalTensor& active)
+  Blocks(const Tensor& given, double damping, int64_t size, const OptionalTensor& active,
+         c10::string_view precision_name = "highest")
       : grads(given.stride(1) == 1 || given.size(1) <= 1 ? given : given.contiguous()),
         m(grads.size(0)),
         d(grads.size(1)),
         block_size(std::max<int64_t>(1, std::min(size, d))),
         count((d + block_size - 1) / block_size),
         ridge(static_cast<double>(m) * damping),
+        precision(precision_name, grads),
         limit(temporaries_bytes()),
         layout{d, block_size},
         in_use(count, static_cast<int32_t>(block_size)),
@@ -144,9 +146,9 @@ class Blocks {
   }
 
   // Calls f for batches of the blocks that have columns in use, or of those of them that are `chosen`: as many at a
-  // time as fit in `limit` bytes with their columns packed, or, for an f that packs nothing, all of a side.
+  // time as fit in `limit` bytes with what factoring them takes, or, for an f that does not, all of a side.
   template <typename F>
-  void for_each_batch(const std::vector<bool>& chosen, const F& f, bool packs = true) const {
+  void for_each_batch(const std::vector<bool>& chosen, const F& f, bool factors = true) const {
     for (const bool side : {true, false}) {
       std::vector<int32_t> list;
       for (int64_t b = 0; b < count; ++b)
@@ -157,11 +159,13 @@ class Blocks {
       for (size_t first = 0, last; first < list.size(); first = last) {
         int64_t width = 0, order = 0;
         for (last = first; last < list.size(); ++last) {
-          // Tensor cores need rows of a multiple of 16 elements for full speed; the Fisher side's matrix must not grow.
-          const int64_t own = side ? (in_use[list[last]] + 15) / 16 * 16 : in_use[list[last]];
+          // cuBLAS needs rows of a multiple of 16 elements for full speed; the Fisher side's matrix must not grow.
+          const bool pads = side && !precision.exact;
+          const int64_t own = pads ? (in_use[list[last]] + 15) / 16 * 16 : in_use[list[last]];
           const int64_t wider = std::max(width, own), n = side ? m : wider;
-          const int64_t bytes = 8 * (2 * m * wider + 4 * n * n) * static_cast<int64_t>(last - first + 1);
-          if (packs && last > first && bytes > limit) break;
+          const int64_t packed = precision.exact ? 0 : 16 * m * wider;  // its products included
+          const int64_t bytes = (packed + 24 * n * n) * static_cast<int64_t>(last - first + 1);
+          if (factors && last > first && bytes > limit) break;
           width = wider;
           order = n;
         }
@@ -171,10 +175,13 @@ class Blocks {
     }
   }
 
-  // Calls f for ranges of the batch's columns that fit in `limit` bytes: a single one, unless a block is wide.
+  // Calls f for ranges of the batch's columns that fit in `limit` bytes, packed, or with their sums if nothing is packed:
+  // a single one, unless a block is wide.
   template <typename F>
   void for_each_chunk(const Batch& batch, const F& f) const {
-    const int64_t max_columns = std::max<int64_t>(256, limit / 2 / (8 * m * batch.tile.count));
+    const int64_t packed = std::max<int64_t>(256, limit / 2 / (8 * m * batch.tile.count));
+    const int64_t sums = std::max<int64_t>(2, limit / 2 / (8 * m * m * batch.tile.count)) * kGramSplit;
+    const int64_t max_columns = precision.exact ? sums : packed;
     const int64_t step = batch.capacitance ? max_columns : batch.tile.width;  // the Fisher side has few columns
     Tile chunk = batch.tile;
     for (chunk.first = 0; chunk.first < batch.tile.width; chunk.first += step) {
@@ -184,7 +191,7 @@ class Blocks {
   }
 
   // The columns of a tile packed, [count, m, width]; a view of bfloat16 gradients that are laid out like that already.
-  Terms packed(const Layout& list, const Tile& tile, const Precision& precision) const {
+  Terms packed(const Layout& list, const Tile& tile) const {
     Tensor out;
     if (count == 1 && !list.columns && !precision.exact && grads.scalar_type() == at::kBFloat16)
       return {grads.narrow(1, tile.first, tile.width).unsqueeze(0)};
@@ -202,20 +209,17 @@ class Blocks {
   }
 
   // L, and L⁻¹ if `invert`, of the batch's matrices.
-  Factor factor(const Batch& batch, const Precision& precision, bool invert) const {
+  Factor factor(const Batch& batch, bool invert) const {
     Tensor a;
     for_each_chunk(batch, [&](const Tile& chunk) {
-      const Terms g = packed(layout, chunk, precision);
-      const Tensor product = batch.capacitance ? multiply(g, transposed(g)) : multiply(transposed(g), g);
-      a = a.defined() ? a.add_(product) : product.to(at::kDouble);
+      const Tensor sum = precision.exact ? gram_of(batch, chunk) : product_of(batch, chunk);
+      a = a.defined() ? a.add_(sum) : sum.to(at::kDouble);
     });
-    if (batch.order > kMaxOrder) return library_factor(a, batch.ids, precision, invert);
+    if (batch.order > kMaxOrder) return library_factor(a, batch.ids, invert);
     Factor out{at::empty_like(a), invert ? at::empty_like(a) : Tensor()};
-    Tensor scratch = at::empty_like(a);
     cholesky(a.const_data_ptr<double>(), batch.tile.count, batch.order, ridge, precision.rounding, batch.tile.ids,
-             scratch.mutable_data_ptr<double>(), out.l.mutable_data_ptr<double>(),
-             invert ? out.inverse.mutable_data_ptr<double>() : nullptr, failed.mutable_data_ptr<int32_t>(),
-             current_stream());
+             out.l.mutable_data_ptr<double>(), invert ? out.inverse.mutable_data_ptr<double>() : nullptr,
+             failed.mutable_data_ptr<int32_t>(), current_stream());
     return out;
   }
 
@@ -255,6 +259,7 @@ class Blocks {
   const Tensor grads;
   const int64_t m, d, block_size, count;
   const double ridge;
+  const Precision precision;
   const int64_t limit;  // bytes of the temporaries of a batch; exceeded only by a single block
   Layout layout;
   Tensor mask, positions, offsets, columns;  // of the columns in use; undefined if all are
@@ -262,8 +267,22 @@ class Blocks {
   mutable Tensor failed;
 
  private:
+  Tensor gram_of(const Batch& batch, const Tile& chunk) const {
+    const int64_t splits = batch.capacitance ? gram_splits(chunk.width) : 1;
+    Tensor out = at::empty({splits, chunk.count, batch.order, batch.order}, options(at::kDouble));
+    dispatch(grads, [&](const auto& g) {
+      gram(g, layout, chunk, batch.capacitance, batch.order, out.mutable_data_ptr<double>(), current_stream());
+    });
+    return splits == 1 ? out.select(0, 0) : out.sum(0);
+  }
+
+  Tensor product_of(const Batch& batch, const Tile& chunk) const {
+    const Terms g = packed(layout, chunk);
+    return batch.capacitance ? multiply(g, transposed(g)) : multiply(transposed(g), g);
+  }
+
   // For matrices too large for one block of threads. They are few, so that waiting for the outcome costs little.
-  Factor library_factor(const Tensor& a, const Tensor& ids, const Precision& precision, bool invert) const {
+  Factor library_factor(const Tensor& a, const Tensor& ids, bool invert) const {
     Tensor sum = a.clone();
     sum.diagonal(0, 1, 2).add_(ridge);
     const double trace = sum.diagonal(0, 1, 2).sum(1).max().item<double>();

@@ -1,200 +1,241 @@
-// The small matrices of a tile of blocks, from its packed columns:
+// The factor of the small matrices of some blocks (gram.cu), all float64:
 //
-//   A + ridge I = L Lᵀ,  L⁻¹     A = G Gᵀ (capacitance side) or GᵀG (Fisher side), float64, n = min(m, columns in use)
+//   A + ridge I = L Lᵀ,   W = L⁻¹
 //
-// A comes from cuBLAS. One block of threads per matrix, in panels of kStep rows of U = Lᵀ; one thread per column of U,
-// with kStep elements of it in registers:
+// One block of threads per matrix, by tiles of kTile x kTile, 2/3 n³ flops, nearly all in products of tiles by a warp
+// on the tensor cores (tiles.cuh) with operands from the caches:
 //
-//   panel k     u_ki = a_ki - Σ_{j<k} u_jk u_ji        a kStep x kStep tile of U in shared memory, broadcast to all
-//                                                      threads, and the thread's own column; loads are coalesced
-//               one warp factors the diagonal tile, then every thread substitutes with it
-//   L⁻¹         the same loop, with the identity in place of A: W_ic = (δ_ic - Σ_{j<i} l_ij W_jc) / l_ii
+//   L, a panel k at a time   P_ik = A_ik - Σ_{j<k} L_ij L_kjᵀ    a warp per tile
+//                            L_kk L_kkᵀ = P_kk                   one warp, a row in the registers of each lane
+//                            L_ik = P_ik L_kk⁻ᵀ                  a thread per row, by substitution
+//   W                        W_kk = L_kk⁻¹                       a warp per tile, by substitution, a column per lane
+//                            W_kc = -W_kk Σ_{c≤j<k} L_kj W_jc    a warp per column c of tiles, which waits for no other
 //
-// n³/3 flops each, 2 n³ / kStep bytes from L2; float64.
+// What one warp does by itself leaves the tensor cores to others: three matrices share a multiprocessor.
 #include "../numerics.h"
 #include "solve.cuh"
+#include "tiles.cuh"
 
 namespace mfac::cuda {
 namespace {
 
-constexpr int kStep = 32;  // rows of a panel: one for each lane of the warp that factors the diagonal tile
+constexpr int kFactorThreads = 128, kFactorWarps = kFactorThreads / kWarp;
 
-struct Panel {
-  double tile[kStep][kStep];          // of U: [j][r]
-  double diagonal[kStep][kStep + 1];  // of L: [r][c]; padded by one to avoid bank conflicts
-  double reciprocal[kStep];           // of its diagonal
-  double sums[kThreads / kWarp];
+struct FactorMemory {
+  double stages[kFactorWarps][kTile][kTile + kPadding];  // of each warp
+  double column[2][kTile];                               // of L, as a tile is factored
+  double reciprocals[kMaxOrder];                         // of the diagonal of L
+  double sums[kFactorWarps];
   double trace;
   int failed;
 };
+using Stage = double[kTile][kTile + kPadding];
 
-// A block of threads packs kThreads columns of one row of one block; out [parts, tile.count, m, tile.width]. G is read
-// once; writes 2 `parts` or 8 (float64) bytes per element. Coalesced, but for gaps between the columns listed.
-template <typename G, typename T>
-__global__ void __launch_bounds__(kThreads)
-    pack_kernel(Gradients<G> grads, Layout layout, Tile tile, int parts, T* __restrict__ out) {
-  const int64_t chunks = (tile.width + kThreads - 1) / kThreads, index = blockIdx.x / chunks;
-  const int64_t c = blockIdx.x % chunks * kThreads + threadIdx.x, row = index % grads.m, block = index / grads.m;
-  if (c >= tile.width) return;
-  const int64_t source = column(layout, tile.ids[block], tile.first + c);
-  float value = source < 0 ? 0.0f : to_float(grads.data[row * grads.stride + source]);
-  const int64_t place = index * tile.width + c;
-  if constexpr (sizeof(T) == sizeof(double)) {
-    out[place] = value;
-  } else {
-    for (int p = 0; p < parts; ++p) {
-      const BFloat16 part = to_bfloat16(value);
-      out[p * tile.count * grads.m * tile.width + place] = part;
-      value -= to_float(part);
+// Keeps the compiler from loading what is needed later, for which there are no registers.
+__device__ inline void keep_order() { asm volatile("" ::: "memory"); }
+
+// Factors a tile in place, with zeros above the diagonal, by one warp.
+__device__ inline void factor_tile(Stage& tile, double* reciprocals, FactorMemory& memory) {
+  const int lane = threadIdx.x;
+  double row[kTile];
+#pragma unroll
+  for (int c = 0; c < kTile; ++c) row[c] = tile[lane][c];
+#pragma unroll
+  for (int j = 0; j < kTile; ++j) {
+    const double pivot = __shfl_sync(kAllLanes, row[j], j);
+    if (!(pivot > 0)) {  // all lanes have the same pivot
+      if (lane == 0) memory.failed = 1;
+      return;
     }
+    const double reciprocal = rsqrt(pivot);
+    row[j] *= reciprocal;
+    if (lane == j) reciprocals[j] = reciprocal;
+    double (&column)[kTile] = memory.column[j % 2];
+    column[lane] = row[j];
+    __syncwarp();
+#pragma unroll
+    for (int c = j + 1; c < kTile; ++c) row[c] -= row[j] * column[c];
   }
+#pragma unroll
+  for (int c = 0; c < kTile; ++c) tile[lane][c] = c <= lane ? row[c] : 0.0;
+  __syncwarp();
 }
 
-// sums[r] -= Σ_j u[j, row + r] x[j, c] for j in [begin, end), multiples of kStep, and r < kStep; x and u [n, n].
-__device__ inline void subtract_products(const double* u, const double* x, int64_t n, int64_t row, int64_t begin,
-                                         int64_t end, int64_t c, Panel& panel, double (&sums)[kStep]) {
-  for (int64_t j0 = begin; j0 < end; j0 += kStep) {
-    __syncthreads();
-    for (int e = threadIdx.x; e < kStep * kStep; e += kThreads) {
-      const int j = e / kStep, r = e % kStep;
-      panel.tile[j][r] = row + r < n ? u[(j0 + j) * n + row + r] : 0.0;
+// Rows [row, n) of L in the columns [row, row + kTile), but not those of the diagonal tile: P, still to be divided by it.
+__device__ inline void subtract_products(const double* __restrict__ a, int64_t n, double ridge, int64_t row, double* l,
+                                         FactorMemory& memory) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  for (int64_t first = row + warp * kTile; first < n; first += kFactorThreads) {
+    WarpSums tile;
+    const double *left[2][2], *right[4];  // this lane's rows; those beyond the last repeat it
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t mine = first + 8 * i + lane / 4, other = row + 8 * i + lane / 4;
+      left[i / 2][i % 2] = l + (mine < n ? mine : n - 1) * n + lane % 4;
+      right[i] = l + (other < n ? other : n - 1) * n + lane % 4;
     }
-    __syncthreads();
-    if (c >= n) continue;
 #pragma unroll 1
-    for (int j = 0; j < kStep; ++j) {
-      const double value = x[(j0 + j) * n + c];
+    for (int64_t k = 0; k < row; k += kDepth) {
+      double x[2][4], y[4][2];
 #pragma unroll
-      for (int r = 0; r < kStep; ++r) sums[r] -= panel.tile[j][r] * value;
-    }
-  }
-}
-
-// sums <- D⁻¹ sums, D the panel's diagonal tile (of size kStep, the identity beyond the last row).
-__device__ inline void substitute(const Panel& panel, double (&sums)[kStep]) {
-#pragma unroll
-  for (int r = 0; r < kStep; ++r) {
-#pragma unroll
-    for (int q = 0; q < r; ++q) sums[r] -= panel.diagonal[r][q] * sums[q];
-    sums[r] *= panel.reciprocal[r];
-  }
-}
-
-// Factors the diagonal tile in place: one warp, one lane per row.
-__device__ inline void factor_tile(Panel& panel) {
-  const int row = threadIdx.x;
-  for (int j = 0; j < kStep; ++j) {
-    const double pivot = panel.diagonal[j][j];
-    if (!(pivot > 0)) {
-      if (row == 0) panel.failed = 1;
-      return;  // uniform in the warp: all lanes read the same pivot
-    }
-    const double root = sqrt(pivot);
-    __syncwarp();
-    if (row == j) {
-      panel.diagonal[j][j] = root;
-      panel.reciprocal[j] = 1 / root;
-    }
-    if (row > j) panel.diagonal[row][j] /= root;
-    __syncwarp();
-    for (int c = j + 1; c <= row; ++c) panel.diagonal[row][c] -= panel.diagonal[row][j] * panel.diagonal[c][j];
-    __syncwarp();
-  }
-}
-
-// Columns i of U, kThreads of them at a time, for the rows [row, row + kStep).
-__device__ inline void factor_panel(const double* __restrict__ a, int64_t n, double ridge, int64_t row, double* u,
-                                    double* __restrict__ l, Panel& panel) {
-  for (int64_t first = row; first < n; first += kThreads) {
-    const int64_t i = first + threadIdx.x;
-    double sums[kStep];
-#pragma unroll
-    for (int r = 0; r < kStep; ++r) {
-      sums[r] = i < n && row + r < n ? a[(row + r) * n + i] : 0.0;
-      if (i == row + r) sums[r] += i < n ? ridge : 1.0;
-    }
-    subtract_products(u, u, n, row, 0, row, i, panel, sums);
-    if (first == row) {
-      __syncthreads();
-      if (threadIdx.x < kStep) {
-#pragma unroll
-        for (int r = 0; r < kStep; ++r) panel.diagonal[threadIdx.x][r] = sums[r];
+      for (int i = 0; i < 8; ++i) {
+        x[i / 4][i % 4] = left[i / 4][i % 2][k + i % 4 / 2 * 4];
+        y[i / 2][i % 2] = right[i / 2][k + i % 2 * 4];
       }
-      __syncthreads();
-      if (threadIdx.x < kStep) factor_tile(panel);
-      __syncthreads();
-      if (panel.failed) return;
+      multiply_add(tile.sums, x, y);
     }
-    if (i >= n) continue;
-    substitute(panel, sums);
+    tile.for_each([&](int r, int c, double sum) {
+      const int64_t i = first + r, j = row + c;
+      const bool inside = i < n && j < n;
+      const double value = inside ? a[i * n + j] - sum : 0.0;
+      if (first == row)
+        memory.stages[0][r][c] = r == c ? (inside ? value + ridge : 1.0) : value;
+      else if (inside)
+        l[i * n + j] = value;
+    });
+  }
+}
+
+// Rows beyond the diagonal tile, divided by it; the diagonal tile itself; zeros above it.
+__device__ inline void substitute(int64_t n, int64_t row, double* l, FactorMemory& memory) {
+  const Stage& tile = memory.stages[0];
+  for (int64_t i = row + kTile + threadIdx.x; i < n; i += kFactorThreads) {
+    double x[kTile];
 #pragma unroll
-    for (int r = 0; r < kStep; ++r)
-      if (row + r < n) {
-        const double value = row + r <= i ? sums[r] : 0.0;
-        u[(row + r) * n + i] = value;
-        l[i * n + row + r] = value;
-        if (row + r < i) l[(row + r) * n + i] = 0.0;
+    for (int c = 0; c < kTile; ++c) x[c] = l[i * n + row + c];
+#pragma unroll
+    for (int c = 0; c < kTile; ++c) {
+#pragma unroll
+      for (int q = 0; q < c; ++q) x[c] -= tile[c][q] * x[q];
+      x[c] *= memory.reciprocals[row + c];
+      keep_order();
+    }
+#pragma unroll
+    for (int c = 0; c < kTile; ++c) l[i * n + row + c] = x[c];
+  }
+  const int64_t rows = n - row < kTile ? n - row : kTile;
+  for (int64_t e = threadIdx.x; e < rows * kTile; e += kFactorThreads)
+    if (e % kTile < rows) l[(row + e / kTile) * n + row + e % kTile] = tile[e / kTile][e % kTile];
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = row + kTile + threadIdx.x; c < n; c += kFactorThreads) l[(row + r) * n + c] = 0.0;
+}
+
+// The diagonal tile of W that begins at `row`, by one warp, and zeros to the right of it.
+__device__ inline void invert_tile(const double* l, int64_t n, int64_t row, double* w, Stage& tile,
+                                   const double* reciprocals) {
+  const int lane = threadIdx.x % kWarp;
+  const int rows = static_cast<int>(n - row < kTile ? n - row : kTile);
+  __syncwarp();
+  for (int r = 0; r < kTile; ++r) tile[r][lane] = r < rows && lane < rows ? l[(row + r) * n + row + lane] : 0.0;
+  __syncwarp();
+  double x[kTile];
+#pragma unroll
+  for (int r = 0; r < kTile; ++r) {
+    x[r] = r == lane ? 1.0 : 0.0;
+#pragma unroll
+    for (int q = 0; q < r; ++q) x[r] -= tile[r][q] * x[q];
+    x[r] *= reciprocals[row + r];
+    keep_order();
+  }
+#pragma unroll
+  for (int r = 0; r < kTile; ++r)
+    if (r < rows && lane < rows) w[(row + r) * n + row + lane] = x[r];
+  for (int r = 0; r < rows; ++r)
+    for (int64_t c = row + kTile + lane; c < n; c += kWarp) w[(row + r) * n + c] = 0.0;
+}
+
+// The tiles of W below the diagonal tile that begins at `first`, by one warp.
+__device__ inline void invert_column(const double* l, int64_t n, int64_t first, double* w, Stage& stage) {
+  const int lane = threadIdx.x % kWarp;
+  for (int64_t row = first + kTile; row < n; row += kTile) {
+    const double* left[2][2];  // this lane's rows of L
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t mine = row + 8 * i + lane / 4;
+      left[i / 2][i % 2] = l + (mine < n ? mine : n - 1) * n + lane % 4;
+    }
+    const double* right = w + lane % 4 * n + first + lane / 4;
+    WarpSums tile;
+#pragma unroll 1
+    for (int64_t k = first; k < row; k += kDepth) {
+      double x[2][4], y[4][2];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        x[i / 4][i % 4] = left[i / 4][i % 2][k + i % 4 / 2 * 4];
+        y[i / 2][i % 2] = right[(k + i % 2 * 4) * n + i / 2 * 8];
       }
+      multiply_add(tile.sums, x, y);
+    }
+    __syncwarp();
+    tile.for_each([&](int r, int c, double sum) { stage[r][c] = -sum; });
+    __syncwarp();
+    WarpSums product;
+#pragma unroll 1
+    for (int k = 0; k < kTile; k += kDepth)
+      product.add_product(
+          [&](int i, int place) {
+            const int64_t r = row + i, c = row + k + place;
+            return r < n && c < n ? w[r * n + c] : 0.0;
+          },
+          [&](int i, int place) { return stage[k + place][i]; });
+    product.for_each([&](int r, int c, double sum) {
+      if (row + r < n) w[(row + r) * n + first + c] = sum;
+    });
+    __syncwarp();
   }
 }
 
-// Rows [row, row + kStep) of W = L⁻¹.
-__device__ inline void invert_panel(const double* u, int64_t n, int64_t row, double* w, Panel& panel) {
-  __syncthreads();
-  for (int e = threadIdx.x; e < kStep * kStep; e += kThreads) {
-    const int r = e / kStep, q = e % kStep;
-    panel.diagonal[r][q] = row + r < n && q <= r ? u[(row + q) * n + row + r] : r == q ? 1.0 : 0.0;
-    if (r == q) panel.reciprocal[r] = 1 / panel.diagonal[r][r];
-  }
-  for (int64_t first = 0; first < n; first += kThreads) {
-    const int64_t c = first + threadIdx.x;
-    double sums[kStep];
-#pragma unroll
-    for (int r = 0; r < kStep; ++r) sums[r] = c == row + r ? 1.0 : 0.0;
-    subtract_products(u, w, n, row, first, row, c, panel, sums);
-    __syncthreads();
-    if (c >= n) continue;
-    substitute(panel, sums);
-#pragma unroll
-    for (int r = 0; r < kStep; ++r)
-      if (row + r < n) w[(row + r) * n + c] = sums[r];
-  }
-}
-
-// a, u, l and inverse (may be null) [blocks, n, n], ids [blocks], failed [1].
-__global__ void __launch_bounds__(kThreads)
+// a, l and w (may be null) [blocks, n, n], ids [blocks], failed [1]. Only the part of a on and below the diagonal is
+// read.
+__global__ void __launch_bounds__(kFactorThreads, 3)
     cholesky_kernel(const double* __restrict__ a, int64_t n, double ridge, double rounding,
-                    const int32_t* __restrict__ ids, double* u, double* l, double* inverse, int32_t* failed) {
-  Panel& panel = shared<Panel>();
+                    const int32_t* __restrict__ ids, double* l, double* w, int32_t* failed) {
+  FactorMemory& memory = shared<FactorMemory>();
   const int64_t matrix = blockIdx.x * n * n;
+  const int warp = threadIdx.x / kWarp;
   a += matrix;
-  u += matrix;
   l += matrix;
   double jitter = 0;
   for (int attempt = 0; attempt < kFactorAttempts; ++attempt) {
-    if (threadIdx.x == 0) panel.failed = 0;
+    if (threadIdx.x == 0) memory.failed = 0;
     __syncthreads();
-    for (int64_t row = 0; row < n && !panel.failed; row += kStep) {
-      factor_panel(a, n, ridge + jitter, row, u, l, panel);
+    bool failing = false;
+    for (int64_t row = 0; row < n && !failing; row += kTile) {
+      subtract_products(a, n, ridge + jitter, row, l, memory);
+      __syncwarp();
+      if (warp == 0) factor_tile(memory.stages[0], memory.reciprocals + row, memory);
+      __syncthreads();
+      failing = memory.failed;
+      if (!failing) substitute(n, row, l, memory);
       __syncthreads();
     }
-    if (!panel.failed) break;
+    if (!failing) break;
     // Rounding made it indefinite: a jitter, relative to the trace.
     double trace = 0;
-    for (int64_t i = threadIdx.x; i < n; i += kThreads) trace += a[i * n + i] + ridge;
+    for (int64_t i = threadIdx.x; i < n; i += kFactorThreads) trace += a[i * n + i] + ridge;
     trace = warp_sum(trace);
-    if (threadIdx.x % kWarp == 0) panel.sums[threadIdx.x / kWarp] = trace;
+    if (threadIdx.x % kWarp == 0) memory.sums[warp] = trace;
     __syncthreads();
     if (threadIdx.x == 0) {
-      panel.trace = 0;
-      for (int warp = 0; warp < kThreads / kWarp; ++warp) panel.trace += panel.sums[warp];
+      memory.trace = 0;
+      for (int i = 0; i < kFactorWarps; ++i) memory.trace += memory.sums[i];
     }
     __syncthreads();
-    jitter = attempt > 0 ? jitter * 10 : rounding * panel.trace;
+    jitter = attempt > 0 ? jitter * 10 : rounding * memory.trace;
     if (attempt == kFactorAttempts - 1 && threadIdx.x == 0) failed[0] = 1 + ids[blockIdx.x];
   }
-  if (inverse)
-    for (int64_t row = 0; row < n; row += kStep) invert_panel(u, n, row, inverse + matrix, panel);
+  if (!w) return;
+  w += matrix;
+  for (int64_t row = warp * kTile; row < n; row += kFactorThreads)
+    invert_tile(l, n, row, w, memory.stages[warp], memory.reciprocals);
+  __syncthreads();
+  // Columns on the left have more tiles: one from either end in turn.
+  const int64_t columns = (n + kTile - 1) / kTile;
+  for (int64_t c = warp; c < columns; c += kFactorWarps) {
+    const int64_t turn = c / kFactorWarps, last = turn * kFactorWarps + kFactorWarps - 1;
+    const int64_t mine = turn % 2 == 0 ? c : last - warp;
+    if (mine < columns) invert_column(l, n, mine * kTile, w, memory.stages[warp]);
+  }
 }
 
 // l [count, n, n], x [k, count, n]: one vector for each block of threads.
@@ -207,32 +248,15 @@ __global__ void __launch_bounds__(kThreads)
 
 int64_t temporaries_bytes() { return temporaries_limit(); }
 
-template <typename G>
-void pack(const Gradients<G>& grads, const Layout& layout, const Tile& tile, double* out, Stream stream) {
-  launch(pack_kernel<G, double>, tile.count * grads.m * ceil_div(tile.width, kThreads), kThreads, 0, stream, grads,
-         layout, tile, 1, out);
-}
-
-template <typename G>
-void pack(const Gradients<G>& grads, const Layout& layout, const Tile& tile, int parts, BFloat16* out, Stream stream) {
-  launch(pack_kernel<G, BFloat16>, tile.count * grads.m * ceil_div(tile.width, kThreads), kThreads, 0, stream, grads,
-         layout, tile, parts, out);
-}
-
-void cholesky(const double* a, int64_t count, int64_t n, double ridge, double rounding, const int32_t* ids,
-              double* scratch, double* l, double* inverse, int32_t* failed, Stream stream) {
+void cholesky(const double* a, int64_t count, int64_t n, double ridge, double rounding, const int32_t* ids, double* l,
+              double* inverse, int32_t* failed, Stream stream) {
   if (n > 0)
-    launch(cholesky_kernel, count, kThreads, sizeof(Panel), stream, a, n, ridge, rounding, ids, scratch, l, inverse,
+    launch(cholesky_kernel, count, kFactorThreads, sizeof(FactorMemory), stream, a, n, ridge, rounding, ids, l, inverse,
            failed);
 }
 
 void cholesky_solve(const double* l, int64_t count, int64_t n, int64_t k, double* x, Stream stream) {
   if (n > 0) launch(cholesky_solve_kernel, k * count, kThreads, sizeof(double[kSolveStep]), stream, l, count, n, x);
 }
-
-template void pack<float>(const Gradients<float>&, const Layout&, const Tile&, double*, Stream);
-template void pack<BFloat16>(const Gradients<BFloat16>&, const Layout&, const Tile&, double*, Stream);
-template void pack<float>(const Gradients<float>&, const Layout&, const Tile&, int, BFloat16*, Stream);
-template void pack<BFloat16>(const Gradients<BFloat16>&, const Layout&, const Tile&, int, BFloat16*, Stream);
 
 }  // namespace mfac::cuda

@@ -10,7 +10,6 @@ namespace mfac::cuda {
 
 inline Tensor block_factor_op(const Tensor& grads, double damping, int64_t block_size, const OptionalTensor& active) {
   check_fisher(grads, damping, block_size, active);
-  const Precision precision("highest", grads);
   const CUDAGuard guard(grads.device());
   const Blocks blocks(grads, damping, block_size, active);
   const int64_t s = blocks.order();
@@ -18,7 +17,7 @@ inline Tensor block_factor_op(const Tensor& grads, double damping, int64_t block
   blocks.for_each_batch({}, [&](const Batch& batch) {
     const int64_t n = batch.order;
     Tensor padded = at::zeros({batch.tile.count, s, s}, out.options());
-    Tensor l = blocks.factor(batch, precision, false).l;
+    Tensor l = blocks.factor(batch, false).l;
     if (!batch.capacitance) {  // blocks with fewer columns in use than the widest
       std::vector<int32_t> used;
       const Tensor host = batch.ids.cpu();

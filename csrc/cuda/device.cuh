@@ -17,6 +17,50 @@ __device__ T& shared() {
   return *reinterpret_cast<T*>(memory);
 }
 
+// One step of a product by a warp, on the tensor cores: sums [32, 32] += a [32, 8] b [8, 32]. Lane t has, of each,
+//
+//   a[p][2 h + g]      row 16 p + 8 g + t / 4, place t % 4 + 4 h in the depth of the product
+//   b[q][h]            column 8 q + t / 4, the same place
+//   sums[p][q][2 g + v] row 16 p + 8 g + t / 4, column 8 q + t % 4 * 2 + v
+__device__ inline void multiply_add(double (&sums)[2][4][4], const double (&a)[2][4], const double (&b)[4][2]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#pragma unroll
+  for (int p = 0; p < 2; ++p)
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      double (&s)[4] = sums[p][q];
+#if __CUDA_ARCH__ >= 900
+      asm("mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+          "{%0, %1, %2, %3};"
+          : "+d"(s[0]), "+d"(s[1]), "+d"(s[2]), "+d"(s[3])
+          : "d"(a[p][0]), "d"(a[p][1]), "d"(a[p][2]), "d"(a[p][3]), "d"(b[q][0]), "d"(b[q][1]));
+#else
+#pragma unroll
+      for (int g = 0; g < 2; ++g)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+              : "+d"(s[2 * g]), "+d"(s[2 * g + 1])
+              : "d"(a[p][2 * h + g]), "d"(b[q][h]));
+#endif
+    }
+#else  // no tensor cores for float64: the lanes pass their numbers on
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+    double left[2][2], right[4][2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      left[i / 2][i % 2] = __shfl_sync(0xffffffffu, a[i / 2][k / 4 * 2 + i % 2], lane / 4 * 4 + k % 4);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      right[i / 2][i % 2] = __shfl_sync(0xffffffffu, b[i / 2][k / 4], (lane % 4 * 2 + i % 2) * 4 + k % 4);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) sums[i / 16][i / 4 % 4][i % 4] += left[i / 16][i % 4 / 2] * right[i / 4 % 4][i % 2];
+  }
+#endif
+}
+
 // Maximum bytes of shared memory of a block of threads on the current GPU: from 99 KiB (RTX 30, 40, 50) to 227 KiB
 // (H100).
 inline int64_t shared_limit() {
@@ -26,12 +70,11 @@ inline int64_t shared_limit() {
   return bytes;
 }
 
-// Bytes that the temporaries of an op should not exceed: enough blocks of F at a time to keep every multiprocessor
-// busy, each of which factors one at a time. A batch of blocks of 512 columns takes 4 MiB per block with m = 256: at
-// most 256 of them.
+// Bytes that the temporaries of an op should not exceed: enough blocks of F at a time to keep every multiprocessor busy
+// for several rounds of the three that each factors at a time. With m = 256 a block takes 1.5 MiB: some 2,700 of them.
 inline int64_t temporaries_limit() {
-  constexpr size_t kMin = 128 << 20, kMax = 1 << 30;  // on GPUs of less than 2 GiB, of more than 16 GiB
-  constexpr size_t kShare = 16;                       // of the GPU's memory: most of it is for the gradients
+  constexpr size_t kMin = 128 << 20, kMax = 4ll << 30;  // on GPUs of less than 4 GiB, of more than 128 GiB
+  constexpr size_t kShare = 32;                         // of the GPU's memory: most of it is for the gradients
   size_t available = 0, total = 0;
   if (cudaMemGetInfo(&available, &total) != cudaSuccess) return kMin;
   return static_cast<int64_t>(total / kShare < kMin ? kMin : total / kShare > kMax ? kMax : total / kShare);

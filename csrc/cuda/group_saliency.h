@@ -64,10 +64,9 @@ inline Tensor group_saliency_op(const Tensor& grads, const Tensor& weights, cons
                                 double damping, int64_t block_size, const OptionalTensor& active, c10::string_view name,
                                 const OptionalTensor& gram, const OptionalTensor& held) {
   check_group_saliency(grads, weights, groups, subsets, damping, block_size, active, name, gram, held);
-  const Precision precision(name, grads);
   const int64_t size = groups.size(1), s = subsets.size(1), chosen_subsets = subsets.size(0);
   const CUDAGuard guard(grads.device());
-  const Blocks blocks(grads, damping, block_size, active);
+  const Blocks blocks(grads, damping, block_size, active, name);
   Tensor out = at::zeros({groups.size(0), chosen_subsets}, blocks.options(at::kFloat));
   if (out.numel() == 0 || size == 0 || blocks.d == 0) return out;
   const Members members = list_members(blocks, groups);
@@ -103,8 +102,8 @@ inline Tensor group_saliency_op(const Tensor& grads, const Tensor& weights, cons
   std::vector<bool> chosen(blocks.count);
   for (int64_t b = 0; b < blocks.count; ++b) chosen[b] = members.first[b] < members.first[b + 1];
   blocks.for_each_batch(chosen, [&](const Batch& batch) {
-    const Tensor inverse = blocks.factor(batch, precision, true).inverse, host = batch.ids.cpu();
-    const Terms terms = split(inverse, precision);
+    const Tensor inverse = blocks.factor(batch, true).inverse, host = batch.ids.cpu();
+    const Terms terms = split(inverse, blocks.precision);
     const int32_t* id = host.const_data_ptr<int32_t>();
     const auto score = [&](const Tensor& solved, int32_t first_block, int32_t first_column, int64_t from, int64_t to) {
       for (int64_t part = from, next; part < to; part = next) {
@@ -122,7 +121,7 @@ inline Tensor group_saliency_op(const Tensor& grads, const Tensor& weights, cons
       Terms some;
       for (const Tensor& term : terms) some.push_back(term.slice(0, from, to));
       const Tile tile{batch.tile.ids + from, to - from, first_column, width};
-      return multiply(some, blocks.packed(listed, tile, precision)).to(at::kDouble);
+      return multiply(some, blocks.packed(listed, tile)).to(at::kDouble);
     };
     const auto members_in = [&](int64_t i) { return members.first[id[i] + 1] - members.first[id[i]]; };
     // Columns that are packed and solved at a time.

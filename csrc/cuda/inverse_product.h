@@ -8,11 +8,11 @@
 
 namespace mfac::cuda {
 
-// out[k, d] = F⁻¹ x for x [k, d] float64 that is zero outside the chosen blocks. factor_of(batch) returns L; `packs`
-// says whether it packs columns.
+// out[k, d] = F⁻¹ x for x [k, d] float64 that is zero outside the chosen blocks. factor_of(batch) returns L; `factors`
+// says whether it factors.
 template <typename F>
 Tensor apply_inverse(const Blocks& blocks, double damping, const Tensor& x, const std::vector<bool>& chosen,
-                     const F& factor_of, bool packs) {
+                     const F& factor_of, bool factors) {
   const int64_t k = x.size(0);
   const double m = static_cast<double>(blocks.m);
   Tensor out = x / damping, products = at::zeros_like(x);
@@ -40,7 +40,7 @@ Tensor apply_inverse(const Blocks& blocks, double damping, const Tensor& x, cons
                   current_stream());
         }
       },
-      packs);
+      factors);
   if (blocks.mask.defined()) products.mul_(blocks.mask);
   return out.sub_(products, 1 / damping);
 }
@@ -62,7 +62,7 @@ inline Tensor inverse_product_op(const Tensor& grads, const Tensor& factor, cons
       const Tensor l = batch.tile.count == blocks.count ? all : all.index_select(0, batch.ids);
       return l.narrow(1, 0, batch.order).narrow(2, 0, batch.order).contiguous();
     };
-    flat.slice(0, v, end).copy_(apply_inverse(blocks, damping, some, {}, factor_of, /*packs=*/false));
+    flat.slice(0, v, end).copy_(apply_inverse(blocks, damping, some, {}, factor_of, /*factors=*/false));
   }
   return out;
 }

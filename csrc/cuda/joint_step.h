@@ -18,8 +18,8 @@ namespace mfac::cuda {
 
 // The columns in use of `blocks` are those that are kept. diagonal [d], unless null: diag F⁻¹ there, which is computed
 // for blocks with nothing to prune too.
-inline Tensor joint_update(const Blocks& blocks, const Precision& precision, Tensor& weights, const Tensor& kept,
-                           double damping, Tensor* diagonal) {
+inline Tensor joint_update(const Blocks& blocks, Tensor& weights, const Tensor& kept, double damping,
+                           Tensor* diagonal) {
   const auto float64 = blocks.options(at::kDouble);
   if (blocks.d == 0) return at::zeros({}, float64);
   const Tensor w = weights.to(at::kDouble), x = at::where(kept, 0.0, w).unsqueeze(0);
@@ -31,8 +31,8 @@ inline Tensor joint_update(const Blocks& blocks, const Precision& precision, Ten
   if (!emptied.empty()) gradient_term += squared_rows(blocks, blocks.to_device(emptied), x);
   blocks.for_each_batch(diagonal ? std::vector<bool>() : pruned, [&](const Batch& batch) {
     Tensor r = blocks.rows(batch.tile, x);
-    const Factor factor = blocks.factor(batch, precision, diagonal != nullptr);
-    if (diagonal) write_diagonal(blocks, batch, precision, damping, factor.inverse, *diagonal);
+    const Factor factor = blocks.factor(batch, diagonal != nullptr);
+    if (diagonal) write_diagonal(blocks, batch, damping, factor.inverse, *diagonal);
     if (batch.capacitance) {
       blocks.solve(factor.l, r);
       blocks.add_columns(batch.tile, r, step);
@@ -60,11 +60,10 @@ inline std::tuple<Tensor, Tensor> joint_step_op(const Tensor& grads, Tensor& wei
                                                 double damping, int64_t block_size, c10::string_view name,
                                                 const OptionalTensor& gram, const OptionalTensor& held, bool wanted) {
   check_joint_step(grads, weights, kept, damping, block_size, name, gram, held);
-  const Precision precision(name, grads);
   const CUDAGuard guard(grads.device());
-  const Blocks blocks(grads, damping, block_size, kept);
+  const Blocks blocks(grads, damping, block_size, kept, name);
   Tensor diagonal = at::full({wanted ? blocks.d : 0}, 1 / damping, blocks.options(at::kFloat));
-  const Tensor loss = joint_update(blocks, precision, weights, kept, damping, wanted ? &diagonal : nullptr);
+  const Tensor loss = joint_update(blocks, weights, kept, damping, wanted ? &diagonal : nullptr);
   return {loss, diagonal};
 }
 

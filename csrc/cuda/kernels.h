@@ -1,7 +1,7 @@
 // Entry points of the CUDA kernels: raw pointers to device memory, sizes and a stream, no torch and no CUDA header.
 // Each is defined in the .cu file of its name or of the op it belongs to. All are asynchronous.
 //
-// Large matrix products are left to cuBLAS (batches.h). Kernels work on tiles of blocks: some blocks of one side, their
+// Products of bfloat16 matrices are left to cuBLAS (batches.h). Kernels work on tiles of blocks: some blocks of one side, their
 // columns in use packed and padded with zeros to one width.
 #pragma once
 
@@ -48,15 +48,31 @@ void pack(const Gradients<G>& grads, const Layout& layout, const Tile& tile, dou
 template <typename G>
 void pack(const Gradients<G>& grads, const Layout& layout, const Tile& tile, int parts, BFloat16* out, Stream stream);
 
-// l[count, n, n] = lower Cholesky factors of a[count, n, n], with `ridge` added to the diagonal, zero above it;
-// inverse[count, n, n], unless null, L⁻¹. Orders up to kMaxOrder. A matrix that rounding made indefinite gets a jitter
+// out[splits, tile.count, n, n] = G Gᵀ (capacitance side; n = m) or GᵀG (n = tile.width) of the listed columns, on and
+// below the diagonal, float64. For wide tiles of the capacitance side it is a sum of `splits` terms, each of a range of
+// columns that is deep enough that adding up the terms costs little.
+constexpr int64_t kGramSplit = 8192;
+constexpr int64_t gram_splits(int64_t width) {
+  return width <= 2 * kGramSplit ? 1 : (width + kGramSplit - 1) / kGramSplit;
+}
+template <typename G>
+void gram(const Gradients<G>& grads, const Layout& layout, const Tile& tile, bool capacitance, int64_t n, double* out,
+          Stream stream);
+
+// l[count, n, n] = lower Cholesky factors of a[count, n, n], of which the part above the diagonal is not read, with
+// `ridge` added to the diagonal, zero above it; inverse[count, n, n], unless null, L⁻¹. Orders up to kMaxOrder. A matrix that rounding made indefinite gets a jitter
 // on its diagonal: `rounding` times its trace at first, the rounding error of a, then ten times as much at each further
 // attempt. After kFactorAttempts, failed[0] becomes 1 + ids[i]; ids[count] are the blocks of the matrices.
 constexpr int64_t kMaxOrder = 512;  // beyond, one block of threads per matrix is too few
-void cholesky(const double* a, int64_t count, int64_t n, double ridge, double rounding, const int32_t* ids,
-              double* scratch, double* l, double* inverse, int32_t* failed, Stream stream);
+void cholesky(const double* a, int64_t count, int64_t n, double ridge, double rounding, const int32_t* ids, double* l,
+              double* inverse, int32_t* failed, Stream stream);
 
-// out of the columns of a tile = their elements of diag F⁻¹, from solved[tile.count, rows, tile.width]: L⁻¹ G on the
+// out of the columns of a tile = their elements of diag F⁻¹ on the capacitance side, from w[tile.count, m, m] = L⁻¹.
+template <typename G>
+void solved_diagonal(const Gradients<G>& grads, const Layout& layout, const Tile& tile, const double* w, double damping,
+                     float* out, Stream stream);
+
+// The same from solved[tile.count, rows, tile.width]: L⁻¹ G on the
 // capacitance side, where m < columns in use, else L⁻¹.
 template <typename G, typename T>
 void inverse_diagonal(const Gradients<G>& grads, const Layout& layout, const Tile& tile, const T* solved, int64_t rows,

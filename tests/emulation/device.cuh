@@ -89,6 +89,7 @@ struct Machine {
   int threads = 0, current = 0;
   unsigned block = 0, blocks = 0;
   uint64_t slots[kMostThreads];               // of shuffles and votes
+  double fragments[kMostThreads][16];         // of products by a warp: 8 numbers of each operand
   char start, end;                            // what ThreadSanitizer orders by: the host's launch and its end,
   char barrier, warps[kMostThreads / kWarp];  // and the barriers
   const std::function<void()>* body = nullptr;
@@ -242,6 +243,26 @@ EMULATION_UNSEEN auto exchange(T value, const F& read) {
   return result;
 }
 
+// See csrc/cuda/device.cuh.
+EMULATION_UNSEEN inline void multiply_add(double (&sums)[2][4][4], const double (&a)[2][4], const double (&b)[4][2]) {
+  double (*all)[16] = machine.fragments + machine.current / kWarp * kWarp;
+  const int lane = machine.current % kWarp;
+  __builtin_memcpy(all[lane], a, sizeof a);
+  __builtin_memcpy(all[lane] + 8, b, sizeof b);
+  switch_to_scheduler(State::in_warp);
+  for (int p = 0; p < 2; ++p)
+    for (int q = 0; q < 4; ++q)
+      for (int g = 0; g < 2; ++g)
+        for (int v = 0; v < 2; ++v) {
+          double sum = sums[p][q][2 * g + v];
+          for (int k = 0; k < 8; ++k)
+            sum += all[lane / 4 * 4 + k % 4][4 * p + k / 4 * 2 + g] *
+                   all[(lane % 4 * 2 + v) * 4 + k % 4][8 + 2 * q + k / 4];
+          sums[p][q][2 * g + v] = sum;
+        }
+  switch_to_scheduler(State::in_warp);
+}
+
 inline int lane() { return static_cast<int>(thread_index().x) % kWarp; }
 
 inline void check_mask(unsigned mask) {
@@ -294,11 +315,14 @@ T atomicMin(T* address, T value) {
   return seen;
 }
 
+inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 
 namespace mfac::cuda {
+
+using emulation::multiply_add;
 
 template <typename T>
 T& shared() {

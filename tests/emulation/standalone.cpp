@@ -5,6 +5,7 @@
 #include <string>
 
 #include "../../csrc/cuda/block_factor.cu"
+#include "../../csrc/cuda/gram.cu"
 #include "../../csrc/cuda/group_saliency.cu"
 #include "../../csrc/cuda/inverse_diagonal.cu"
 #include "../../csrc/cuda/inverse_product.cu"
@@ -84,15 +85,26 @@ void test_blocks(int64_t m, int64_t d, int64_t block_size) {
 
   // A = G Gᵀ, its factor, L⁻¹ and L⁻¹ G of every block, by loops
   const double damping = 0.1, ridge = damping * static_cast<double>(m);
-  Vector<double> a(count * m * m), l(a), inverse(a), scratch(a), solved(packed.size());
+  Vector<double> a(count * m * m), l(a), inverse(a), solved(packed.size()), form(a);
   for (int64_t b = 0; b < count; ++b)
     for (int64_t i = 0; i < m; ++i)
       for (int64_t j = 0; j < m; ++j)
         for (int64_t c = 0; c < width; ++c)
           a[(b * m + i) * m + j] += packed[(b * m + i) * width + c] * packed[(b * m + j) * width + c];
+  gram(p.grads, p.layout, tile, true, m, form.data(), nullptr);
+  for (int64_t i = 0; i < count * m * m; ++i)
+    if (i % m <= i / m % m) expect("gram, capacitance side", form[i], a[i]);
+  Vector<double> fisher(count * width * width);
+  gram(p.grads, p.layout, tile, false, width, fisher.data(), nullptr);
+  for (int64_t b = 0; b < count; ++b)
+    for (int64_t i = 0; i < width; ++i)
+      for (int64_t j = 0; j <= i; ++j) {
+        double right = 0;
+        for (int64_t r = 0; r < m; ++r) right += packed[(b * m + r) * width + i] * packed[(b * m + r) * width + j];
+        expect("gram, Fisher side", fisher[(b * width + i) * width + j], right);
+      }
   int32_t failed = 0;
-  cholesky(a.data(), count, m, ridge, 0x1p-52, p.ids.data(), scratch.data(), l.data(), inverse.data(), &failed,
-           nullptr);
+  cholesky(form.data(), count, m, ridge, 0x1p-52, p.ids.data(), l.data(), inverse.data(), &failed, nullptr);
   expect("failed", failed, 0);
   for (int64_t b = 0; b < count; ++b)
     for (int64_t i = 0; i < m; ++i)
@@ -106,7 +118,7 @@ void test_blocks(int64_t m, int64_t d, int64_t block_size) {
         expect("inverse", unit, i == j ? 1 : 0);
       }
   Vector<double> bad{1, 2, 2, 1};  // eigenvalues 3 and -1
-  cholesky(bad.data(), 1, 2, 0.0, 0x1p-52, p.ids.data(), scratch.data(), scratch.data() + 4, nullptr, &failed, nullptr);
+  cholesky(bad.data(), 1, 2, 0.0, 0x1p-52, p.ids.data(), form.data(), nullptr, &failed, nullptr);
   expect("not definite, whatever the rounding", failed, 1);
 
   for (int64_t b = 0; b < count; ++b)
@@ -116,6 +128,10 @@ void test_blocks(int64_t m, int64_t d, int64_t block_size) {
           solved[(b * m + i) * width + c] += inverse[(b * m + i) * m + k] * packed[(b * m + k) * width + c];
   Vector<float> diagonal(d, -1.0f);
   inverse_diagonal(p.grads, p.layout, tile, solved.data(), m, damping, true, diagonal.data(), nullptr);
+
+  Vector<float> solved_at_once(d, -1.0f);
+  solved_diagonal(p.grads, p.layout, tile, inverse.data(), damping, solved_at_once.data(), nullptr);
+  for (int64_t c = 0; c < d; ++c) expect("solved_diagonal", solved_at_once[c], diagonal[c], 1e-6);
 
   // F⁻¹ x by the pieces of inverse_product, and its diagonal from unit vectors
   constexpr int64_t k = 5;
@@ -249,7 +265,8 @@ int main(int count, char** arguments) {
   if (fault == "barrier") launch(barrier_kernel, 1, 64, 0, nullptr);
   if (!fault.empty()) return 0;
   test_blocks(7, 100, 40);
-  test_blocks(34, 60, 60);  // more than a panel of the factorisation
+  test_blocks(34, 60, 60);  // more than a tile of the factorisation
+  test_blocks(65, 70, 70);  // more than a tile of a block of threads
   for (const int64_t n : {33, 5000, 9001})
     for (const int64_t distinct : {0, 3}) test_selection(n, distinct, n == 5000);
   std::printf("%d failures\n", failures);
