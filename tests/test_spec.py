@@ -25,6 +25,15 @@ def test_spec_names_existing_sources_and_safe_flags():
         assert not [p for p in spec["sources"] if "/cuda/" in p]
 
 
+def test_one_cxx_library_in_the_process(monkeypatch):
+    """A compiler that has only libstdc++.a links the shared one that torch uses, not a copy."""
+    assert _build.toolchain.shared_cxx_library() is None or _build.extension_spec()["ldflags"]
+    monkeypatch.setattr(_build.toolchain, "_ask", lambda *command: "libstdc++.so\n")  # no path: not found
+    library = _build.toolchain.shared_cxx_library()
+    if library is not None:  # on Linux
+        assert "libstdc++.so" in Path(library).name and Path(library).exists()
+
+
 def test_fingerprint_names_sources_and_torch(bench):
     import torch
 

@@ -290,13 +290,15 @@ class Blocks {
     Tensor worst;
     for (int attempt = 0; attempt < kFactorAttempts; ++attempt) {
       const auto [l, info] = at::linalg_cholesky_ex(sum);
-      if (info.max().item<int>() == 0) {
+      // Of NaN cuSOLVER says nothing.
+      const Tensor wrong = (info != 0).logical_or(l.diagonal(0, 1, 2).isfinite().all(1).logical_not());
+      if (!wrong.any().item<bool>()) {
         const Tensor identity = at::eye(a.size(1), a.options()).expand_as(a);
         const Tensor inverse =
             invert ? at::linalg_solve_triangular(l, identity, /*upper=*/false).contiguous() : Tensor();
         return {l.contiguous(), inverse};
       }
-      worst = info.argmax().reshape({1});
+      worst = wrong.to(at::kInt).argmax().reshape({1});
       const double more = attempt > 0 ? jitter * 10 : precision.rounding * trace;
       sum.diagonal(0, 1, 2).add_(more - jitter);
       jitter = more;

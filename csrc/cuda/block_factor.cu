@@ -11,7 +11,8 @@
 //   W                        W_kk = L_kk⁻¹                       a warp per tile, by substitution, a column per lane
 //                            W_kc = -W_kk Σ_{c≤j<k} L_kj W_jc    a warp per column c of tiles, which waits for no other
 //
-// What one warp does by itself leaves the tensor cores to others: three matrices share a multiprocessor.
+// What bounds it is how long a tile or a row takes to arrive and a pivot to come out: matrices share a multiprocessor,
+// so that one's products fill the others' waits.
 #include "../numerics.h"
 #include "solve.cuh"
 #include "tiles.cuh"
@@ -20,22 +21,97 @@ namespace mfac::cuda {
 namespace {
 
 constexpr int kFactorThreads = 128, kFactorWarps = kFactorThreads / kWarp;
+// Blocks of threads that share a multiprocessor, and its registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kSharing = 2;  // with three the compiler is some registers short
+#else
+constexpr int kSharing = 3;
+#endif
+// Of a tile in shared memory: rows on 16 bytes, and what a warp reads along rows, along columns or as an operand of a
+// product is in at most two rows of the same banks.
+constexpr int kPitch = kTile + 2;
+using Stage = double[kTile][kPitch];
 
 struct FactorMemory {
-  double stages[kFactorWarps][kTile][kTile + kPadding];  // of each warp
-  double column[2][kTile];                               // of L, as a tile is factored
-  double reciprocals[kMaxOrder];                         // of the diagonal of L
+  Stage stages[kFactorWarps];     // of each warp
+  Stage diagonal;                 // the diagonal tile of L, transposed: upper triangular
+  double column[2][kTile];        // of L, as a tile is factored
+  double reciprocals[kMaxOrder];  // of the diagonal of L
   double sums[kFactorWarps];
   double trace;
   int failed;
 };
-using Stage = double[kTile][kTile + kPadding];
 
 // Keeps the compiler from loading what is needed later, for which there are no registers.
 __device__ inline void keep_order() { asm volatile("" ::: "memory"); }
 
-// Factors a tile in place, with zeros above the diagonal, by one warp.
-__device__ inline void factor_tile(Stage& tile, double* reciprocals, FactorMemory& memory) {
+// Two neighbours; on 16 bytes if `paired`.
+template <bool paired>
+__device__ inline double2 load_two(const double* x) {
+  if constexpr (paired) return *reinterpret_cast<const double2*>(x);
+  return double2{x[0], x[1]};
+}
+
+// Where a lane finds its numbers of a tile of rows of a matrix [n, n], to multiply them with rows of another. The places
+// in the depth of a product may be dealt to the lanes in any order that is the same for both: here in pairs of neighbours.
+struct Rows {
+  const double* matrix;
+  int at[4];  // rows 8 i + lane / 4 of the tile; those beyond the last of n repeat it
+
+  __device__ Rows(const double* x, int n, int first) : matrix(x) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = first + 8 * i + lane / 4;
+      at[i] = (row < n ? row : n - 1) * n + lane % 4 * 2;
+    }
+  }
+  template <bool paired>
+  __device__ void load_left(int k, double (&a)[2][4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const double2 two = load_two<paired>(matrix + at[i] + k);
+      a[i / 2][i % 2] = two.x;
+      a[i / 2][i % 2 + 2] = two.y;
+    }
+  }
+  template <bool paired>
+  __device__ void load_right(int k, double (&b)[4][2]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const double2 two = load_two<paired>(matrix + at[i] + k);
+      b[i][0] = two.x;
+      b[i][1] = two.y;
+    }
+  }
+};
+
+// stage = P in the rows [first, first + kTile) and the columns [row, row + kTile), by one warp; the identity beyond n.
+template <bool paired>
+__device__ inline void subtract_products(const double* __restrict__ a, int n, double ridge, int row, int first,
+                                         const double* l, Stage& stage) {
+  WarpSums tile;
+  const Rows left(l, n, first), right(l, n, row);
+#pragma unroll 1
+  for (int k = 0; k < row; k += kDepth) {
+    double x[2][4], y[4][2];
+    left.load_left<paired>(k, x);
+    right.load_right<paired>(k, y);
+    multiply_add(tile.sums, x, y);
+  }
+  tile.for_each([&](int r, int c, double sum) {
+    const int i = first + r, j = row + c;
+    if (i < n && j < n)
+      stage[r][c] = a[i * n + j] - sum + (i == j ? ridge : 0.0);
+    else
+      stage[r][c] = i == j ? 1.0 : 0.0;
+    keep_order();
+  });
+  __syncwarp();
+}
+
+// Factors a tile, by one warp with a row in the registers of each lane.
+__device__ inline void factor_tile(const Stage& tile, double* reciprocals, FactorMemory& memory) {
   const int lane = threadIdx.x;
   double row[kTile];
 #pragma unroll
@@ -57,124 +133,100 @@ __device__ inline void factor_tile(Stage& tile, double* reciprocals, FactorMemor
     for (int c = j + 1; c < kTile; ++c) row[c] -= row[j] * column[c];
   }
 #pragma unroll
-  for (int c = 0; c < kTile; ++c) tile[lane][c] = c <= lane ? row[c] : 0.0;
+  for (int c = 0; c < kTile; ++c) memory.diagonal[c][lane] = c <= lane ? row[c] : 0.0;
+}
+
+// x <- L_kk⁻¹ x, from the transposed tile and the reciprocals of its diagonal. An unknown is subtracted from all later
+// ones as soon as it is known: these subtractions do not wait for each other.
+__device__ inline void solve_with(const Stage& transposed, const double* reciprocals, double (&x)[kTile]) {
+#pragma unroll
+  for (int q = 0; q < kTile; ++q) {
+    x[q] *= reciprocals[q];
+#pragma unroll
+    for (int r = q + 1; r < kTile; ++r) x[r] -= transposed[q][r] * x[q];
+    keep_order();
+  }
+}
+
+// The rows of a stage <- those of L, by one warp, a row per lane.
+__device__ inline void divide_rows(const Stage& transposed, const double* reciprocals, Stage& stage) {
+  const int lane = threadIdx.x % kWarp;
+  double x[kTile];
+#pragma unroll
+  for (int c = 0; c < kTile; ++c) x[c] = stage[lane][c];
+  solve_with(transposed, reciprocals, x);
+#pragma unroll
+  for (int c = 0; c < kTile; ++c) stage[lane][c] = x[c];
   __syncwarp();
 }
 
-// Rows [row, n) of L in the columns [row, row + kTile), but not those of the diagonal tile: P, still to be divided by it.
-__device__ inline void subtract_products(const double* __restrict__ a, int64_t n, double ridge, int64_t row, double* l,
-                                         FactorMemory& memory) {
+// A panel of L, kTile columns from `row` on. Returns false if a pivot is not positive.
+template <bool paired>
+__device__ inline bool factor_panel(const double* __restrict__ a, int n, double ridge, int row, double* l,
+                                    FactorMemory& memory) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  for (int64_t first = row + warp * kTile; first < n; first += kFactorThreads) {
-    WarpSums tile;
-    const double *left[2][2], *right[4];  // this lane's rows; those beyond the last repeat it
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int64_t mine = first + 8 * i + lane / 4, other = row + 8 * i + lane / 4;
-      left[i / 2][i % 2] = l + (mine < n ? mine : n - 1) * n + lane % 4;
-      right[i] = l + (other < n ? other : n - 1) * n + lane % 4;
+  Stage& own = memory.stages[warp];
+  double* reciprocals = memory.reciprocals + row;
+  for (int first = row + warp * kTile, turn = 0; turn == 0 || first < n; first += kFactorThreads, ++turn) {
+    if (first < n) subtract_products<paired>(a, n, ridge, row, first, l, own);
+    if (turn == 0) {
+      if (warp == 0) factor_tile(own, reciprocals, memory);
+      __syncthreads();
+      if (memory.failed) return false;
     }
-#pragma unroll 1
-    for (int64_t k = 0; k < row; k += kDepth) {
-      double x[2][4], y[4][2];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        x[i / 4][i % 4] = left[i / 4][i % 2][k + i % 4 / 2 * 4];
-        y[i / 2][i % 2] = right[i / 2][k + i % 2 * 4];
-      }
-      multiply_add(tile.sums, x, y);
-    }
-    tile.for_each([&](int r, int c, double sum) {
-      const int64_t i = first + r, j = row + c;
-      const bool inside = i < n && j < n;
-      const double value = inside ? a[i * n + j] - sum : 0.0;
-      if (first == row)
-        memory.stages[0][r][c] = r == c ? (inside ? value + ridge : 1.0) : value;
-      else if (inside)
-        l[i * n + j] = value;
-    });
+    if (first >= n) continue;
+    if (first > row) divide_rows(memory.diagonal, reciprocals, own);
+#pragma unroll 4
+    for (int r = 0; r < kTile; ++r)
+      if (first + r < n && row + lane < n)
+        l[(first + r) * n + row + lane] = first > row ? own[r][lane] : memory.diagonal[lane][r];
+    __syncwarp();
   }
+  return true;
 }
 
-// Rows beyond the diagonal tile, divided by it; the diagonal tile itself; zeros above it.
-__device__ inline void substitute(int64_t n, int64_t row, double* l, FactorMemory& memory) {
-  const Stage& tile = memory.stages[0];
-  for (int64_t i = row + kTile + threadIdx.x; i < n; i += kFactorThreads) {
-    double x[kTile];
-#pragma unroll
-    for (int c = 0; c < kTile; ++c) x[c] = l[i * n + row + c];
-#pragma unroll
-    for (int c = 0; c < kTile; ++c) {
-#pragma unroll
-      for (int q = 0; q < c; ++q) x[c] -= tile[c][q] * x[q];
-      x[c] *= memory.reciprocals[row + c];
-      keep_order();
-    }
-#pragma unroll
-    for (int c = 0; c < kTile; ++c) l[i * n + row + c] = x[c];
-  }
-  const int64_t rows = n - row < kTile ? n - row : kTile;
-  for (int64_t e = threadIdx.x; e < rows * kTile; e += kFactorThreads)
-    if (e % kTile < rows) l[(row + e / kTile) * n + row + e % kTile] = tile[e / kTile][e % kTile];
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = row + kTile + threadIdx.x; c < n; c += kFactorThreads) l[(row + r) * n + c] = 0.0;
-}
-
-// The diagonal tile of W that begins at `row`, by one warp, and zeros to the right of it.
-__device__ inline void invert_tile(const double* l, int64_t n, int64_t row, double* w, Stage& tile,
+// The diagonal tile of W that begins at `row`, by one warp, a column per lane.
+__device__ inline void invert_tile(const double* l, int n, int row, double* w, Stage& stage,
                                    const double* reciprocals) {
   const int lane = threadIdx.x % kWarp;
-  const int rows = static_cast<int>(n - row < kTile ? n - row : kTile);
-  __syncwarp();
-  for (int r = 0; r < kTile; ++r) tile[r][lane] = r < rows && lane < rows ? l[(row + r) * n + row + lane] : 0.0;
+  const int rows = n - row < kTile ? n - row : kTile;
+#pragma unroll 4
+  for (int r = 0; r < kTile; ++r) stage[lane][r] = r < rows && lane < rows ? l[(row + r) * n + row + lane] : 0.0;
   __syncwarp();
   double x[kTile];
 #pragma unroll
-  for (int r = 0; r < kTile; ++r) {
-    x[r] = r == lane ? 1.0 : 0.0;
-#pragma unroll
-    for (int q = 0; q < r; ++q) x[r] -= tile[r][q] * x[q];
-    x[r] *= reciprocals[row + r];
-    keep_order();
-  }
+  for (int r = 0; r < kTile; ++r) x[r] = r == lane ? 1.0 : 0.0;
+  solve_with(stage, reciprocals + row, x);
 #pragma unroll
   for (int r = 0; r < kTile; ++r)
     if (r < rows && lane < rows) w[(row + r) * n + row + lane] = x[r];
-  for (int r = 0; r < rows; ++r)
-    for (int64_t c = row + kTile + lane; c < n; c += kWarp) w[(row + r) * n + c] = 0.0;
+  __syncwarp();
 }
 
 // The tiles of W below the diagonal tile that begins at `first`, by one warp.
-__device__ inline void invert_column(const double* l, int64_t n, int64_t first, double* w, Stage& stage) {
+template <bool paired>
+__device__ inline void invert_column(const double* l, int n, int first, double* w, Stage& stage) {
   const int lane = threadIdx.x % kWarp;
-  for (int64_t row = first + kTile; row < n; row += kTile) {
-    const double* left[2][2];  // this lane's rows of L
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int64_t mine = row + 8 * i + lane / 4;
-      left[i / 2][i % 2] = l + (mine < n ? mine : n - 1) * n + lane % 4;
-    }
-    const double* right = w + lane % 4 * n + first + lane / 4;
+  const double* right = w + lane % 4 * 2 * n + first + lane / 4;
+  for (int row = first + kTile; row < n; row += kTile) {
+    const Rows left(l, n, row);
     WarpSums tile;
 #pragma unroll 1
-    for (int64_t k = first; k < row; k += kDepth) {
+    for (int k = first; k < row; k += kDepth) {
       double x[2][4], y[4][2];
+      left.load_left<paired>(k, x);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        x[i / 4][i % 4] = left[i / 4][i % 2][k + i % 4 / 2 * 4];
-        y[i / 2][i % 2] = right[(k + i % 2 * 4) * n + i / 2 * 8];
-      }
+      for (int i = 0; i < 8; ++i) y[i / 2][i % 2] = right[(k + i % 2) * n + i / 2 * 8];
       multiply_add(tile.sums, x, y);
     }
-    __syncwarp();
     tile.for_each([&](int r, int c, double sum) { stage[r][c] = -sum; });
     __syncwarp();
     WarpSums product;
 #pragma unroll 1
-    for (int k = 0; k < kTile; k += kDepth)
+    for (int k = 0; k < kTile && row + k < n; k += kDepth)
       product.add_product(
           [&](int i, int place) {
-            const int64_t r = row + i, c = row + k + place;
+            const int r = row + i, c = row + k + place;
             return r < n && c < n ? w[r * n + c] : 0.0;
           },
           [&](int i, int place) { return stage[k + place][i]; });
@@ -185,13 +237,21 @@ __device__ inline void invert_column(const double* l, int64_t n, int64_t first, 
   }
 }
 
+// Zeros in the tiles above the diagonal.
+__device__ inline void clear_above(int n, double* x) {
+  for (int r = threadIdx.x / kWarp; r < n; r += kFactorWarps)
+#pragma unroll 1
+    for (int c = r / kTile * kTile + kTile + threadIdx.x % kWarp; c < n; c += kWarp) x[r * n + c] = 0.0;
+}
+
 // a, l and w (may be null) [blocks, n, n], ids [blocks], failed [1]. Only the part of a on and below the diagonal is
-// read.
-__global__ void __launch_bounds__(kFactorThreads, 3)
-    cholesky_kernel(const double* __restrict__ a, int64_t n, double ridge, double rounding,
-                    const int32_t* __restrict__ ids, double* l, double* w, int32_t* failed) {
+// read. `paired`: n is even.
+template <bool paired>
+__global__ void __launch_bounds__(kFactorThreads, kSharing)
+    cholesky_kernel(const double* __restrict__ a, int n, double ridge, double rounding, const int32_t* __restrict__ ids,
+                    double* l, double* w, int32_t* failed) {
   FactorMemory& memory = shared<FactorMemory>();
-  const int64_t matrix = blockIdx.x * n * n;
+  const int64_t matrix = static_cast<int64_t>(blockIdx.x) * n * n;
   const int warp = threadIdx.x / kWarp;
   a += matrix;
   l += matrix;
@@ -199,20 +259,15 @@ __global__ void __launch_bounds__(kFactorThreads, 3)
   for (int attempt = 0; attempt < kFactorAttempts; ++attempt) {
     if (threadIdx.x == 0) memory.failed = 0;
     __syncthreads();
-    bool failing = false;
-    for (int64_t row = 0; row < n && !failing; row += kTile) {
-      subtract_products(a, n, ridge + jitter, row, l, memory);
-      __syncwarp();
-      if (warp == 0) factor_tile(memory.stages[0], memory.reciprocals + row, memory);
-      __syncthreads();
-      failing = memory.failed;
-      if (!failing) substitute(n, row, l, memory);
+    bool done = true;
+    for (int row = 0; row < n && done; row += kTile) {
+      done = factor_panel<paired>(a, n, ridge + jitter, row, l, memory);
       __syncthreads();
     }
-    if (!failing) break;
+    if (done) break;
     // Rounding made it indefinite: a jitter, relative to the trace.
     double trace = 0;
-    for (int64_t i = threadIdx.x; i < n; i += kFactorThreads) trace += a[i * n + i] + ridge;
+    for (int i = threadIdx.x; i < n; i += kFactorThreads) trace += a[i * n + i] + ridge;
     trace = warp_sum(trace);
     if (threadIdx.x % kWarp == 0) memory.sums[warp] = trace;
     __syncthreads();
@@ -224,17 +279,19 @@ __global__ void __launch_bounds__(kFactorThreads, 3)
     jitter = attempt > 0 ? jitter * 10 : rounding * memory.trace;
     if (attempt == kFactorAttempts - 1 && threadIdx.x == 0) failed[0] = 1 + ids[blockIdx.x];
   }
+  clear_above(n, l);
   if (!w) return;
   w += matrix;
-  for (int64_t row = warp * kTile; row < n; row += kFactorThreads)
+  clear_above(n, w);
+  for (int row = warp * kTile; row < n; row += kFactorThreads)
     invert_tile(l, n, row, w, memory.stages[warp], memory.reciprocals);
   __syncthreads();
   // Columns on the left have more tiles: one from either end in turn.
-  const int64_t columns = (n + kTile - 1) / kTile;
-  for (int64_t c = warp; c < columns; c += kFactorWarps) {
-    const int64_t turn = c / kFactorWarps, last = turn * kFactorWarps + kFactorWarps - 1;
-    const int64_t mine = turn % 2 == 0 ? c : last - warp;
-    if (mine < columns) invert_column(l, n, mine * kTile, w, memory.stages[warp]);
+  const int columns = (n + kTile - 1) / kTile;
+  for (int c = warp; c < columns; c += kFactorWarps) {
+    const int turn = c / kFactorWarps, last = turn * kFactorWarps + kFactorWarps - 1;
+    const int mine = turn % 2 == 0 ? c : last - warp;
+    if (mine < columns) invert_column<paired>(l, n, mine * kTile, w, memory.stages[warp]);
   }
 }
 
@@ -251,8 +308,8 @@ int64_t temporaries_bytes() { return temporaries_limit(); }
 void cholesky(const double* a, int64_t count, int64_t n, double ridge, double rounding, const int32_t* ids, double* l,
               double* inverse, int32_t* failed, Stream stream) {
   if (n > 0)
-    launch(cholesky_kernel, count, kFactorThreads, sizeof(FactorMemory), stream, a, n, ridge, rounding, ids, l, inverse,
-           failed);
+    launch(n % 2 == 0 ? cholesky_kernel<true> : cholesky_kernel<false>, count, kFactorThreads, sizeof(FactorMemory),
+           stream, a, static_cast<int>(n), ridge, rounding, ids, l, inverse, failed);
 }
 
 void cholesky_solve(const double* l, int64_t count, int64_t n, int64_t k, double* x, Stream stream) {

@@ -37,7 +37,7 @@ constexpr int kGramThreads = 4 * kWarp;
 template <bool capacitance, typename G>
 __global__ void __launch_bounds__(kGramThreads, 4)
     gram_kernel(Gradients<G> grads, Layout layout, Tile tile, int64_t n, int64_t splits, double* __restrict__ out) {
-  using Side = Operand<kTileRows, !capacitance>;
+  using Side = Operand<float, kTileRows, !capacitance>;
   Side(&stage)[2] = shared<Side[2]>();
   const int64_t side = (n + kTileRows - 1) / kTileRows, pairs = side * (side + 1) / 2;
   const int64_t block = blockIdx.x / pairs % tile.count, split = blockIdx.x / pairs / tile.count;
@@ -87,11 +87,11 @@ void gram(const Gradients<G>& grads, const Layout& layout, const Tile& tile, boo
   const int64_t side = ceil_div(n, kTileRows), pairs = side * (side + 1) / 2;
   const int64_t splits = capacitance ? gram_splits(tile.width) : 1, blocks = pairs * tile.count * splits;
   if (capacitance)
-    launch(gram_kernel<true, G>, blocks, kGramThreads, sizeof(Operand<kTileRows, false>[2]), stream, grads, layout,
-           tile, n, splits, out);
+    launch(gram_kernel<true, G>, blocks, kGramThreads, sizeof(Operand<float, kTileRows, false>[2]), stream, grads,
+           layout, tile, n, splits, out);
   else
-    launch(gram_kernel<false, G>, blocks, kGramThreads, sizeof(Operand<kTileRows, true>[2]), stream, grads, layout,
-           tile, n, splits, out);
+    launch(gram_kernel<false, G>, blocks, kGramThreads, sizeof(Operand<float, kTileRows, true>[2]), stream, grads,
+           layout, tile, n, splits, out);
 }
 
 template <typename G>

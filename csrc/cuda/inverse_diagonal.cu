@@ -29,8 +29,8 @@ constexpr int kColumns = 128;                                                   
 constexpr int kAcross = kColumns / kTile, kSolvedThreads = 2 * kAcross * kWarp;  // 2 x 4 warps
 
 struct SolvedStage {
-  Operand<kTileRows, false> w;
-  Operand<kColumns, true> g;
+  Operand<double, kTileRows, false> w;
+  Operand<float, kColumns, true> g;
   double norms[2][kColumns];                            // of the rows of either half of the tiles
   double squares[kSolvedThreads / kColumns][kColumns];  // of the rows that a thread loads
 };

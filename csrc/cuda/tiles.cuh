@@ -3,15 +3,16 @@
 //
 // A warp computes kTile x kTile sums, kDepth terms at a time (multiply_add of device.cuh): 2 x 8 numbers of operands in
 // registers for 8192 multiplications. A block of threads of 2 x `across` warps computes 64 x 32 `across` sums, kStage
-// terms at a time: it converts the operands to float64 once, on their way to shared memory. Rows of an operand there
-// are kPadding longer than what they hold: 4 rows of 4 numbers, which a warp reads at once, are then in different banks.
+// terms at a time, from operands in shared memory. There G is float32, which halves what is read from it: bandwidth of
+// shared memory is what bounds these products first. Several blocks of threads share a multiprocessor, so that some
+// load while others multiply.
 #pragma once
 
 #include "columns.cuh"
 
 namespace mfac::cuda {
 
-constexpr int kTile = 32, kDepth = 8, kStage = 32, kPadding = 4;
+constexpr int kTile = 32, kDepth = 8, kStage = 32;
 constexpr int kTileRows = 2 * kTile;  // of a block of threads
 
 struct WarpSums {
@@ -46,21 +47,22 @@ struct WarpSums {
   }
 };
 
-// An operand in shared memory: [places][kStage + kPadding], or by depth first [kStage][places + kPadding].
-template <int places, bool depth_first>
+// An operand in shared memory: [places][kStage], or by depth first [kStage][places]. Rows are padded so that what a warp
+// reads at once, 8 places of 4 of the depth, is in different banks (half a warp at once for float64).
+template <typename T, int places, bool depth_first>
 struct Operand {
-  static constexpr int kPitch = (depth_first ? places : kStage) + kPadding;
-  double values[(depth_first ? kStage : places) * kPitch];
-  __device__ double& at(int place, int depth) {
+  static constexpr int kPitch = depth_first ? places + (sizeof(T) == sizeof(float) ? 8 : 4) : kStage + 4;
+  T values[(depth_first ? kStage : places) * kPitch];
+  __device__ T& at(int place, int depth) {
     return values[depth_first ? depth * kPitch + place : place * kPitch + depth];
   }
 };
 
-// Loads a stage by `threads` threads, converted, with zeros beyond G and the columns listed:
+// Loads a stage by `threads` threads, with zeros beyond G and the columns listed:
 // rows [row, row + places) of G, columns [first, end) of those listed for a block as the depth,
 template <int threads, int places, typename G>
 __device__ inline void load_rows(const Gradients<G>& grads, const Layout& layout, int64_t block, int64_t row,
-                                 int64_t first, int64_t end, Operand<places, false>& out) {
+                                 int64_t first, int64_t end, Operand<float, places, false>& out) {
   constexpr int kStep = threads / kStage;
   const int depth = threadIdx.x % kStage, top = threadIdx.x / kStage;
   const int64_t c = first + depth < end ? column(layout, block, first + depth) : -1;
@@ -68,43 +70,43 @@ __device__ inline void load_rows(const Gradients<G>& grads, const Layout& layout
                    : grads.m - row < places      ? static_cast<int>(grads.m - row)
                                                  : places;
   const G* source = grads.data + (row + top) * grads.stride + c;
-#pragma unroll 4
+#pragma unroll 8
   for (int r = top; r < places; r += kStep, source += kStep * grads.stride)
-    out.at(r, depth) = r < rows ? to_float(*source) : 0.0;
+    out.at(r, depth) = r < rows ? to_float(*source) : 0.0f;
 }
 // rows [row, row + places) of a matrix [n, n], columns [first, first + kStage) as the depth,
 template <int threads, int places>
 __device__ inline void load_matrix(const double* matrix, int64_t n, int64_t row, int64_t first,
-                                   Operand<places, false>& out) {
+                                   Operand<double, places, false>& out) {
   constexpr int kStep = threads / kStage;
   const int depth = threadIdx.x % kStage, top = threadIdx.x / kStage;
   const int rows = first + depth >= n ? 0 : n - row < places ? static_cast<int>(n - row) : places;
   const double* source = matrix + (row + top) * n + first + depth;
-#pragma unroll 4
+#pragma unroll 8
   for (int r = top; r < places; r += kStep, source += kStep * n) out.at(r, depth) = r < rows ? *source : 0.0;
 }
 // or column c of G (none if c < 0) as the place threadIdx.x % places, rows [first, first + kStage) as the depth. Returns
 // the sum of the squares of what this thread has loaded.
 template <int threads, int places, typename G>
-__device__ inline double load_column(const Gradients<G>& grads, int64_t c, int64_t first, Operand<places, true>& out) {
+__device__ inline double load_column(const Gradients<G>& grads, int64_t c, int64_t first,
+                                     Operand<float, places, true>& out) {
   constexpr int kStep = threads / places;
   const int place = threadIdx.x % places, top = threadIdx.x / places;
   const int rows = c < 0 ? 0 : grads.m - first < kStage ? static_cast<int>(grads.m - first) : kStage;
   const G* source = grads.data + (first + top) * grads.stride + c;
   double square = 0;
-#pragma unroll 4
+#pragma unroll 8
   for (int r = top; r < kStage; r += kStep, source += kStep * grads.stride) {
-    const double value = r < rows ? to_float(*source) : 0.0;
+    const float value = r < rows ? to_float(*source) : 0.0f;
     out.at(place, r) = value;
-    square += value * value;
+    square += static_cast<double>(value) * value;
   }
   return square;
 }
 
 // The sums of the calling warp, whose tile begins at (row, column), += those of one stage.
-template <int rows, bool a_depth_first, int columns, bool b_depth_first>
-__device__ inline void add_stage(WarpSums& sums, Operand<rows, a_depth_first>& a, Operand<columns, b_depth_first>& b,
-                                 int row, int column) {
+template <typename A, typename B>
+__device__ inline void add_stage(WarpSums& sums, A& a, B& b, int row, int column) {
 #pragma unroll 1
   for (int depth = 0; depth < kStage; depth += kDepth)
     sums.add_product([&](int i, int k) { return a.at(row + i, depth + k); },

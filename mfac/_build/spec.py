@@ -72,6 +72,7 @@ def extension_spec(ahead_of_time: bool = False) -> dict[str, list[str]]:
         "MFAC_CUDA": json.dumps(";".join(gpus)),
     }
     sources = [*root.glob("*.cpp"), *(root / "cpu").glob("*.cpp")]
+    library = toolchain.shared_cxx_library()
     if gpus:
         sources += [*(root / "cuda").glob("*.cpp"), *(root / "cuda").glob("*.cu")]
     return {
@@ -79,5 +80,5 @@ def extension_spec(ahead_of_time: bool = False) -> dict[str, list[str]]:
         "include_dirs": [str(root), *[str(root / "cuda")] * bool(gpus), toolchain.find_pybind11().include],
         "cflags": flags + [f"-D{name}={value}" for name, value in macros.items()],
         "cuda_cflags": cuda_flags,
-        "ldflags": ["-fopenmp"] if "clang" in toolchain.find_compiler().version else [],
+        "ldflags": ["-fopenmp"] * ("clang" in toolchain.find_compiler().version) + ([library] if library else []),
     }

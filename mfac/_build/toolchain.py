@@ -67,6 +67,22 @@ def find_compiler() -> Compiler:
     return Compiler(shlex.join(command), done.stdout.partition("\n")[0])
 
 
+def shared_cxx_library() -> str | None:
+    """Return the path of libstdc++.so to name to the linker, or None if the compiler finds a shared one by itself.
+
+    A compiler that has only the static library would put a second copy of it into the extension, beside the one that
+    torch uses: messages of errors would then crash. That one, which this process has loaded, is linked instead.
+    """
+    maps = Path("/proc/self/maps")
+    found = _ask(*shlex.split(find_compiler().command), "-print-file-name=libstdc++.so").strip()
+    if Path(found).is_absolute() or not maps.exists():
+        return None
+    import torch  # noqa: F401  # loads it
+
+    loaded = re.search(r"\s(/\S*/libstdc\+\+\.so\S*)$", maps.read_text(), re.MULTILINE)
+    return loaded[1] if loaded else None
+
+
 def find_ninja() -> str:
     """Return the path of ninja: the one of pip's package, else the one on the PATH.
 

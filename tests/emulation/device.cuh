@@ -38,6 +38,10 @@ void __tsan_release(void* address);
 #define EMULATION_TSAN 0
 #endif
 
+struct alignas(16) double2 {
+  double x, y;
+};
+
 #define __global__
 #define __device__
 #define __host__
