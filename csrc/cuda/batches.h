@@ -285,20 +285,23 @@ class Blocks {
   Factor library_factor(const Tensor& a, const Tensor& ids, bool invert) const {
     Tensor sum = a.clone();
     sum.diagonal(0, 1, 2).add_(ridge);
-    const double trace = sum.diagonal(0, 1, 2).sum(1).max().item<double>();
+    const Tensor traces = sum.diagonal(0, 1, 2).sum(1), endless = traces.isfinite().logical_not();
+    if (endless.any().item<bool>()) {  // cuSOLVER may say nothing of NaN
+      failed.copy_(ids.index_select(0, endless.to(at::kInt).argmax().reshape({1})) + 1);
+      return {sum, sum};
+    }
+    const double trace = traces.max().item<double>();
     double jitter = 0;
     Tensor worst;
     for (int attempt = 0; attempt < kFactorAttempts; ++attempt) {
       const auto [l, info] = at::linalg_cholesky_ex(sum);
-      // Of NaN cuSOLVER says nothing.
-      const Tensor wrong = (info != 0).logical_or(l.diagonal(0, 1, 2).isfinite().all(1).logical_not());
-      if (!wrong.any().item<bool>()) {
+      if (info.max().item<int>() == 0) {
         const Tensor identity = at::eye(a.size(1), a.options()).expand_as(a);
         const Tensor inverse =
             invert ? at::linalg_solve_triangular(l, identity, /*upper=*/false).contiguous() : Tensor();
         return {l.contiguous(), inverse};
       }
-      worst = wrong.to(at::kInt).argmax().reshape({1});
+      worst = info.argmax().reshape({1});
       const double more = attempt > 0 ? jitter * 10 : precision.rounding * trace;
       sum.diagonal(0, 1, 2).add_(more - jitter);
       jitter = more;

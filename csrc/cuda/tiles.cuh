@@ -70,7 +70,7 @@ __device__ inline void load_rows(const Gradients<G>& grads, const Layout& layout
                    : grads.m - row < places      ? static_cast<int>(grads.m - row)
                                                  : places;
   const G* source = grads.data + (row + top) * grads.stride + c;
-#pragma unroll 8
+#pragma unroll 16
   for (int r = top; r < places; r += kStep, source += kStep * grads.stride)
     out.at(r, depth) = r < rows ? to_float(*source) : 0.0f;
 }
