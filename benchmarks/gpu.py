@@ -1,7 +1,7 @@
 """`make gpu`: build, test and time the kernels on an NVIDIA GPU; a table last.
 
 Tests: those of every op with the tensors on CUDA, opcheck, the library end to end, gradients in host memory; small ones
-again under compute-sanitizer (memcheck, racecheck) where that runs. Times: medians by CUDA events. The floor of a row is
+again under compute-sanitizer (memcheck, racecheck) where that runs. Times: medians by CUDA events. A row's floor is
 the larger of its flops over the rate of a matrix product (for float32 that of float64, if tensor cores make it faster)
 and its bytes over the bandwidth of a copy, both of this run. A step of S sub-steps needs at least a symmetric product
 and a triangular solve (m² flops per weight each) for the weights that are left before each, and a last product.
