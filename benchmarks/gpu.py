@@ -180,9 +180,14 @@ def main():
         what = "no torch" if torch is None else "no NVIDIA GPU that torch can use"
         print(f"make gpu: {what} for {sys.executable}; nothing to do (make gpu PYTHON=... names another python)")
         return 0
-    from mfac.cli import doctor
-    from mfac.ops import compiled as ops
-
+    try:
+        from mfac.cli import doctor
+        from mfac.ops import compiled as ops
+    except ModuleNotFoundError as error:
+        print(
+            f"make gpu: {error.name} is not installed for {sys.executable}; {sys.executable} -m pip install -e . first"
+        )
+        return 1
     status = doctor.main()
     if status or not ops.load()["cuda"]:
         print("make gpu: the CUDA kernels are not built; see `cuda kernels` above")

@@ -95,8 +95,8 @@ class Fisher:
 
         Args:
             changes: ``active``, ``damping`` or ``block_size``; or ``memory``, from :meth:`step_memory` of this Fisher:
-                what :meth:`inverse_diagonal`, :meth:`joint_update`, :meth:`joint_step` and :meth:`group_saliency` leave
-                there saves time when they are called again, on this Fisher or one with fewer active columns.
+                what :meth:`joint_update`, :meth:`joint_step` and :meth:`group_saliency` leave there saves time when
+                they are called again, on this Fisher or one with fewer active columns.
 
         Returns:
             A new object.
@@ -138,11 +138,7 @@ class Fisher:
 
     def inverse_diagonal(self) -> Tensor:
         """Return diag(F⁻¹), [d] float32, positive."""
-        settings = self.grads, self.damping, self.block_size, self._active, self.precision
-        if self._memory is None:
-            return self.kernels.inverse_diagonal(*settings)
-        every = torch.ones(self.grads.shape[1], dtype=torch.bool, device=self.device)
-        return self.joint_step(every.float(), every)[1]  # prunes nothing, and leaves its matrices to the next step
+        return self.kernels.inverse_diagonal(self.grads, self.damping, self.block_size, self._active, self.precision)
 
     def inverse_product(self, x: Tensor) -> Tensor:
         """Return F⁻¹ x; without :meth:`factor` before it, in pages whose factors take up to 256 MiB and are not kept.

@@ -75,9 +75,7 @@ def prune_vector(
     for left in range(plan.substeps, 0, -1):
         restricted = None if fisher is None else fisher.replace(active=kept, memory=memory)
         with timed(seconds, "saliency"):
-            # The first diagonal leaves nothing: its matrices are large, and too few of their columns stay to use them.
-            scored = restricted.replace(memory=None) if joint_step else restricted
-            scores, diagonal = _score(weights, scored, plan, diagonal if joint_step else None)
+            scores, diagonal = _score(weights, restricted, plan, diagonal if joint_step else None)
         with timed(seconds, "selection"):
             zeroed = weights if update == "none" else None
             share = 1 - (1 - 1 / left) ** 2
