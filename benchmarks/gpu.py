@@ -184,9 +184,7 @@ def main():
         from mfac.cli import doctor
         from mfac.ops import compiled as ops
     except ModuleNotFoundError as error:
-        print(
-            f"make gpu: {error.name} is not installed for {sys.executable}; {sys.executable} -m pip install -e . first"
-        )
+        print(f"make gpu: {error.name} is missing; {sys.executable} -m pip install -e . installs it")
         return 1
     status = doctor.main()
     if status or not ops.load()["cuda"]:
