@@ -7,7 +7,7 @@
 //
 //   L, a panel k at a time   P_ik = A_ik - Σ_{j<k} L_ij L_kjᵀ    a warp per tile
 //                            L_kk L_kkᵀ = P_kk                   one warp, a row in the registers of each lane
-//                            L_ik = P_ik L_kk⁻ᵀ                  a thread per row, by substitution
+//                            L_ik = P_ik L_kk⁻ᵀ                  by substitution, a row per lane
 //   W                        W_kk = L_kk⁻¹                       a warp per tile, by substitution, a column per lane
 //                            W_kc = -W_kk Σ_{c≤j<k} L_kj W_jc    a warp per column c of tiles, which waits for no other
 //
