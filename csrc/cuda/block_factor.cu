@@ -20,12 +20,13 @@
 namespace mfac::cuda {
 namespace {
 
-constexpr int kFactorThreads = 128, kFactorWarps = kFactorThreads / kWarp;
+// Two warps: with four, matrices of order 256 take as long, and the small ones of the Fisher side half as long again.
+constexpr int kFactorThreads = 64, kFactorWarps = kFactorThreads / kWarp;
 // Blocks of threads that share a multiprocessor, and its registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kSharing = 2;  // with three the compiler is some registers short
+constexpr int kSharing = 4;  // with six the compiler is some registers short
 #else
-constexpr int kSharing = 3;
+constexpr int kSharing = 6;
 #endif
 // Of a tile in shared memory: rows on 16 bytes, and what a warp reads along rows, along columns or as an operand of a
 // product is in at most two rows of the same banks.

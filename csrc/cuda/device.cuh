@@ -71,7 +71,7 @@ inline int64_t shared_limit() {
 }
 
 // Bytes that the temporaries of an op should not exceed: enough blocks of F at a time to keep every multiprocessor busy
-// for several rounds of the three that each factors at a time. With m = 256 a block takes 1.5 MiB: some 2,700 of them.
+// for several rounds of the six that each factors at a time. With m = 256 a block takes 1.5 MiB: some 2,700 of them.
 inline int64_t temporaries_limit() {
   constexpr size_t kMin = 128 << 20, kMax = 4ll << 30;  // on GPUs of less than 4 GiB, of more than 128 GiB
   constexpr size_t kShare = 32;                         // of the GPU's memory: most of it is for the gradients
