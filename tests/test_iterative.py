@@ -149,11 +149,11 @@ def test_result_as_text_json_and_csv(tmp_path):
     lines = str(result).splitlines()
     assert lines[4].split()[:4] == ["step", "sparsity", "new", "gradients"]
     assert [line.split()[0] for line in lines[5:8]] == ["1", "2", "3"]
-    assert "chosen among 4" in lines[8] and "gradients" in lines[9] and "settings" in lines[9]
+    assert "chosen among 5" in lines[8] and "gradients" in lines[9] and "settings" in lines[9]
     result.to_json(tmp_path / "result.json")
     read = json.loads((tmp_path / "result.json").read_text())
     assert read == json.loads(json.dumps(result.to_dict()))
-    assert "masks" not in read and len(read["steps"]) == 3 and len(read["candidates"]) == 4
+    assert "masks" not in read and len(read["steps"]) == 3 and len(read["candidates"]) == 5
     assert read["layers"][0] == {"name": "0.weight", "weights": 120, "kept": result.layers[0][2]}
     result.to_csv(tmp_path / "steps.csv")
     rows = list(csv.DictReader((tmp_path / "steps.csv").open()))

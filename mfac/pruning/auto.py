@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mfac.checks import warn
-from mfac.fisher import DEFAULT_DAMPING, Fisher
+from mfac.fisher import DEFAULT_BLOCK_SIZE, DEFAULT_DAMPING, Fisher
 from mfac.progress import progress_bar
 from mfac.pruning.quadratic import Plan, prune_vector
 
@@ -26,11 +26,14 @@ class Candidate:
         damping: λ.
         block_size: B.
         score: ½ mean((G_B δ)²) over the gradients B that the step δ was not computed from.
+        better: By how many standard errors these gradients say that it is better than the default: z of Wilcoxon's
+            signed-rank test on their (g δ)²; 0 for the default.
     """
 
     damping: float
     block_size: int
     score: float
+    better: float
 
 
 def choose_settings(
@@ -44,11 +47,13 @@ def choose_settings(
 ) -> tuple[Fisher, list[Candidate]]:
     """Turn ``"auto"`` and relative damping into numbers, without a single forward pass.
 
-    For ``"auto"`` the step is computed from three quarters of the gradients, A, and scored by ½ mean((G_B δ)²) on the
-    rest, B: the increase of the loss predicted by gradients which it has not seen. The lowest score wins. (Halves would
-    do as well, but favour blocks small enough for half of the gradients.) Candidates are block sizes from 64 to 8192 at
-    λ = 1e-2 times the mean square of the gradients; then 1e-3, 0.1 and 1 times that at the best block size; then the
-    neighbours of that size at the best λ: as long as some 10 steps.
+    For ``"auto"`` the step is computed from three quarters of the gradients, A, and judged by (g δ)² for each g of the
+    rest, B: twice the increase of the loss predicted by gradients which it has not seen. The default settings stand
+    unless B says by more than one standard error that others are better (the one-standard-error rule: Breiman,
+    Friedman, Olshen, Stone, 1984, section 3.4.3), by ranks, because a few gradients make up most of the mean.
+    (Halves instead of quarters favour blocks small enough for half of the gradients.) Candidates are block sizes from
+    64 to 8192 at λ = 1e-2 times the mean square of the gradients; then 1e-3, 0.1 and 1 times that at the best block
+    size; then the neighbours of that size at the best λ: as long as some 10 steps.
 
     Args:
         fisher: Of all weights, with any settings.
@@ -60,7 +65,7 @@ def choose_settings(
         progress: Show a progress bar.
 
     Returns:
-        The Fisher with its settings, and the candidates (none without ``"auto"``).
+        The Fisher with its settings, and the candidates, the default first (none without ``"auto"``).
 
     Raises:
         ValueError: If there are fewer than 4 gradients for ``"auto"``, or a damping relative to gradients that are
@@ -74,9 +79,14 @@ def choose_settings(
         fisher = fisher.replace(**({} if damping == "auto" else {"damping": damping}))
         dampings, first = (DAMPINGS, _FIRST_DAMPING) if damping == "auto" else ([fisher.damping], fisher.damping)
         sizes = [b for b in BLOCK_SIZES if b < d] or [d] if block_size == "auto" else [block_size]
+        default = (
+            DEFAULT_DAMPING if damping == "auto" else fisher.damping,
+            min(DEFAULT_BLOCK_SIZE, d) if block_size == "auto" else block_size,
+        )
         options = {"backend": fisher.backend, "precision": fisher.precision, "device": fisher.device}
         part, rest = Fisher(fisher.grads[: m * 3 // 4], **options), fisher.grads[m * 3 // 4 :]
         tried: dict[tuple[float | str, int | None], Candidate] = {}
+        squares: dict[tuple[float | str, int | None], Tensor] = {}
 
         def best_of(settings: list[tuple[float | str, int | None]]) -> tuple[float | str, int | None]:
             for value, size in settings:
@@ -84,22 +94,38 @@ def choose_settings(
                     step, trial = weights.clone(), part.replace(damping=value, block_size=size)
                     prune_vector(step, active, trial, plan)
                     step -= weights
-                    score = 0.5 * float(torch.stack([(row.to(step) @ step).square() for row in rest]).mean())
-                    tried[value, size] = Candidate(trial.damping, trial.block_size, score)
+                    own = squares[value, size] = torch.stack([(row.to(step) @ step).square() for row in rest]).cpu()
+                    better = _standard_errors(squares[default], own)
+                    tried[value, size] = Candidate(trial.damping, trial.block_size, 0.5 * float(own.mean()), better)
                     bar.update()
-            return min(tried, key=lambda key: tried[key].score if tried[key].score < math.inf else math.inf)  # nor NaN
+            return max(tried, key=lambda key: tried[key].better)
 
-        with progress_bar(progress, "settings", len(dampings) + len(sizes)) as bar:
+        with progress_bar(progress, "settings", 1 + len(dampings) + len(sizes)) as bar:
+            best_of([default])
             _, size = best_of([(first, size) for size in sizes])
             value, size = best_of([(value, size) for value in dampings])
-            near = sizes.index(size)
-            damping, block_size = best_of([(value, size) for size in sizes[max(near - 1, 0) : near + 2]])
+            if size in sizes:
+                near = sizes.index(size)
+                best_of([(value, size) for size in sizes[max(near - 1, 0) : near + 2]])
         candidates = list(tried.values())
+        best = best_of([])
+        damping, block_size = best if tried[best].better > 1 else default
         if not tried[damping, block_size].score < math.inf:
             raise RuntimeError("damping: expected a candidate with a finite step, got none; are the gradients huge?")
     fisher = fisher.replace(damping=damping, block_size=block_size)
     _warn_ill_conditioned(fisher)
     return fisher, candidates
+
+
+def _standard_errors(default: Tensor, other: Tensor) -> float:
+    """Return z of the signed-rank test that `other` [n] is smaller than `default` [n]; -inf if it is not finite."""
+    if not other.isfinite().all():
+        return -math.inf
+    if not default.isfinite().all():
+        return math.inf
+    difference, n = (default - other).double(), len(default)
+    ranks = difference.abs().argsort(stable=True).argsort() + 1
+    return float((ranks * difference.sign()).sum()) / math.sqrt(n * (n + 1) * (2 * n + 1) / 6)
 
 
 def _warn_ill_conditioned(fisher: Fisher) -> None:

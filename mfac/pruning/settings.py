@@ -154,7 +154,7 @@ class MethodSettings(CommonSettings, total=False):
             DEFAULT_DAMPING,
             _damping,
             'λ in [1e-30, 1e30]; ``"<number>*mean"``, relative to the mean square of the gradients; or ``"auto"``: '
-            "the best of a few by the loss that a quarter of the gradients predicts for a step made from the others. "
+            "the default, unless a quarter of the gradients predicts a lower loss for others by a step from the rest. "
             "Over several recomputations it is chosen once, and is relative to the gradients from then on.",
         ),
     ]
