@@ -15,6 +15,7 @@ import pytest
 NVCC = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
 NEEDS_NVCC = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 TARGETS = ["80", "90a", "100"]
+OLDEST = "75"  # without tensor cores for float64, where it may spill
 FAULTS = {  # what standalone.cpp does wrong if asked: who finds it, and what is said
     "race": ("thread", "data race"),
     "race between blocks": ("thread", "data race"),
@@ -34,6 +35,14 @@ def test_compiles_without_spills(source, target):
     assert done.returncode == 0, done.stderr[-4000:]
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     assert frames and all(frame == ("0", "0", "0") for frame in frames), done.stderr[-4000:]
+
+
+@NEEDS_NVCC
+@pytest.mark.parametrize("source", emulation.KERNELS, ids=lambda path: path.stem)
+def test_compiles_for_the_oldest(source):
+    flags = ["-std=c++17", "-O1", f"-I{emulation.CUDA}", f"-gencode=arch=compute_{OLDEST},code=sm_{OLDEST}"]
+    done = subprocess.run([NVCC, *flags, "-c", source, "-o", os.devnull], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module", params=["address,undefined", "thread"])

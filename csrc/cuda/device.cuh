@@ -17,12 +17,12 @@ __device__ T& shared() {
   return *reinterpret_cast<T*>(memory);
 }
 
-// One step of a product by a warp, on the tensor cores: sums [32, 32] += a [32, 8] b [8, 32]. Lane t has, of each,
+// One step of a product by a warp, on tensor cores (sm_80 on): sums [32, 32] += a [32, 8] b [8, 32]. Lane t has, of each,
 //
 //   a[p][2 h + g]      row 16 p + 8 g + t / 4, place t % 4 + 4 h in the depth of the product
 //   b[q][h]            column 8 q + t / 4, the same place
 //   sums[p][q][2 g + v] row 16 p + 8 g + t / 4, column 8 q + t % 4 * 2 + v
-__device__ inline void multiply_add(double (&sums)[2][4][4], const double (&a)[2][4], const double (&b)[4][2]) {
+__device__ inline void tensor_multiply_add(double (&sums)[2][4][4], const double (&a)[2][4], const double (&b)[4][2]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 #pragma unroll
   for (int p = 0; p < 2; ++p)
@@ -44,20 +44,6 @@ __device__ inline void multiply_add(double (&sums)[2][4][4], const double (&a)[2
               : "d"(a[p][2 * h + g]), "d"(b[q][h]));
 #endif
     }
-#else  // no tensor cores for float64: the lanes pass their numbers on
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int k = 0; k < 8; ++k) {
-    double left[2][2], right[4][2];
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      left[i / 2][i % 2] = __shfl_sync(0xffffffffu, a[i / 2][k / 4 * 2 + i % 2], lane / 4 * 4 + k % 4);
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      right[i / 2][i % 2] = __shfl_sync(0xffffffffu, b[i / 2][k / 4], (lane % 4 * 2 + i % 2) * 4 + k % 4);
-#pragma unroll
-    for (int i = 0; i < 32; ++i) sums[i / 16][i / 4 % 4][i % 4] += left[i / 16][i % 4 / 2] * right[i / 4 % 4][i % 2];
-  }
 #endif
 }
 

@@ -1,7 +1,7 @@
 // Products of tiles with float64 sums on the tensor cores: what a warp does with its part, and a block of threads with
 // operands in shared memory.
 //
-// A warp computes kTile x kTile sums, kDepth terms at a time (multiply_add of device.cuh): 2 x 8 numbers of operands in
+// A warp computes kTile x kTile sums, kDepth terms at a time (tensor_multiply_add of device.cuh): 2 x 8 numbers of operands in
 // registers for 8192 multiplications. A block of threads of 2 x `across` warps computes 64 x 32 `across` sums, kStage
 // terms at a time, from operands in shared memory. There G is float32, which halves what is read from it: bandwidth of
 // shared memory is what bounds these products first. Several blocks of threads share a multiprocessor, so that some
@@ -14,6 +14,32 @@ namespace mfac::cuda {
 
 constexpr int kTile = 32, kDepth = 8, kStage = 32;
 constexpr int kTileRows = 2 * kTile;  // of a block of threads
+
+// The same as tensor_multiply_add where there are no tensor cores for float64: the lanes pass their numbers on.
+__device__ inline void shuffled_multiply_add(double (&sums)[2][4][4], const double (&a)[2][4],
+                                             const double (&b)[4][2]) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int k = 0; k < kDepth; ++k) {
+    double left[2][2], right[4][2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      left[i / 2][i % 2] = __shfl_sync(kAllLanes, a[i / 2][k / 4 * 2 + i % 2], lane / 4 * 4 + k % 4);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      right[i / 2][i % 2] = __shfl_sync(kAllLanes, b[i / 2][k / 4], (lane % 4 * 2 + i % 2) * 4 + k % 4);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) sums[i / 16][i / 4 % 4][i % 4] += left[i / 16][i % 4 / 2] * right[i / 4 % 4][i % 2];
+  }
+}
+
+__device__ inline void multiply_add(double (&sums)[2][4][4], const double (&a)[2][4], const double (&b)[4][2]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  shuffled_multiply_add(sums, a, b);
+#else
+  tensor_multiply_add(sums, a, b);
+#endif
+}
 
 struct WarpSums {
   double sums[2][4][4] = {};

@@ -248,7 +248,8 @@ EMULATION_UNSEEN auto exchange(T value, const F& read) {
 }
 
 // See csrc/cuda/device.cuh.
-EMULATION_UNSEEN inline void multiply_add(double (&sums)[2][4][4], const double (&a)[2][4], const double (&b)[4][2]) {
+EMULATION_UNSEEN inline void tensor_multiply_add(double (&sums)[2][4][4], const double (&a)[2][4],
+                                                 const double (&b)[4][2]) {
   double (*all)[16] = machine.fragments + machine.current / kWarp * kWarp;
   const int lane = machine.current % kWarp;
   __builtin_memcpy(all[lane], a, sizeof a);
@@ -326,7 +327,7 @@ inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 
 namespace mfac::cuda {
 
-using emulation::multiply_add;
+using emulation::tensor_multiply_add;
 
 template <typename T>
 T& shared() {

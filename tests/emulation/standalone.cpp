@@ -243,6 +243,40 @@ void test_selection(int64_t n, int64_t distinct, bool bounded) {
     expect("sample", static_cast<double>(std::count(scores.begin(), scores.end(), score) > 0), 1);
 }
 
+// The two ways of a step of a product by a warp, of which the emulation has one only on the inside.
+void products_kernel(double* out) {
+  double one[2][4][4] = {}, other[2][4][4] = {}, a[2][4], b[4][2];
+  const int lane = static_cast<int>(threadIdx.x);
+  for (int i = 0; i < 8; ++i) {
+    a[i / 4][i % 4] = (lane * 7 + i * 3) % 11 - 5;
+    b[i / 2][i % 2] = (lane * 5 + i * 2) % 13 - 6;
+  }
+  tensor_multiply_add(one, a, b);
+  shuffled_multiply_add(other, a, b);
+  for (int i = 0; i < 32; ++i) {
+    out[lane * 32 + i] = one[i / 16][i / 4 % 4][i % 4];
+    out[(32 + lane) * 32 + i] = other[i / 16][i / 4 % 4][i % 4];
+  }
+}
+
+// a bᵀ by the table of tensor_multiply_add in csrc/cuda/device.cuh.
+void test_products() {
+  Vector<double> out(2 * 32 * 32);
+  launch(products_kernel, 1, 32, 0, nullptr, out.data());
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 32; ++i) {
+      const int row = 16 * (i / 16) + i % 4 / 2 * 8 + lane / 4, column = 8 * (i / 4 % 4) + lane % 4 * 2 + i % 2;
+      double right = 0;
+      for (int k = 0; k < 8; ++k) {
+        const int from = row % 8 * 4 + k % 4, to = column % 8 * 4 + k % 4;
+        const int at = row / 16 * 4 + k / 4 * 2 + row / 8 % 2, of = column / 8 * 2 + k / 4;
+        right += ((from * 7 + at * 3) % 11 - 5) * ((to * 5 + of * 2) % 13 - 6);
+      }
+      expect("tensor_multiply_add", out[lane * 32 + i], right, 0);
+      expect("shuffled_multiply_add", out[(32 + lane) * 32 + i], right, 0);
+    }
+}
+
 // Faults: threads of a block, threads of two blocks, writing beyond the end, and threads that do not all reach a
 // barrier.
 void race_kernel(int* out, bool between_blocks) {
@@ -264,6 +298,7 @@ int main(int count, char** arguments) {
   if (fault == "overflow") launch(overflow_kernel, 1, 96, 64, nullptr);
   if (fault == "barrier") launch(barrier_kernel, 1, 64, 0, nullptr);
   if (!fault.empty()) return 0;
+  test_products();
   test_blocks(7, 100, 40);
   test_blocks(34, 60, 60);  // more than a tile of the factorisation
   test_blocks(65, 70, 70);  // more than a tile of a block of threads
