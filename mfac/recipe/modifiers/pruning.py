@@ -200,6 +200,16 @@ class Pruning(Action):
         """Enforce the masks, and prune if an update is due."""
         return None if self.released else self.pruner.step(epoch)
 
+    def due(self, epoch: float) -> bool:
+        """Return whether an update is due."""
+        return not self.released and self.pruner.due(epoch)
+
+    def hold(self, masks: Mapping[str, Tensor]) -> None:
+        """Count what masks of other modifiers hold as pruned, in the parameters that this one prunes."""
+        own = {name: masks[name] for name in self.pruner.params if name in masks}
+        if own:
+            self.pruner.hold(own)
+
     def enforce(self) -> None:
         """Set pruned weights to zero."""
         if not self.released:
