@@ -82,7 +82,7 @@ def test_one_shot_ignores_the_schedule(model):
         Manager.from_recipe("modifiers:\n  - !EpochRangeModifier {end_epoch: 2}").one_shot(model)
 
 
-@pytest.mark.parametrize("init", ["0.0", "0.9"])  # 0.9 is above the final sparsity
+@pytest.mark.parametrize("init", ["0.0", "0.5"])
 def test_one_shot_needs_no_epochs(model, init):
     for epochs in ("", ", start_epoch: 2, end_epoch: 3"):
         text = "modifiers:\n  - !MagnitudePruningModifier "
@@ -118,9 +118,25 @@ def test_nothing_changes_when_a_name_is_wrong(model):
 
 
 def test_length_is_needed(model):
-    text = "modifiers:\n  - !SetLearningRateModifier {learning_rate: 0.1}"
+    text = "modifiers:\n  - !GMPruningModifier {params: [0.weight], final_sparsity: 0.5}"
     with pytest.raises(ValueError, match=r"recipe: expected a length of training, .*, got none"):
         apply(text, model)
+
+
+@pytest.mark.parametrize(
+    "name", ["ConstantPruningModifier {params: [0.weight]}", "SetLearningRateModifier {learning_rate: 0.1}"]
+)
+def test_length_is_not_needed_by_what_has_no_end(model, name):
+    with torch.no_grad():
+        model[0].weight[0] = 0
+    session, _ = apply(f"modifiers:\n  - !{name}", model)
+    for epoch in (1.0, 100.0):
+        with torch.no_grad():
+            model[0].weight.add_(1.0)
+        session.step(epoch)
+        assert bool((model[0].weight[0] == 0).all()) == name.startswith("Constant")
+    with pytest.raises(ValueError, match=r"recipe: expected a length of training, .*, got none"):
+        Manager.from_recipe(f"modifiers:\n  - !{name}").check_epochs()
 
 
 def test_state_survives_a_restart(model):
