@@ -197,8 +197,8 @@ class Session:
 
     An update due at epoch e takes place in the first :meth:`step` whose epoch is at least e. For an integer e that is
     the call after the last optimizer step of the previous epoch; an update due at epoch 0 takes place after the first
-    optimizer step. Of several modifiers that prune the same weights, each goes on from the masks that the others hold, so
-    that the highest sparsity asked for is reached exactly.
+    optimizer step. Of several modifiers that prune the same weights, each goes on from the masks that the others hold,
+    so that the highest sparsity asked for is reached exactly.
 
     A session refers to its model, optimizer and batches. Copy or pickle them together, as in
     ``copy.deepcopy((model, optimizer, session))``, so that the copy prunes the copied model; this works if the
