@@ -24,7 +24,7 @@ def test_expressions(expression, expected):
 @pytest.mark.parametrize(
     ("expression", "message"),
     [
-        ("missing", "variable: expected one of a, b, names, got 'missing'"),
+        ("missing", r"variable: expected one that the recipe defines \(a, b, names\), got 'missing'"),
         ("a", "variable: expected acyclic references, got a -> b -> a"),
         ("__import__('os').getcwd()", "expected only numbers, variable names, .*, got Call"),
         ("(lambda: 1)()", "expected only numbers, variable names, .*, got Call"),
@@ -46,3 +46,32 @@ def test_expression_errors(expression, message):
         text = text.replace(f"'eval({expression})'", f'"eval({expression})"')
     with pytest.raises(ValueError, match=message):
         Manager.from_recipe(text)
+
+
+def test_a_recipe_without_variables():
+    message = r"line 2: !SetLearningRateModifier: learning_rate: variable: expected .* \(there is none\), got 'final'"
+    with pytest.raises(ValueError, match=message):
+        load_recipe("modifiers:\n  - !SetLearningRateModifier {learning_rate: eval(final)}")
+
+
+STAGED = """
+end: 100
+half: eval(end / 2)
+stage:
+  end_of_all: eval(end)
+  end: 75
+  after: eval(end + 1)
+  modifiers:
+    - !Any {end: eval(end), all: eval(end_of_all), half: eval(half), after: eval(after)}
+"""
+
+
+def test_variables_of_a_stage():
+    """They shadow those of the recipe, but a bare name in a variable is the recipe's, as are the names in its own."""
+    assert load_recipe(STAGED).items[0].arguments == {"end": 75, "all": 100, "half": 50, "after": 76}
+    text = "rate: 0.5\nstage:\n  rate: eval(rate)\n  modifiers:\n    - !Any {rate: eval(rate)}\n"
+    assert load_recipe(text).items[0].arguments == {"rate": 0.5}
+    with pytest.raises(ValueError, match="variable: expected acyclic references, got b -> c -> b"):
+        load_recipe("a: 1\nstage:\n  b: eval(c)\n  c: eval(b)\n  modifiers:\n    - !Any {x: eval(b)}\n")
+    with pytest.raises(ValueError, match=r"variable: expected .* \(a, b\), got 'bb'; did you mean 'b'"):
+        load_recipe("a: 1\nstage:\n  b: 2\n  modifiers:\n    - !Any {x: eval(bb)}\n")

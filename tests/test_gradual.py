@@ -382,3 +382,33 @@ def test_rolling():
         pruner.step()
         counts.append(len(calls))
     assert counts == [0, 6 + 2 + 2]  # the first update is to nothing
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_masks_of_another_pruner_are_gone_on_from(scope):
+    """An update starts from them, counts them, and keeps them; none is made if they hold enough."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    data = [(torch.randn(4, 8), torch.randn(4, 8)) for _ in range(8)]
+    first = Pruner(model, sparsity=0.5, end=1, criterion="magnitude", scope=scope)
+    first.step(1)
+    settings = {"num_grads": 8, "recomputations": 4, "scope": scope, "progress": False}
+    for sparsity, updates in ((0.75, 1), (0.5, 0)):
+        pruner = Pruner(model, data, mse, sparsity=sparsity, end=1, **settings)
+        assert (pruner.due(-1), pruner.due(0)) == (False, True)
+        pruner.hold(first.masks)
+        assert pruner.sparsity == 0.5
+        pruner.step(1)
+        assert (len(pruner.results), pruner.sparsity, pruner.finished) == (updates, sparsity, True)
+        assert not any(bool((mask & ~first.masks[name]).any()) for name, mask in pruner.masks.items())
+
+
+def test_masks_to_hold_that_do_not_fit_are_refused():
+    model = nn.Linear(4, 2)
+    pruner = Pruner(model, sparsity=0.5, end=1, criterion="magnitude")
+    with pytest.raises(ValueError, match=r"masks\['weight'\]: expected bool of shape \[2, 4\]"):
+        pruner.hold({"weight": torch.ones(2, 3, dtype=torch.bool)})
+    with pytest.raises(ValueError, match="masks: expected names among weight, got 'bias'"):
+        pruner.hold({"bias": torch.ones(2, dtype=torch.bool)})
+    pruner.hold({"weight": torch.ones(2, 4, dtype=torch.bool)})  # none pruned: nothing is held
+    assert pruner.masks == {}

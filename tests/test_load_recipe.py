@@ -73,6 +73,41 @@ second_stage:
     assert recipe.metadata == {"author": "me"}
 
 
+def test_metadata_of_stages_is_kept():
+    stages = "__metadata__: {author: me}\n"
+    for name in ("first", "second"):
+        stages += (
+            f"{name}:\n  __metadata__: {{run: {name}}}\n  modifiers:\n    - !EpochRangeModifier {{end_epoch: 1}}\n"
+        )
+    recipe = load_recipe(stages)
+    assert recipe.metadata == {
+        "__metadata__": {"author": "me"},
+        "first": {"run": "first"},
+        "second": {"run": "second"},
+    }
+    assert load_recipe(str(recipe)).metadata == recipe.metadata
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "MFACPruningModifier:\n      params: [a]",
+        "MFACPruningModifier: {params: [a]}",
+        "MFACPruningModifier {}",
+        "MFACPruningModifier",
+        "[1]",
+    ],
+)
+def test_an_entry_without_its_tag_is_named(entry):
+    message = "YAML tags, `- !MFACPruningModifier`, got `MFACPruningModifier` without the `!`"
+    message = r"such as `- !EpochRangeModifier`, got \[1\]" if entry == "[1]" else message
+    group = f"x_modifiers:\n  - !EpochRangeModifier {{end_epoch: 1}}\n  - {entry}\n"
+    with pytest.raises(ValueError, match=f"recipe line 3: x_modifiers: expected .*{message}"):
+        load_recipe(group)
+    with pytest.raises(ValueError, match=f"recipe line 5: x_modifiers: expected .*{message}"):
+        load_recipe("a: 1\nstage:\n  " + group.replace("\n", "\n  "))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -86,7 +121,10 @@ second_stage:
             "modifiers:\n  - !EpochRangeModifier [1]",
             "recipe line 2: expected `name: value` arguments after !EpochRangeModifier, got a sequence",
         ),
-        ("s:\n  x_modifiers:\n    GPTQModifier: {sparsity: 0.5}\n", "without the `!`.*another program"),
+        (
+            "s:\n  x_modifiers:\n    GPTQModifier: {sparsity: 0.5}\n",
+            "line 3: x_modifiers: .*without the `!`.*another program",
+        ),
         (
             "modifiers:\n  - !MFACPrunningModifier {}",
             "line 2: !MFACPrunningModifier: expected one of .*mean 'MFACPruningModifier'",

@@ -82,7 +82,7 @@ def test_one_shot_ignores_the_schedule(model):
         Manager.from_recipe("modifiers:\n  - !EpochRangeModifier {end_epoch: 2}").one_shot(model)
 
 
-@pytest.mark.parametrize("init", ["0.0", "0.9"])  # 0.9 is above the final sparsity
+@pytest.mark.parametrize("init", ["0.0", "0.5"])
 def test_one_shot_needs_no_epochs(model, init):
     for epochs in ("", ", start_epoch: 2, end_epoch: 3"):
         text = "modifiers:\n  - !MagnitudePruningModifier "
@@ -118,9 +118,25 @@ def test_nothing_changes_when_a_name_is_wrong(model):
 
 
 def test_length_is_needed(model):
-    text = "modifiers:\n  - !SetLearningRateModifier {learning_rate: 0.1}"
+    text = "modifiers:\n  - !GMPruningModifier {params: [0.weight], final_sparsity: 0.5}"
     with pytest.raises(ValueError, match=r"recipe: expected a length of training, .*, got none"):
         apply(text, model)
+
+
+@pytest.mark.parametrize(
+    "name", ["ConstantPruningModifier {params: [0.weight]}", "SetLearningRateModifier {learning_rate: 0.1}"]
+)
+def test_length_is_not_needed_by_what_has_no_end(model, name):
+    with torch.no_grad():
+        model[0].weight[0] = 0
+    session, _ = apply(f"modifiers:\n  - !{name}", model)
+    for epoch in (1.0, 100.0):
+        with torch.no_grad():
+            model[0].weight.add_(1.0)
+        session.step(epoch)
+        assert bool((model[0].weight[0] == 0).all()) == name.startswith("Constant")
+    with pytest.raises(ValueError, match=r"recipe: expected a length of training, .*, got none"):
+        Manager.from_recipe(f"modifiers:\n  - !{name}").check_epochs()
 
 
 def test_state_survives_a_restart(model):
@@ -285,3 +301,75 @@ def test_an_update_at_every_step(model):
     session, _ = apply((PRUNING % "GMPruningModifier").replace("update_frequency: 0.5", "update_frequency: -1"), model)
     made = [len(session.step((step + 1) / 8)) for step in range(24)]
     assert made == [0] * 7 + [1] * 9 + [0] * 8 and session.sparsity == 0.75
+
+
+TWICE = """
+modifiers:
+  - !EpochRangeModifier {{end_epoch: 5}}
+  - !{name}
+    {{params: __ALL_PRUNABLE__, final_sparsity: 0.75, end_epoch: 2, global_sparsity: {scope}{more}}}
+  - !{name}
+    {{params: __ALL_PRUNABLE__, init_sparsity: 0.75, final_sparsity: {final}, start_epoch: {start}, end_epoch: 4,
+    global_sparsity: {scope}{more}}}
+"""
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("how", ["one_shot", "training", "resumed"])
+@pytest.mark.parametrize(
+    ("name", "scope", "start", "final"),
+    [
+        ("MFACPruningModifier", "true", 2, 0.75),
+        ("MFACPruningModifier", "false", 2, 0.875),
+        ("OBSPruningModifier", "true", 1, 0.875),  # at the same time for a while
+        ("GMPruningModifier", "true", 2, 0.875),
+    ],
+)
+def test_a_modifier_goes_on_from_the_masks_of_another(how, seed, name, scope, start, final):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    data = [(torch.randn(8, 8), torch.randint(4, (8,))) for _ in range(16)]
+    more = "" if name.startswith("GM") else ", num_grads: 16"
+    manager = Manager.from_recipe(TWICE.format(name=name, scope=scope, start=start, final=final, more=more))
+    if how == "one_shot":
+        session = manager.one_shot(model, data, F.cross_entropy)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        session = manager.apply(model, optimizer, data, F.cross_entropy)
+        for step in range(20):
+            inputs, targets = data[step % 16]
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+            session.step((step + 1) / 4)
+            if how == "resumed" and step in (6, 8, 12):
+                state, session = session.state_dict(), manager.apply(model, optimizer, data, F.cross_entropy)
+                session.load_state_dict(state)
+    zeros = sum(int((model[i].weight == 0).sum()) for i in (0, 2))
+    assert zeros == final * 192 and session.sparsity == final
+    first, second = (pruner.masks for pruner in session.pruners)
+    assert all(not bool((second[name] & ~first[name]).any()) for name in first)
+
+
+def test_a_modifier_below_what_another_holds_says_so(model):
+    text = "modifiers:\n  - !GMPruningModifier {params: [0.weight], final_sparsity: 0.75}\n"
+    text += "  - !GMPruningModifier {params: [0.weight, 2.weight], final_sparsity: 0.5}\n"
+    with pytest.warns(
+        UserWarning, match=r"sparsity: expected at least the 0.75 that is held already of 0.weight, got 0.5"
+    ):
+        session = Manager.from_recipe(text).one_shot(model)
+    assert [int((model[i].weight == 0).sum()) for i in (0, 2)] == [24, 4]
+    assert session.sparsity == 28 / 40
+
+
+def test_a_modifier_goes_on_from_constant_masks(model):
+    """Though the first update may revive weights that were zero, which the mask of ConstantPruning holds."""
+    text = "modifiers:\n  - !EpochRangeModifier {end_epoch: 2}\n  - !ConstantPruningModifier {params: [0.weight]}\n"
+    text += "  - !MFACPruningModifier {params: [0.weight], final_sparsity: 0.75, start_epoch: 1, end_epoch: 2, "
+    text += "num_grads: 4, recomputations: 4}\n"
+    with torch.no_grad():
+        model[0].weight[:, :4] = 0
+    session, _ = apply(text, model)
+    for epoch in (0.5, 1.0, 2.0):
+        session.step(epoch)
+    assert session.sparsity == float((model[0].weight == 0).float().mean()) == 0.75

@@ -86,7 +86,9 @@ def test_current_sparsity_is_where_a_schedule_starts(model):
 
 def test_a_model_that_is_sparser_than_the_recipe_is_refused(model):
     text = "  - !GMPruningModifier {params: [0.weight], init_sparsity: __FROM_PARAM__, final_sparsity: 0.25, "
-    with pytest.raises(ValueError, match=r"initial_sparsity: expected at most the final one, 0.25, got 0.5"):
+    with pytest.raises(
+        ValueError, match=r"line 3: !GMPruningModifier: init_sparsity: expected at most the final one, 0.25, got 0.5"
+    ):
         apply(text + "end_epoch: 1}\n", model)
 
 
@@ -153,9 +155,30 @@ def test_alternation_at_once(model):
     assert Manager.from_recipe(RANGE + ACDC).one_shot(model).sparsity == 0.75
 
 
-def test_alternation_needs_two_phases():
-    with pytest.raises(ValueError, match="update_frequency: expected room for a dense and a sparse phase"):
-        Manager.from_recipe(RANGE + ACDC.replace("end_epoch: 6", "end_epoch: 2"))
+@pytest.mark.parametrize("end", [1.5, 2])
+def test_a_single_phase_is_sparse(model, end):
+    text = ACDC.replace("end_epoch: 6", f"end_epoch: {end}")
+    assert Manager.from_recipe(RANGE + text).pruned_from == 1
+    session, optimizer = apply(text, model)
+    seen = []
+    for step in range(6):
+        train(model, optimizer)
+        session.step((step + 1) / 2)
+        seen.append(float((model[0].weight == 0).float().mean()))
+    assert seen == [0, *[0.75] * 5]
+
+
+@pytest.mark.parametrize("end", [1, -1])
+def test_alternation_needs_an_end(end):
+    with pytest.raises(ValueError, match="end_epoch: expected above start_epoch = 1, got"):
+        Manager.from_recipe(RANGE + ACDC.replace("end_epoch: 6", f"end_epoch: {end}"))
+
+
+def test_alternation_that_training_cuts_off_is_said():
+    with pytest.warns(
+        UserWarning, match=r"line 3: !ACDCPruningModifier: end_epoch: .* the 10 epochs .*, got it from 18 on"
+    ):
+        Manager.from_recipe(RANGE + ACDC.replace("end_epoch: 6", "end_epoch: 20"))
 
 
 def test_frozen_for_a_while(model):

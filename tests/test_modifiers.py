@@ -21,6 +21,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     [
         ("0.75", "1.2", r"final_sparsity: expected in \[0, 1\], got 1.2"),
         ("0.25", "-1", r"init_sparsity: expected in \[0, 1\], got -1"),
+        ("0.75", "95", r"final_sparsity: expected in \[0, 1\], got 95 \(95 % is 0.95\)"),
+        ("0.25", "12.5", r"init_sparsity: expected in \[0, 1\], got 12.5 \(12.5 % is 0.125\)"),
+        (
+            "0.25",
+            "0.8",
+            "recipe line 6: .*: init_sparsity: expected at most final_sparsity = 0.75, because .*, got 0.8",
+        ),
         ("0.5", "0", "update_frequency: expected > 0, got 0"),
         ("linear", "square", "inter_func: expected one of linear, cubic, inverse_cubic, got 'square'"),
         ("[0.weight]", "[]", "params: expected names of the weights"),
@@ -168,3 +175,64 @@ def test_refresh(written, batches):
     stream = (drawn.append(i) or (torch.randn(4, 8), torch.randint(2, (4,))) for i in range(100))
     Manager.from_recipe(text).one_shot(nn.Sequential(nn.Linear(8, 2)), stream, nn.functional.cross_entropy)
     assert len(drawn) == batches
+
+
+@pytest.mark.parametrize(
+    ("name", "does"),
+    [
+        ("LayerPruningModifier", "removes whole layers"),
+        ("pytorch.StructuredPruningModifier", "removes whole filters or channels"),
+        ("ASRegModifier", "regularises activations"),
+    ],
+)
+def test_modifiers_that_do_something_else_have_no_stand_in(name, does):
+    with pytest.raises(ValueError, match=f"line 2: !{name}: expected a modifier that mfac runs, got one that {does}"):
+        Manager.from_recipe(f"modifiers:\n  - !{name} {{}}")
+    with pytest.raises(ValueError, match=r"got an unknown modifier$"):
+        Manager.from_recipe("modifiers:\n  - !SpreadPruningModifier {}")
+
+
+LATE = (PRUNING % "GMPruningModifier").replace("end_epoch: 2.0", "end_epoch: 5.0")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("", "", r"will end at a sparsity of 50.0 %, not 75.0 %, got 5"),
+        ("0.25", "__FROM_PARAM__", r"will end below the sparsity of 75.0 % that it asks for, got 5"),
+        ("params: [0.weight]", "params: []", r"will end at a sparsity of 50.0 to 55.0 %, not 75.0 to 85.0 %, got 5"),
+        ("start_epoch: 1.0", "start_epoch: 4.0", r"will end at a sparsity of 0.0 %, not 75.0 %, got 5"),
+    ],
+)
+def test_an_end_after_that_of_training(old, new, message):
+    text = LATE.replace(old, new)
+    if "[]" in text:
+        text = text.replace("final_sparsity: 0.75", "final_sparsity: {0.85: [2.weight], 0.75: [0.weight]}")
+    message = (
+        f"recipe line 4: !GMPruningModifier: end_epoch: expected at most the 3 epochs of training, which {message}"
+    )
+    with pytest.warns(UserWarning, match=message):
+        Manager.from_recipe(text)
+    with pytest.raises(ValueError, match=message):
+        Manager.from_recipe(text, strict=True)
+
+
+def test_a_sparsity_of_one_is_said():
+    text = (PRUNING % "GMPruningModifier").replace("0.75", "1.0")
+    with pytest.warns(
+        UserWarning, match="line 4: !GMPruningModifier: final_sparsity: expected below 1, which sets every"
+    ):
+        Manager.from_recipe(text)
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("", "a correction at each recomputation"),
+        ("update: none", "no corrections"),
+        ("corrections: 2", "corrections=2"),
+    ],
+)
+def test_corrections_are_described_in_words(written, said):
+    (line,) = Manager.from_recipe((PRUNING % "MFACPruningModifier") + f"    {written}\n").describe()
+    assert said in line and "None" not in line

@@ -75,9 +75,8 @@ def test_functions_follow_each_other_and_leave_the_rate_alone():
     ("scheduler", "expected"),
     [
         ("lr_class: StepLR, lr_kwargs: {step_size: 2, gamma: '1e-1'}", [1.0, 1.0, 0.1, 0.1, 0.01]),
-        ("lr_class: MultiStepLR, lr_kwargs: {milestones: [1, 3], gamma: 0.1}", [1.0, 0.1, 0.1, 0.01, 0.01]),
+        ("lr_class: MultiStepLR, lr_kwargs: {milestones: [2, 4], gamma: 0.1}", [1.0, 0.1, 0.1, 0.01, 0.01]),
         ("lr_class: ExponentialLR, lr_kwargs: {gamma: 0.5}", [1.0, 0.5, 0.25, 0.125, 0.0625]),
-        ("lr_class: CosineAnnealingWarmRestarts, lr_kwargs: {T_0: 2}", [1.0, 0.5, 1.0, 0.5, 1.0]),
     ],
 )
 def test_schedulers_of_torch(scheduler, expected):
@@ -102,7 +101,7 @@ def test_schedulers_of_torch(scheduler, expected):
         ("LearningRateModifier {lr_class: OneCycleLR, init_lr: 1}", "lr_class: expected one of StepLR, MultiStepLR"),
         (
             "LearningRateModifier {lr_class: StepLR, init_lr: 1}",
-            "lr_kwargs: expected arguments of StepLR, got an error",
+            "lr_kwargs: expected a value of step_size, which StepLR needs, got none",
         ),
         (
             "LearningRateModifier {lr_class: StepLR, init_lr: 1, lr_kwargs: 3}",
@@ -131,6 +130,61 @@ def test_a_resumed_session_keeps_the_rate_that_a_scheduler_made():
     _, _, other = rates(text, [], groups=2)
     with pytest.raises(ValueError, match="state: expected lr of 2 parameter groups"):
         other.load_state_dict(state)
+
+
+def test_milestones_are_epochs_of_the_training():
+    """As steps of fractional length, they need not be whole."""
+    text = "  - !LearningRateModifier {lr_class: MultiStepLR, lr_kwargs: {milestones: [7, 7.5], gamma: 0.1}, "
+    text += "init_lr: 0.01, start_epoch: 6}\n"
+    seen, _, _ = rates(text, [6, 6.75, 7, 7.25, 7.5, 9])
+    assert seen == pytest.approx([1.0, 0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001])
+    text = "  - !LearningRateModifier {lr_class: StepLR, lr_kwargs: {step_size: 2.5, gamma: 0.5}, init_lr: 0.1}\n"
+    assert rates(text, [2.25, 2.5, 5, 7.25, 7.5])[0] == pytest.approx([0.1, 0.1, 0.05, 0.025, 0.025, 0.0125])
+
+
+@pytest.mark.parametrize(("milestones", "got"), [("[1, 3]", 1), ("[3, 4]", 4), ("[3, 5]", 5)])
+def test_milestones_outside_are_refused(milestones, got):
+    text = f"  - !LearningRateModifier {{lr_class: MultiStepLR, lr_kwargs: {{milestones: {milestones}}}, init_lr: 1, "
+    with pytest.raises(
+        ValueError, match=f"lr_kwargs: expected milestones between start_epoch = 1 .* = 4, .* got {got}"
+    ):
+        Manager.from_recipe(f"{RANGE}{text}start_epoch: 1, end_epoch: 4}}\n")
+
+
+@pytest.mark.parametrize(
+    "kwargs", ["lr_min: '1e-1', cycle_epochs: 2", "eta_min: 0.1, T_0: 2", "eta_min: 0.1, T_0: 2, T_mult: 2"]
+)
+def test_warm_restarts(kwargs):
+    """As torch's scheduler, stepped with the epoch as a float, in both spellings of its arguments."""
+    text = f"  - !LearningRateModifier {{lr_class: CosineAnnealingWarmRestarts, lr_kwargs: {{{kwargs}}}, init_lr: 1, "
+    epochs = [1 + i / 10 for i in range(80)]
+    seen, _, _ = rates(f"{text}start_epoch: 1, end_epoch: 9}}\n", [*epochs, 9, 9.5])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    growth = 2 if "T_mult" in kwargs else 1
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 2, growth, eta_min=0.1)
+    expected = []
+    for epoch in epochs:
+        scheduler.step(round(epoch - 1, 9))
+        expected.append(optimizer.param_groups[0]["lr"])
+    assert seen == pytest.approx([1.0, *expected, expected[-1], expected[-1]])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ("{lr_min: 0.1}", "expected a value of cycle_epochs, which CosineAnnealingWarmRestarts needs, got none"),
+        ("{T_0: 2, cycle_epochs: 3}", "expected one value for cycle_epochs, got two"),
+        ("{T_0: 2, T_mult: 1.5}", "expected an int, got 1.5 for T_mult"),
+        (
+            "{T_0: 2, verbose: true}",
+            "expected cycle_epochs, lr_min, T_mult of CosineAnnealingWarmRestarts, got 'verbose'",
+        ),
+    ],
+)
+def test_errors_of_warm_restarts(kwargs, message):
+    text = f"{{lr_class: CosineAnnealingWarmRestarts, init_lr: 1, lr_kwargs: {kwargs}}}"
+    with pytest.raises(ValueError, match=f"recipe line 3: !LearningRateModifier: lr_kwargs: {message}"):
+        Manager.from_recipe(f"{RANGE}  - !LearningRateModifier {text}\n")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,31 @@ def test_lint(tmp_path, capsys):
     torch.save(MobileNetV1(10, 0.1).state_dict(), tmp_path / "w.pt")
     assert main(["lint", recipe, "--checkpoint-path", str(tmp_path / "w.pt")]) == 0
     assert main(["lint", str(RECIPES / "everything.yaml"), "--strict"]) == 2
+
+
+def test_an_end_that_training_does_not_reach_is_said(tmp_path, capsys):
+    path = tmp_path / "late.yaml"
+    path.write_text(RECIPE.replace("end_epoch: 2.5", "end_epoch: 9"))
+    warnings.simplefilter("always")
+    warning = f"{path} line 5: !MFACPruningModifier: end_epoch: expected at most the 4 epochs of training, which will "
+    warning += "end at a sparsity of 76.8 %, not 90.0 %, got 9"
+    assert main(["lint", str(path)]) == 0
+    assert capsys.readouterr().err == f"warning: {warning}\n"
+    assert main(["lint", str(path), "--strict"]) == 2
+    assert capsys.readouterr().err == f"mfac: error: {warning}\n"
+    assert main(f"plan --recipe-path {path} --save-dir {tmp_path} {OPTIONS}".split()) == 0
+    assert capsys.readouterr().err.count(warning) == 1
+
+
+def test_training_needs_a_length(tmp_path, capsys):
+    path = tmp_path / "constant.yaml"
+    path.write_text("modifiers:\n  - !ConstantPruningModifier {params: __ALL_PRUNABLE__}\n")
+    assert main(["lint", str(path), "--arch-key", "mobilenet"]) == 0
+    assert "1 modifiers, no length of training" in capsys.readouterr().out
+    for command in ("train", "plan"):
+        assert main(f"{command} --recipe-path {path} --save-dir {tmp_path} {OPTIONS}".split()) == 2
+        assert "recipe: expected a length of training, !EpochRangeModifier" in capsys.readouterr().err
+    assert not (tmp_path / "constant").exists()
 
 
 def test_eval_and_export(tmp_path, capsys, monkeypatch):

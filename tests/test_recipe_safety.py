@@ -157,7 +157,7 @@ CASES |= {
     "nothing": ("\n", None, "expected a recipe .*, got ''"),
     "null": ("--- null\n", None, "expected a recipe .*, got"),
     "null modifiers": ("modifiers:\n", None, "modifiers: expected a list of modifiers .*, got None"),
-    "null modifier": ("modifiers: [~]\n", None, "modifiers: expected a list of modifiers .*, got .None"),
+    "null modifier": ("modifiers: [~]\n", None, "line 1: modifiers: expected a list of modifiers .*, got None"),
     "null argument": ("modifiers:\n  - !EpochRangeModifier {end_epoch: }\n", None,
                       "end_epoch: expected a number, got None"),
     "control characters": ("a: \x00\n", None, "expected valid YAML"),

@@ -126,7 +126,8 @@ def lint(
     Args:
         recipe: The file: .yaml, .yml, or .md (FILE.md#2 for the second of its fenced recipes).
         recipe_args: Values for variables of the recipe: K=V,... or JSON.
-        strict: Refuse modifiers that are otherwise skipped with a warning (quantization, distillation).
+        strict: Refuse what otherwise gives a warning: modifiers that are skipped (quantization, distillation), an end
+            beyond that of the training, a sparsity of 1.
         arch_key: Check its names against a network; see `mfac train`.
         checkpoint_path: Check its names against the weights of a file.
     """

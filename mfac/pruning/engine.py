@@ -28,7 +28,7 @@ from mfac.pruning.auto import Candidate, choose_settings
 from mfac.pruning.correction import FIRST_LENGTH, MOMENTUM, Correction, Descent, correct
 from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.gradients import Gradients, check_grads
-from mfac.pruning.masks import check_masks, complete_masks, count_kept, flatten_masks, sparsity_of
+from mfac.pruning.masks import check_masks, complete_masks, count_kept, flatten_masks, merge_masks, sparsity_of
 from mfac.pruning.quadratic import Plan, prune_vector, timed
 from mfac.pruning.result import PruneResult, PruneStep
 from mfac.pruning.selection import Selection, Sparsities, parse_sparsity
@@ -150,6 +150,34 @@ class Engine:
                 f"model: {self.zeros:.1%} of the weights are zero, but there are no masks to keep them so; "
                 "masks='nonzero' goes on from what is zero, masks= from an earlier result"
             )
+
+    def hold(self, masks: Mapping[str, Tensor]) -> bool:
+        """Count further weights as pruned, so that the next step goes on from them.
+
+        Args:
+            masks: Name -> bool tensor, True = kept, of some of the parameters.
+
+        Returns:
+            Whether there are any that were not pruned before.
+
+        Raises:
+            TypeError: If it is not a mapping.
+            ValueError: If a name, type or shape does not fit.
+        """
+        params, asked = self.params, self.reached
+        given = check_masks("masks", masks, params, NameTable.of_model(self.model))
+        before = complete_masks(self.masks, params)
+        merged = merge_masks([before, complete_masks(given, params)])
+        if all(torch.equal(merged[name], mask) for name, mask in before.items()):
+            return False
+        self.masks = merged
+        self.reached = self.selection.reached(flatten_masks(merged, params))
+        for key in asked:
+            for value in (asked[key], self.sparsities[key]):  # what was asked for, where its rounding gives as many
+                if self.start_sparsity(key, value) == value:
+                    self.reached[key] = value
+                    break
+        return True
 
     def check_reached(self) -> None:
         """Check that the masks do not hold more than is asked for.

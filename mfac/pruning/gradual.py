@@ -239,9 +239,7 @@ class Pruner:
         _STEPPED.add(self)
         with torch.inference_mode(False):
             self.apply_masks()
-            # The end is also due to a run that goes on with another end or sparsity than it began with.
-            late = time >= self._schedule.end and self._behind
-            if not (late or self._schedule.due(time, self._last)):
+            if not self.due(time):
                 return None
             now = self._schedule.nominal_time(time)
             # A run that goes on with another schedule keeps its sparsity until that has caught up.
@@ -258,6 +256,53 @@ class Pruner:
         self._updates += 1
         self.results.append((time, dataclasses.replace(result, masks={})))
         return result
+
+    def due(self, time: float) -> bool:
+        """Return whether an update is due.
+
+        Args:
+            time: As for :meth:`step`.
+
+        Returns:
+            Whether :meth:`step` would make an update at that time, or find that there is nothing left to prune.
+        """
+        # The end is also due to a run that goes on with another end or sparsity than it began with.
+        late = time >= self._schedule.end and self._behind
+        return late or self._schedule.due(time, self._last)
+
+    def hold(self, masks: Mapping[str, Tensor]) -> None:
+        """Hold further weights at zero, such as those that another Pruner of the same model has pruned.
+
+        They count as pruned: the next update goes on from them, and never undoes them.
+
+        Args:
+            masks: Name -> bool tensor, True = kept, of some of :attr:`params`.
+
+        Raises:
+            TypeError: If it is not a mapping.
+            ValueError: If a name, type or shape does not fit; nothing is changed then.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(4, 1)
+            >>> pruner = Pruner(model, sparsity=0.5, end=1, criterion="magnitude")
+            >>> pruner.hold({"weight": torch.tensor([[True, True, True, False]])})
+            >>> result = pruner.step()
+            >>> pruner.sparsity, pruner.masks["weight"][0, 3].item()
+            (0.5, False)
+        """
+        if not self._engine.hold(masks):
+            return
+        self.apply_masks()
+        reached = self._engine.reached
+        above = [key for key, schedule in self._schedules.items() if reached[key] > schedule.final_sparsity]
+        if above:
+            members = dict(self._engine.selection.segments)
+            warn(
+                f"sparsity: expected at least the {reached[above[0]]:g} that is held already of "
+                f"{shorten([name for key in above for name in members[key]], 3)}, got "
+                f"{self._schedules[above[0]].final_sparsity:g}; pruned weights stay pruned"
+            )
 
     @property
     def model(self) -> nn.Module:

@@ -6,7 +6,7 @@ A recipe may come from anywhere, so that a file made to exhaust time or memory m
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,52 @@ def _construct_item(loader: _Loader, suffix: str, node: yaml.Node) -> Item:
 _Loader.add_multi_constructor("!", _construct_item)
 
 
+def _parse(text: str, name: str) -> tuple[Any, yaml.Node | None]:
+    """Return what :func:`load_yaml` returns, and the node that it was made of, which knows its lines."""
+    if len(text) > _MAX_YAML:
+        raise ValueError(f"{name}: expected at most {_MAX_YAML} characters of YAML, got {len(text)}")
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            value = None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
+        if loader.repeated:
+            more = f", and {len(loader.repeated) - 1} such more" if len(loader.repeated) > 1 else ""
+            warn(f"{name} {loader.repeated[0]}{more}; the later one counts")
+        return value, node
+    except yaml.YAMLError as error:
+        if not isinstance(error, yaml.MarkedYAMLError):  # a character that YAML does not allow
+            raise ValueError(f"{name}: expected valid YAML, got an error: {' '.join(str(error).split())}") from error
+        mark = error.problem_mark or error.context_mark
+        message = error.problem
+        if not isinstance(error, _Refused):
+            problem = ", ".join(filter(None, (error.context, error.problem)))
+            message = f"expected valid YAML, got an error: {problem:.200}"
+        raise ValueError(f"{name} line {mark.line + 1}: {message}") from error
+    except RecursionError:
+        raise ValueError(f"{name}: expected values nested at most {_MAX_DEPTH} deep, got more") from None
+
+
+def line_at(node: yaml.Node, path: Sequence[Any]) -> int:
+    """Return the line of a value of a document.
+
+    Args:
+        node: The document's node.
+        path: The keys and indices that lead to the value.
+
+    Returns:
+        Its line; that of the last value on the way there whose line is known.
+    """
+    for step in path:
+        if isinstance(node, yaml.SequenceNode):
+            node = node.value[step]
+        else:  # of a key that is given twice the later value counts
+            node = next((value for key, value in reversed(node.value) if key.value == str(step)), node)
+    return node.start_mark.line + 1
+
+
 def load_yaml(text: str, name: str) -> Any:
     r"""Parse YAML.
 
@@ -178,29 +224,7 @@ def load_yaml(text: str, name: str) -> Any:
         >>> load_yaml("a: &x [1, 2]\nb: *x", "recipe")
         {'a': [1, 2], 'b': [1, 2]}
     """
-    if len(text) > _MAX_YAML:
-        raise ValueError(f"{name}: expected at most {_MAX_YAML} characters of YAML, got {len(text)}")
-    try:
-        loader = _Loader(text)
-        try:
-            value = loader.get_single_data()
-        finally:
-            loader.dispose()
-        if loader.repeated:
-            more = f", and {len(loader.repeated) - 1} such more" if len(loader.repeated) > 1 else ""
-            warn(f"{name} {loader.repeated[0]}{more}; the later one counts")
-        return value
-    except yaml.YAMLError as error:
-        if not isinstance(error, yaml.MarkedYAMLError):  # a character that YAML does not allow
-            raise ValueError(f"{name}: expected valid YAML, got an error: {' '.join(str(error).split())}") from error
-        mark = error.problem_mark or error.context_mark
-        message = error.problem
-        if not isinstance(error, _Refused):
-            problem = ", ".join(filter(None, (error.context, error.problem)))
-            message = f"expected valid YAML, got an error: {problem:.200}"
-        raise ValueError(f"{name} line {mark.line + 1}: {message}") from error
-    except RecursionError:
-        raise ValueError(f"{name}: expected values nested at most {_MAX_DEPTH} deep, got more") from None
+    return _parse(text, name)[0]
 
 
 def _front_matter(text: str) -> tuple[int, int] | None:
@@ -277,7 +301,7 @@ def _find_yaml(text: str, name: str, number: int | None) -> str:
     return _only(text, (block.start + inner[0], block.start + inner[1]) if inner else (block.start, block.end))
 
 
-def read_document(source: str | Path, hint: str = "") -> tuple[dict[Any, Any], str]:
+def read_document(source: str | Path, hint: str = "") -> tuple[dict[Any, Any], str, yaml.Node]:
     """Read a recipe's top-level mapping.
 
     Args:
@@ -286,8 +310,8 @@ def read_document(source: str | Path, hint: str = "") -> tuple[dict[Any, Any], s
         hint: Said in the error if there is no such file.
 
     Returns:
-        The mapping, whose modifiers are Items and whose expressions are not evaluated yet, and what to call the recipe
-        in errors.
+        The mapping, whose modifiers are Items and whose expressions are not evaluated yet, what to call the recipe in
+        errors, and the mapping's node for :func:`line_at`.
 
     Raises:
         TypeError: If `source` is neither a string nor a path.
@@ -298,13 +322,13 @@ def read_document(source: str | Path, hint: str = "") -> tuple[dict[Any, Any], s
     numbered = _NUMBERED.fullmatch(str(source)) if len(str(source)) < _MAX_SCALAR else None
     text, name = _read_text(numbered[1] if numbered else source, hint)
     text = _find_yaml(text, name, int(numbered[2]) if numbered else None)
-    document = load_yaml(text, name)
+    document, node = _parse(text, name)
     if not isinstance(document, dict):
         raise ValueError(
             f"{name}: expected a recipe (a mapping that holds a list of modifiers) or a path ending in "
             f"{', '.join(SUFFIXES)}, got {text.strip()[:80]!r}"
         )
-    return document, name
+    return document, name, node
 
 
 def _read_text(source: str | Path, hint: str) -> tuple[str, str]:

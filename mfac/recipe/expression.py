@@ -14,6 +14,7 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mfac.checks import suggestion
 from mfac.recipe.document import MAX_DIGITS
 
 _OPERATORS: dict[type, Callable] = {
@@ -60,7 +61,8 @@ class Scope:
 
     Args:
         variables: Values by name, as read: numbers, strings (also `eval(...)`), lists and dicts.
-        outer: The scope around this one; its variables are visible unless shadowed.
+        outer: The scope around this one; its variables are visible unless shadowed. A variable here that is only the
+            name of one there, `eval(name)`, has the value of that one even if the name is shadowed.
 
     Example:
         >>> scope = Scope({"end": 3, "half": "eval(end / 2)", "names": ["a", "b"]})
@@ -69,7 +71,7 @@ class Scope:
     """
 
     def __init__(self, variables: Mapping[Any, Any], outer: Scope | None = None) -> None:
-        self._variables = {**outer._variables, **variables} if outer else dict(variables)
+        self._variables, self._outer = dict(variables), outer
         self._work = outer._work if outer else itertools.count(1)
         self._known: dict[str, Any] = {}  # scalar variables evaluated so far; lists are copied, and counted, anew
         self._underway: list[str] = []
@@ -172,12 +174,23 @@ class Scope:
         if name in self._underway:
             circle = " -> ".join([*self._underway, name])
             raise ValueError(f"variable: expected acyclic references, got {circle:.200}")
+        outer = self._outer
         if name not in self._variables:
-            known = ", ".join(sorted(map(str, self._variables)))
-            raise ValueError(f"variable: expected one of {known or 'none':.200}, got {name!r:.80}")
+            if outer is not None and name in outer._variables:
+                return outer._variable(name, depth)
+            known = sorted(map(str, {**self._variables, **(outer._variables if outer else {})}))
+            raise ValueError(
+                f"variable: expected one that the recipe defines ({', '.join(known) or 'there is none':.200}), got "
+                f"{name!r:.80}{suggestion(name, known)}"
+            )
         self._underway.append(name)
         try:
-            value = self._walk(self._variables[name], depth + 1)
+            value = self._variables[name]
+            bare = _expression(value)
+            if outer is not None and bare is not None and bare in outer._variables:
+                value = outer._variable(bare, depth + 1)
+            else:
+                value = self._walk(value, depth + 1)
         finally:
             self._underway.pop()
         if not isinstance(value, (list, dict)):

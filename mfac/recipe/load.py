@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import yaml
 
 from mfac.checks import suggestion
-from mfac.recipe.document import MAX_DIGITS, MAX_ENTRIES, MAX_FILE, Item, dump_yaml, load_yaml, read_document
+from mfac.recipe.document import MAX_DIGITS, MAX_ENTRIES, MAX_FILE, Item, dump_yaml, line_at, load_yaml, read_document
 from mfac.recipe.expression import Scope
+
+_UNTAGGED = re.compile(r"\w+Modifier\b")  # a modifier whose `!` was forgotten
 
 
 @dataclass(frozen=True)
@@ -94,22 +99,40 @@ def _variables(mapping: dict[Any, Any]) -> dict[Any, Any]:
     }
 
 
-def _items(mapping: dict[Any, Any], scope: Scope, name: str) -> list[Item]:
-    """Return the modifiers in the groups of a recipe or stage, with their arguments evaluated."""
+def _metadata(document: dict[Any, Any], stages: dict[Any, dict]) -> Any:
+    """Return what `__metadata__` holds; if stages have some, a dict of each, and of the recipe's as `__metadata__`."""
+    holders = {"__metadata__": document, **stages}
+    found = {name: holder["__metadata__"] for name, holder in holders.items() if "__metadata__" in holder}
+    return found if found.keys() - {"__metadata__"} else document.get("__metadata__")
+
+
+def _refuse_entry(entry: Any, where: str) -> NoReturn:
+    """Refuse an entry of a group that is not a modifier."""
+    written = next(iter(entry), "") if isinstance(entry, dict) else entry
+    match = _UNTAGGED.match(written) if isinstance(written, str) else None
+    if match:
+        name = match[0][:80]
+        raise ValueError(f"{where}: expected modifiers as YAML tags, `- !{name}`, got `{name}` without the `!`")
+    raise ValueError(f"{where}: expected a list of modifiers such as `- !EpochRangeModifier`, got {entry!r:.80}")
+
+
+def _items(mapping: dict[Any, Any], scope: Scope, name: str, root: yaml.Node, path: tuple = ()) -> list[Item]:
+    """Return the modifiers of a recipe, or of the stage that `path` leads to, with their arguments evaluated."""
     items = []
     for key, group in mapping.items():
         if not _is_group(key):
             continue
-        if isinstance(group, dict) and any(str(name).endswith("Modifier") for name in group):
+        where = f"{name} line {line_at(root, (*path, key))}: {key}"
+        if isinstance(group, dict) and any(str(entry).endswith("Modifier") for entry in group):
             raise ValueError(
-                f"{name}: {key}: expected modifiers as YAML tags, got `{next(iter(group))}:` without the `!`; this "
+                f"{where}: expected modifiers as YAML tags, got `{next(iter(group))}:` without the `!`; this "
                 f"recipe is written for another program (LLM Compressor), not in SparseML's format"
             )
-        if not isinstance(group, list) or not all(isinstance(item, Item) for item in group):
-            raise ValueError(
-                f"{name}: {key}: expected a list of modifiers such as `- !EpochRangeModifier`, got {group!r:.80}"
-            )
-        for item in group:
+        if not isinstance(group, list):
+            _refuse_entry(group, where)
+        for index, item in enumerate(group):
+            if not isinstance(item, Item):
+                _refuse_entry(item, f"{name} line {line_at(root, (*path, key, index))}: {key}")
             arguments: dict[str, Any] = {}
             for argument, value in item.arguments.items():
                 try:
@@ -147,9 +170,9 @@ def load_recipe(source: str | Path, recipe_args: str | dict[str, Any] | None = N
         [Item(name='EpochRangeModifier', arguments={'start_epoch': 0, 'end_epoch': 5}, line=3)]
     """
     overrides = _parse_arguments(recipe_args)
-    document, recipe = read_document(source, f"; the tutorial's recipes are in {tutorial_recipes()}")
-    stages = [value for key, value in document.items() if _is_stage(key, value)]
-    known = {name for part in (document, *stages) for name in _variables(part)}
+    document, recipe, root = read_document(source, f"; the tutorial's recipes are in {tutorial_recipes()}")
+    stages = {key: value for key, value in document.items() if _is_stage(key, value)}
+    known = {name for part in (document, *stages.values()) for name in _variables(part)}
     for name in overrides:
         if name not in known:
             variables = ", ".join(sorted(map(str, known))) or "none"
@@ -158,9 +181,9 @@ def load_recipe(source: str | Path, recipe_args: str | dict[str, Any] | None = N
                 f"{suggestion(str(name), map(str, known))}"
             )
     scope = Scope({**_variables(document), **overrides})
-    items = _items(document, scope, recipe)
-    for stage in stages:
-        items += _items(stage, Scope({**_variables(stage), **overrides}, outer=scope), recipe)
+    items = _items(document, scope, recipe, root)
+    for key, stage in stages.items():
+        items += _items(stage, Scope({**_variables(stage), **overrides}, outer=scope), recipe, root, (key,))
     if not items:
         raise ValueError(f"{recipe}: expected modifiers, listed under a top-level key such as `modifiers`, got none")
-    return Recipe(items, document.get("__metadata__"), recipe)
+    return Recipe(items, _metadata(document, stages), recipe)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mfac.checks import check_number
+from mfac.checks import check_number, warn
 from mfac.model.names import named_parameters
 from mfac.pruning.gradual import Pruner
 from mfac.pruning.masks import mask_gradients, merge_masks, sparsity_of
@@ -61,7 +61,8 @@ class Manager:
             source: A path ending in .yaml, .yml or .md (`FILE.md#2` for the second of its fenced recipes), or the text
                 of a recipe.
             recipe_args: Values that override the recipe's variables: a dict, JSON, or `name=value,name=value`.
-            strict: Refuse modifiers that are otherwise skipped with a warning (quantization, distillation).
+            strict: Refuse what otherwise gives a warning: modifiers that are skipped (quantization, distillation), an
+                end that lies beyond that of the training, a sparsity of 1.
 
         Returns:
             The manager.
@@ -72,13 +73,28 @@ class Manager:
         """
         recipe = load_recipe(source, recipe_args)
         modifiers = [build(item, strict, recipe.name) for item in recipe.items]
-        return cls([modifier for modifier in modifiers if modifier is not None], recipe)
+        manager = cls([modifier for modifier in modifiers if modifier is not None], recipe)
+        for modifier in manager.modifiers:
+            for text in modifier.warnings(manager.epochs or math.inf):
+                if strict:
+                    raise ValueError(f"{modifier.where}: {text}")
+                warn(f"{modifier.where}: {text}")
+        return manager
 
     @property
     def epochs(self) -> float:
-        """The length of training: the latest end of an EpochRangeModifier or, without one, of any modifier."""
+        """The length of training: the latest end of an EpochRangeModifier or, without one, of any modifier; else 0."""
         ranges = [modifier for modifier in self.modifiers if isinstance(modifier, EpochRange)]
-        return max((modifier.end_epoch for modifier in ranges or self.modifiers), default=0.0)
+        return max((modifier.end_epoch for modifier in ranges or self.modifiers if modifier.end_epoch > 0), default=0.0)
+
+    def check_epochs(self) -> None:
+        """Check that the recipe gives the length of training.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        if not self.epochs:
+            raise ValueError("recipe: expected a length of training, !EpochRangeModifier {end_epoch: ...}, got none")
 
     @property
     def pruned_from(self) -> float:
@@ -125,11 +141,11 @@ class Manager:
             The session; call its `step` after every optimizer step.
 
         Raises:
-            ValueError: If the recipe gives no length of training, or names parameters or parameter groups that do not
-                exist. Model and optimizer are then unchanged.
+            ValueError: If the recipe gives no length of training and a modifier needs it, or if it names parameters or
+                parameter groups that do not exist. Model and optimizer are then unchanged.
         """
-        if not 0 < self.epochs < math.inf:
-            raise ValueError("recipe: expected a length of training, !EpochRangeModifier {end_epoch: ...}, got none")
+        if not self.modifiers or any(modifier.needs_end for modifier in self.modifiers):
+            self.check_epochs()
         return self._bind(
             Target(model, optimizer, batches, loss_fn, self.epochs, progress, one_shot=False, forward=forward)
         )
@@ -181,7 +197,8 @@ class Session:
 
     An update due at epoch e takes place in the first :meth:`step` whose epoch is at least e. For an integer e that is
     the call after the last optimizer step of the previous epoch; an update due at epoch 0 takes place after the first
-    optimizer step.
+    optimizer step. Of several modifiers that prune the same weights, each goes on from the masks that the others hold,
+    so that the highest sparsity asked for is reached exactly.
 
     A session refers to its model, optimizer and batches. Copy or pickle them together, as in
     ``copy.deepcopy((model, optimizer, session))``, so that the copy prunes the copied model; this works if the
@@ -226,7 +243,13 @@ class Session:
             ValueError: If it is not finite.
         """
         epoch = check_number("epoch", epoch)
-        results = [result for action in self._actions if (result := action.step(self._epoch, epoch)) is not None]
+        results = []
+        for action in self._actions:
+            if isinstance(action, Pruning) and action.due(epoch):  # it goes on from what others hold
+                action.hold(merge_masks(other.masks for other in self._actions if other is not action))
+            result = action.step(self._epoch, epoch)
+            if result is not None:
+                results.append(result)
         if results or any(action.writes for action in self._actions):  # what one has written another may hold at zero
             for action in self._actions:
                 action.enforce()

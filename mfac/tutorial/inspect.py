@@ -42,7 +42,7 @@ def lint(
     Args:
         recipe: Its file.
         recipe_args: Values for its variables.
-        strict: Refuse modifiers that are otherwise skipped with a warning.
+        strict: Refuse what otherwise gives a warning.
         arch_key: Check names against this network.
         checkpoint_path: Check names against the weights of this file.
 
@@ -51,7 +51,8 @@ def lint(
     """
     manager = Manager.from_recipe(recipe, recipe_args, strict=strict)
     loaded = manager.recipe
-    tqdm.write(f"{loaded.name}: {len(manager.modifiers)} modifiers, {manager.epochs:g} epochs of training")
+    length = f"{manager.epochs:g} epochs of training" if manager.epochs else "no length of training"
+    tqdm.write(f"{loaded.name}: {len(manager.modifiers)} modifiers, {length}")
     for item in loaded.items:
         arguments = ", ".join(f"{key}={_short(value)}" for key, value in item.arguments.items())
         tqdm.write(f"  line {item.line}: {item.name}: {arguments}")
@@ -151,6 +152,7 @@ def plan(recipe: str, settings: TrainSettings) -> None:
         if getattr(settings, name):
             raise ValueError(f"plan: expected options of a new run, got --{name.replace('_', '-')}")
     manager = Manager.from_recipe(recipe, settings.recipe_args)
+    manager.check_epochs()
     device = find_device(settings.device)
     data = load_images(settings, device, settings.train_batch_size, settings.seed)
     model = initial_model(settings, data, device).model

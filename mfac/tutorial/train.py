@@ -280,6 +280,8 @@ def train(settings: TrainSettings) -> list[Measurement]:
         if settings.resume and getattr(settings, name):
             raise ValueError(f"resume: expected it without --{name.replace('_', '-')}, got both")
     manager = Manager.from_recipe(settings.recipe_path, settings.recipe_args)
+    if not settings.one_shot:
+        manager.check_epochs()
     device = find_device(settings.device)
     folder = _folder(settings)
     recipe = str(manager.recipe)

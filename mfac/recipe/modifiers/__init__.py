@@ -54,6 +54,31 @@ MODIFIERS: dict[str, type[Modifier]] = {
     "SetParamModifier": SetParam,
 }
 _SKIPPED = ("Quantization", "Distillation")  # modifiers of these kinds are skipped with a warning
+# Modifiers of SparseML and of well-known forks that are not run, and what they do. The nearest of those that are run
+# would do something else.
+_NOT_RUN: dict[str, str] = {
+    "LayerPruningModifier": "removes whole layers",
+    "StructuredPruningModifier": "removes whole filters or channels",
+    "LayerThinningModifier": "cuts pruned filters and channels out of the network",
+    "MovementPruningModifier": "scores weights by how they move in training",
+    "ASRegModifier": "regularises activations towards zero",
+    "GradualParamModifier": "moves parameters between two values in training",
+    "SparsificationLoggingModifier": "logs the sparsity",
+    "ConstantKSModifier": "holds what is zero; !ConstantPruningModifier does so here",
+    "GradualKSModifier": "prunes the smallest weights gradually; !GMPruningModifier does so here",
+    "ACDCGlobalMagnitudePruningModifier": "alternates dense and sparse phases; !ACDCPruningModifier does so here",
+    "ACDCMFACPruningModifier": "alternates dense and sparse phases, with masks by M-FAC",
+    "AdaPruneGlobalMagnitudePruningModifier": "prunes by magnitude and reconstructs the output of each layer",
+    "AdaPruneMFACPruningModifier": "prunes by M-FAC and reconstructs the output of each layer",
+    "CAPruningModifier": "prunes by correlations within a layer (CAP)",
+    "GWProdPruningModifier": "scores weights by weight times gradient",
+    "WandaPruningModifier": "scores weights by the norm of their inputs",
+    "SparseGPTModifier": "prunes layer by layer by the outputs of each (SparseGPT)",
+    "GPTQModifier": "quantizes layer by layer by the outputs of each",
+    "SmoothQuantModifier": "rescales weights for quantization",
+    "LogarithmicEqualizationModifier": "rescales weights for quantization",
+}
+_LIKENESS = 0.9  # of a misspelling to what was meant; whole words such as Layer and GM must not be taken for each other
 
 
 def build(item: Item, strict: bool = False, name: str = "recipe") -> Modifier | None:
@@ -83,9 +108,11 @@ def build(item: Item, strict: bool = False, name: str = "recipe") -> Modifier | 
         return None
     known_name = item.name.removeprefix("pytorch.")
     if known_name not in MODIFIERS:
+        if known_name in _NOT_RUN:
+            raise ValueError(f"{where}: expected a modifier that mfac runs, got one that {_NOT_RUN[known_name]}")
         raise ValueError(
             f"{where}: expected one of {', '.join(MODIFIERS)}, got an unknown modifier"
-            f"{suggestion(item.name, MODIFIERS)}"
+            f"{suggestion(known_name, MODIFIERS, _LIKENESS)}"
         )
     cls = MODIFIERS[known_name]
     try:

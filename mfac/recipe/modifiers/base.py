@@ -80,6 +80,26 @@ def positive(name: str, value: Any) -> float:
     return given
 
 
+def fraction(name: str, value: Any) -> float:
+    """Check a number in [0, 1].
+
+    Args:
+        name: Of the argument, for the error.
+        value: As read from the recipe.
+
+    Returns:
+        The number.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is not in [0, 1].
+    """
+    given = number(name, value)
+    if 1 < given <= 100:
+        raise ValueError(f"{name}: expected in [0, 1], got {value} ({given:g} % is {given / 100:g})")
+    return number(name, value, 0, 1)
+
+
 def flag(name: str, value: Any) -> bool:
     """Check a boolean; the words true and false count, as other YAML readers write them.
 
@@ -212,6 +232,15 @@ class Modifier:
     def settled(self, end: float) -> float:
         """Return the epoch from which on the modifier leaves the masks as they are, in training that ends at `end`."""
         return 0.0
+
+    @property
+    def needs_end(self) -> bool:
+        """Whether it depends on the epoch at which training ends."""
+        return False
+
+    def warnings(self, end: float) -> list[str]:
+        """Return what is likely to be a mistake, in training that ends at `end`: `argument: expected ..., got ...`."""
+        return []
 
     def bind(self, target: Target) -> Action | None:
         """Return what the modifier does in one training run, or None; nothing is changed yet.

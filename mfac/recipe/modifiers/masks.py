@@ -15,7 +15,7 @@ from mfac.model.targets import prunable_parameters
 from mfac.pruning.masks import check_masks, zero_pruned
 from mfac.pruning.result import PruneResult
 from mfac.pruning.step import prune_step
-from mfac.recipe.modifiers.base import ROUNDING, Action, Modifier, Target, flag, names, number, positive
+from mfac.recipe.modifiers.base import ROUNDING, Action, Modifier, Target, flag, fraction, names, positive
 from mfac.recipe.modifiers.pruning import pattern_of
 
 
@@ -90,7 +90,8 @@ class _Constant(_Masked):
 class ACDCPruning(Modifier):
     """Alternate dense and sparse phases of `update_frequency` epochs (AC/DC; Peste et al., 2021, arXiv 2106.12379).
 
-    The first phase is dense and the last one sparse: a dense one at the end is left out. A sparse phase begins by
+    The first phase is dense and the last one sparse: a dense one at the end is left out. If there is one phase only, it
+    is sparse. A sparse phase begins by
     pruning the smallest weights, a dense one by letting them free and, with `momentum_buffer_reset`, setting the
     momentum of SGD to zero.
     """
@@ -110,28 +111,32 @@ class ACDCPruning(Modifier):
         """Check the arguments."""
         super().__post_init__()
         self.params = names("params", self.params)
-        self.compression_sparsity = number("compression_sparsity", self.compression_sparsity, 0, 1)
+        self.compression_sparsity = fraction("compression_sparsity", self.compression_sparsity)
         self.update_frequency = positive("update_frequency", self.update_frequency)
         for name in ("global_sparsity", "leave_enabled", "momentum_buffer_reset"):
             setattr(self, name, flag(name, getattr(self, name)))
         self.mask_type = pattern_of(self.mask_type)
         start = max(self.start_epoch, 0.0)
+        if self.end_epoch <= start:
+            raise ValueError(f"end_epoch: expected above start_epoch = {start:g}, got {self.end_epoch:g}")
         phases = math.ceil((self.end_epoch - start) / self.update_frequency - ROUNDING)
-        if phases < 2:
-            raise ValueError(
-                f"update_frequency: expected room for a dense and a sparse phase between start_epoch = {start:g} and "
-                f"end_epoch = {self.end_epoch:g}, got {self.update_frequency:g}"
-            )
-        self.phases = phases - phases % 2
+        self.last_phase = max(phases - phases % 2 - 1, 0)  # with room for one only, that one is sparse
 
-    def phase(self, epoch: float) -> int:
-        """Return the number of the phase, even for a dense one; it ends in the last sparse one."""
-        done = epoch - max(self.start_epoch, 0.0)
-        return min(math.floor(done / self.update_frequency + ROUNDING), self.phases - 1)
+    def sparse(self, epoch: float) -> bool:
+        """Return whether the phase of an epoch is sparse, as every second one is, and all from the last one on."""
+        phase = math.floor((epoch - max(self.start_epoch, 0.0)) / self.update_frequency + ROUNDING)
+        return phase % 2 == 1 or phase >= self.last_phase
 
     def settled(self, end: float) -> float:
         """Return the epoch at which the last sparse phase begins."""
-        return max(self.start_epoch, 0.0) + (self.phases - 1) * self.update_frequency
+        return max(self.start_epoch, 0.0) + self.last_phase * self.update_frequency
+
+    def warnings(self, end: float) -> list[str]:
+        """Return a warning if training ends before the last sparse phase begins."""
+        last = self.settled(end)
+        if last <= end:
+            return []
+        return [f"end_epoch: expected the last sparse phase in the {end:g} epochs of training, got it from {last:g} on"]
 
     def bind(self, target: Target) -> Action:
         """Return what holds the masks in sparse phases."""
@@ -147,7 +152,7 @@ class _Alternating(_Masked):
         modifier, result = self._modifier, None
         if not self._one_shot and epoch < max(modifier.start_epoch, 0.0):
             return None
-        sparse = self._one_shot or modifier.phase(epoch) % 2 == 1
+        sparse = self._one_shot or modifier.sparse(epoch)
         if not self._one_shot and epoch >= modifier.end_epoch and not modifier.leave_enabled:
             self.enforce()
             self.masks = {}

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch.optim import lr_scheduler
 
 from mfac.checks import check_choice, check_int
 from mfac.recipe.modifiers.base import ROUNDING, Action, Modifier, Target, number, plain_number, positive
@@ -24,11 +23,31 @@ def _cosine(x: float) -> float:
 
 # Of the share x of the way (or of the cycle) from init_lr to final_lr.
 _FUNCTIONS: dict[str, Callable[[float], float]] = {"linear": _linear, "cosine": _cosine, "cyclic_linear": _linear}
-_SCHEDULERS: dict[str, Callable[..., lr_scheduler.LRScheduler]] = {
-    name: getattr(lr_scheduler, name)
-    for name in ("StepLR", "MultiStepLR", "ExponentialLR", "CosineAnnealingWarmRestarts")
+# Arguments of torch's schedulers by the format's names, with torch's defaults; None: the recipe must give it.
+_SCHEDULERS: dict[str, dict[str, Any]] = {
+    "StepLR": {"step_size": None, "gamma": 0.1},
+    "MultiStepLR": {"milestones": None, "gamma": 0.1},
+    "ExponentialLR": {"gamma": None},
+    "CosineAnnealingWarmRestarts": {"cycle_epochs": None, "lr_min": 0.0, "T_mult": 1},
 }
-_MAX_EPOCHS = 10**5  # of a torch scheduler, which is stepped epoch by epoch
+_SPELLINGS = {"T_0": "cycle_epochs", "eta_min": "lr_min"}  # of torch -> of the format
+_MAX_DROPS = 1e15  # of a rate; whole numbers of that size are exact
+
+
+def _epochs(name: str, value: Any) -> list[float]:
+    if not isinstance(value, list):
+        raise TypeError(f"{name}: expected numbers in a list, got {value!r:.80}")
+    return [number(name, item) for item in value]
+
+
+_KWARGS: dict[str, Callable[[str, Any], Any]] = {
+    "step_size": positive,
+    "milestones": _epochs,
+    "gamma": lambda name, value: number(name, value, 0),
+    "cycle_epochs": positive,
+    "lr_min": lambda name, value: number(name, value, 0),
+    "T_mult": lambda name, value: check_int(name, plain_number(value), 1),
+}
 
 
 @dataclass(kw_only=True)
@@ -73,6 +92,10 @@ class OptimizerSetting(Modifier):
         """The epoch from which on the setting is left alone."""
         return self.start_epoch
 
+    def due(self, last: float, epoch: float) -> bool:
+        """Return whether to write the value at an epoch, `last` being that of the call before."""
+        return epoch >= self.start_epoch and last < self.until
+
     def value(self, epoch: float) -> float:
         """Return the value at an epoch."""
         raise NotImplementedError
@@ -116,7 +139,7 @@ class Write(Action):
     def step(self, last: float, epoch: float) -> None:
         """Write if it is time to."""
         setting = self.setting
-        if epoch >= setting.start_epoch and last < setting.until:
+        if setting.due(last, epoch):
             self._written, self.written_at = setting.value(epoch), epoch
             self.rewrite()
 
@@ -216,7 +239,10 @@ class LearningRateFunction(OptimizerSetting):
 
 @dataclass(kw_only=True)
 class LearningRate(OptimizerSetting):
-    """Let one of torch's schedulers set the learning rate, from `init_lr` on, once per epoch."""
+    """Set the learning rate at every step, from `init_lr` on, as one of torch's schedulers would.
+
+    Its epochs are floats and count from `start_epoch`, but for milestones, which are epochs of the training.
+    """
 
     key = "lr"
 
@@ -226,49 +252,70 @@ class LearningRate(OptimizerSetting):
     update_frequency: Any = None  # ignored, as in the original
 
     def __post_init__(self) -> None:
-        """Check the arguments, by making the scheduler."""
+        """Check the arguments."""
         super().__post_init__()
         check_choice("lr_class", self.lr_class, _SCHEDULERS)
         self.init_lr = number("init_lr", self.init_lr, 0)
+        self.lr_kwargs = self._check_kwargs(_SCHEDULERS[self.lr_class])
+        late = [x for x in self.lr_kwargs.get("milestones", ()) if not max(self.start_epoch, 0.0) < x < self.until]
+        if late:
+            raise ValueError(
+                f"lr_kwargs: expected milestones between start_epoch = {self.start_epoch:g} and end_epoch = "
+                f"{self.end_epoch:g}, in epochs of the training, got {late[0]:g}"
+            )
+
+    def _check_kwargs(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of the scheduler under the format's names, with torch's defaults."""
         if not isinstance(self.lr_kwargs, Mapping):
             raise TypeError(f"lr_kwargs: expected arguments of {self.lr_class}, got {self.lr_kwargs!r:.80}")
-        self.lr_kwargs = {
-            str(key): [plain_number(item) for item in value] if isinstance(value, list) else plain_number(value)
-            for key, value in self.lr_kwargs.items()
-        }
+        given: dict[str, Any] = {}
         for key, value in self.lr_kwargs.items():
-            if not all(isinstance(item, (int, float)) for item in (value if isinstance(value, list) else [value])):
-                raise ValueError(f"lr_kwargs: expected numbers and lists of numbers, got {value!r:.80} for {key:.80}")
-        self._rates: list[float] = []
-        self._rate(1)
+            name = _SPELLINGS.get(key, key)
+            if name not in known:
+                raise ValueError(f"lr_kwargs: expected {', '.join(known)} of {self.lr_class}, got {key!r:.80}")
+            if name in given:
+                raise ValueError(f"lr_kwargs: expected one value for {name}, got two")
+            given[name] = value
+        for name, default in known.items():
+            if name not in given and default is None:
+                raise ValueError(f"lr_kwargs: expected a value of {name}, which {self.lr_class} needs, got none")
+        try:
+            return {name: _KWARGS[name](name, given.get(name, default)) for name, default in known.items()}
+        except (TypeError, ValueError) as error:
+            name, _, text = str(error).partition(": ")
+            raise ValueError(f"lr_kwargs: {text} for {name}") from error
 
     @property
     def until(self) -> float:
         """The epoch from which on the setting is left alone."""
         return self.end_epoch if self.end_epoch >= 0 else math.inf
 
-    def value(self, epoch: float) -> float:
-        """Return the value at an epoch: that of the last whole epoch since the start."""
-        return self._rate(math.floor(max(min(epoch, self.until) - max(self.start_epoch, 0.0), 0.0) + ROUNDING))
+    def due(self, last: float, epoch: float) -> bool:
+        """Return whether to write; at the end the last value stays."""
+        return self.start_epoch <= epoch < self.until
 
-    def _rate(self, index: int) -> float:
-        """Return the rate of an epoch; those before are kept."""
-        if index > _MAX_EPOCHS:
-            raise ValueError(f"epoch: expected at most {_MAX_EPOCHS} epochs of {self.lr_class}, got {index}")
-        if index >= len(self._rates):
-            optimizer = torch.optim.SGD([torch.zeros(())], lr=self.init_lr)
-            rates: list[float] = []
-            try:
-                scheduler = _SCHEDULERS[self.lr_class](optimizer, **self.lr_kwargs)
-                for _ in range(index + 1):
-                    rates.append(float(optimizer.param_groups[0]["lr"]))
-                    optimizer.step()
-                    scheduler.step()
-            except (TypeError, ValueError, ArithmeticError, LookupError) as error:
-                raise ValueError(f"lr_kwargs: expected arguments of {self.lr_class}, got an error: {error}") from error
-            if not all(0 <= rate < math.inf for rate in rates):
-                raise ValueError(
-                    f"lr_kwargs: expected rates that stay finite and >= 0, got {min(rates)} to {max(rates)}"
-                )
-            self._rates = rates
-        return self._rates[index]
+    def value(self, epoch: float) -> float:
+        """Return the value at an epoch."""
+        kwargs, passed = self.lr_kwargs, epoch - max(self.start_epoch, 0.0)
+        if self.lr_class == "CosineAnnealingWarmRestarts":
+            share = _share_of_cycle(passed, kwargs["cycle_epochs"], kwargs["T_mult"])
+            return self.init_lr + (kwargs["lr_min"] - self.init_lr) * _cosine(share)
+        if self.lr_class == "MultiStepLR":
+            drops = sum(epoch >= milestone - ROUNDING for milestone in kwargs["milestones"])
+        else:
+            drops = math.floor(min(passed / kwargs.get("step_size", 1.0) + ROUNDING, _MAX_DROPS))
+        try:
+            rate = self.init_lr * kwargs["gamma"] ** drops
+        except OverflowError:
+            rate = math.inf
+        if rate == math.inf:
+            raise ValueError(f"lr_kwargs: expected rates that stay finite, got gamma = {kwargs['gamma']:g}")
+        return rate
+
+
+def _share_of_cycle(passed: float, length: float, growth: int) -> float:
+    """Return how much of its cycle has passed, in [0, 1), where each cycle is `growth` times as long as the last."""
+    passed += ROUNDING
+    while growth > 1 and passed >= length:
+        passed, length = passed - length, length * growth
+    return max(passed % length - ROUNDING, 0.0) / length

@@ -16,9 +16,9 @@ from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.gradual import Pruner
 from mfac.pruning.patterns import parse_pattern
 from mfac.pruning.result import PruneResult
-from mfac.pruning.schedule import CURVES
+from mfac.pruning.schedule import CURVES, Schedule
 from mfac.pruning.settings import CorrectionSettings, GradientSettings, PrunerSettings, least_num_grads
-from mfac.recipe.modifiers.base import Action, Modifier, Target, flag, names, number, plain_number, positive
+from mfac.recipe.modifiers.base import Action, Modifier, Target, flag, fraction, names, plain_number, positive
 from mfac.settings import definitions
 
 _REFRESH_DIVISOR = 16  # of so many gradients one is new at each recomputation
@@ -30,6 +30,10 @@ _BY_THE_FORMAT = (
     "params", "pattern", "scope", "criterion", "initial_sparsity", "start", "frequency", "schedule", "masks", "buffer",
     "forward", "progress",
 )  # fmt: skip
+_NAMES = {  # of the Pruner -> of the format
+    "sparsity": "final_sparsity", "initial_sparsity": "init_sparsity", "start": "start_epoch", "end": "end_epoch",
+    "frequency": "update_frequency", "pattern": "mask_type",
+}  # fmt: skip
 
 
 def pattern_of(mask_type: Any) -> Any:
@@ -52,10 +56,15 @@ def _sparsity_by_name(final_sparsity: dict[Any, Any]) -> dict[str, float]:
         for name in names("final_sparsity", given):
             if name in result:
                 raise ValueError(f"final_sparsity: expected each name once, got {name!r:.80} again")
-            result[name] = number("final_sparsity", sparsity, 0, 1)
+            result[name] = fraction("final_sparsity", sparsity)
     if not result:
         raise ValueError(f"final_sparsity: expected a number or {{sparsity: [params]}}, got {final_sparsity!r:.80}")
     return result
+
+
+def _percent(sparsities: list[float]) -> str:
+    """Return the range of sparsities in rising order."""
+    return " to ".join(dict.fromkeys(f"{100 * value:.1f}" for value in (sparsities[0], sparsities[-1]))) + " %"
 
 
 @dataclass(kw_only=True)
@@ -94,7 +103,7 @@ class MagnitudePruning(Modifier):
         given = {**{name: known[name].default for name in self.setting_names()}, **self.defaults, **self.settings}
         self.settings = {name: known[name].check(name, plain_number(value)) for name, value in given.items()}
         if self.init_sparsity != FROM_PARAM:
-            self.init_sparsity = number("init_sparsity", self.init_sparsity, 0, 1)
+            self.init_sparsity = fraction("init_sparsity", self.init_sparsity)
         if plain_number(self.update_frequency) == -1:
             self.update_frequency = _EVERY_STEP
         self.update_frequency = positive("update_frequency", self.update_frequency)
@@ -113,15 +122,63 @@ class MagnitudePruning(Modifier):
                 )
             self.final_sparsity = _sparsity_by_name(self.final_sparsity)
         else:
-            self.final_sparsity = number("final_sparsity", self.final_sparsity, 0, 1)
+            self.final_sparsity = fraction("final_sparsity", self.final_sparsity)
             if not self.params and not self.global_sparsity:
                 raise ValueError("params: expected names of the weights to prune, such as __ALL_PRUNABLE__, got none")
             self.params = self.params or ["__ALL_PRUNABLE__"]
+        lowest = self.final_sparsities[0]
+        if self.init_sparsity != FROM_PARAM and self.init_sparsity > lowest:
+            raise ValueError(
+                f"init_sparsity: expected at most final_sparsity = {lowest:g}, because pruned weights stay pruned, got "
+                f"{self.init_sparsity:g}"
+            )
+
+    @property
+    def final_sparsities(self) -> list[float]:
+        """The sparsities at the end, in rising order."""
+        final = self.final_sparsity
+        return sorted(set(final.values())) if isinstance(final, dict) else [final]
+
+    @property
+    def needs_end(self) -> bool:
+        """Whether it depends on the epoch at which training ends."""
+        return self.end_epoch < 0
+
+    def warnings(self, end: float) -> list[str]:
+        """Return warnings of an end that training never reaches, and of a sparsity that leaves nothing."""
+        found = []
+        if self.end_epoch > end:
+            final = self.final_sparsities
+            asked = _percent(final)
+            if self.init_sparsity == FROM_PARAM:
+                ends = f"below the sparsity of {asked} that it asks for"
+            else:
+                ends = f"at a sparsity of {_percent([self._sparsity_at(end, value) for value in final])}, not {asked}"
+            found.append(
+                f"end_epoch: expected at most the {end:g} epochs of training, which will end {ends}, got "
+                f"{self.end_epoch:g}"
+            )
+        if self.final_sparsities[-1] == 1:
+            found.append("final_sparsity: expected below 1, which sets every weight of a parameter to zero, got 1")
+        return found
+
+    def _sparsity_at(self, epoch: float, final: float) -> float:
+        """Return the sparsity after the updates that are due by an epoch."""
+        start = max(self.start_epoch, 0.0)
+        schedule = Schedule(self.init_sparsity, final, start, self.end_epoch, self.update_frequency, self.inter_func)
+        time = schedule.nominal_time(epoch)
+        return 0.0 if time is None else schedule.sparsity(time)
+
+    def _shown(self, name: str) -> str:
+        """Return a setting as a reader of the recipe should see it."""
+        if name == "corrections" and self.settings[name] is None:
+            return "a correction at each recomputation" if self.settings["update"] == "joint" else "no corrections"
+        return f"{name}={self.settings[name]}"
 
     def describe(self) -> str:
         """Return a line that tells the settings of the recipe from those that it leaves open."""
-        said = [f"{name}={self.settings[name]}" for name in self.settings if name in self.given]
-        left = [f"{name}={self.settings[name]}" for name in self.reported if name not in self.given]
+        said = [self._shown(name) for name in self.settings if name in self.given]
+        left = [self._shown(name) for name in self.reported if name not in self.given]
         parts = [f"{what} {', '.join(settings)}" for what, settings in (("of the recipe", said), ("by default", left))]
         used = [part for part, settings in zip(parts, (said, left), strict=True) if settings]
         return f"{type(self).__name__}: {'; '.join(used)}"
@@ -150,7 +207,7 @@ class MagnitudePruning(Modifier):
             start, end = max(self.start_epoch, 0.0), target.end if self.end_epoch < 0 else self.end_epoch
             initial = "current" if from_param else self.init_sparsity
         per_layer = isinstance(self.final_sparsity, dict)
-        pruner = Pruner(
+        pruner = self._pruner(
             target.model,
             target.batches if CRITERIA[self.criterion].needs_gradients else None,
             target.loss_fn,
@@ -170,6 +227,15 @@ class MagnitudePruning(Modifier):
             **self.settings,
         )
         return Pruning(pruner, self.leave_enabled or target.one_shot)
+
+    @staticmethod
+    def _pruner(*arguments: Any, **settings: Any) -> Pruner:
+        """Return a Pruner, whose errors name the arguments of the recipe."""
+        try:
+            return Pruner(*arguments, **settings)
+        except ValueError as error:
+            name, colon, text = str(error).partition(":")
+            raise ValueError(f"{_NAMES.get(name, name)}{colon}{text}") from error
 
 
 class Pruning(Action):
@@ -199,6 +265,16 @@ class Pruning(Action):
     def step(self, last: float, epoch: float) -> PruneResult | None:
         """Enforce the masks, and prune if an update is due."""
         return None if self.released else self.pruner.step(epoch)
+
+    def due(self, epoch: float) -> bool:
+        """Return whether an update is due."""
+        return not self.released and self.pruner.due(epoch)
+
+    def hold(self, masks: Mapping[str, Tensor]) -> None:
+        """Count what masks of other modifiers hold as pruned, in the parameters that this one prunes."""
+        own = {name: masks[name] for name in self.pruner.params if name in masks}
+        if own:
+            self.pruner.hold(own)
 
     def enforce(self) -> None:
         """Set pruned weights to zero."""
