@@ -175,8 +175,8 @@ class Blocks {
     }
   }
 
-  // Calls f for ranges of the batch's columns that fit in `limit` bytes, packed, or with their sums if nothing is packed:
-  // a single one, unless a block is wide.
+  // Calls f for ranges of the batch's columns that fit in `limit` bytes, packed, or with their sums if nothing is
+  // packed: a single one, unless a block is wide.
   template <typename F>
   void for_each_chunk(const Batch& batch, const F& f) const {
     const int64_t packed = std::max<int64_t>(256, limit / 2 / (8 * m * batch.tile.count));

@@ -17,7 +17,7 @@ __device__ T& shared() {
   return *reinterpret_cast<T*>(memory);
 }
 
-// One step of a product by a warp, on tensor cores (sm_80 on): sums [32, 32] += a [32, 8] b [8, 32]. Lane t has, of each,
+// One step of a product by a warp, on tensor cores (sm_80 on): sums [32, 32] += a [32, 8] b [8, 32]. Lane t has
 //
 //   a[p][2 h + g]      row 16 p + 8 g + t / 4, place t % 4 + 4 h in the depth of the product
 //   b[q][h]            column 8 q + t / 4, the same place

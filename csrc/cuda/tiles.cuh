@@ -1,11 +1,11 @@
 // Products of tiles with float64 sums on the tensor cores: what a warp does with its part, and a block of threads with
 // operands in shared memory.
 //
-// A warp computes kTile x kTile sums, kDepth terms at a time (tensor_multiply_add of device.cuh): 2 x 8 numbers of operands in
-// registers for 8192 multiplications. A block of threads of 2 x `across` warps computes 64 x 32 `across` sums, kStage
-// terms at a time, from operands in shared memory. There G is float32, which halves what is read from it: bandwidth of
-// shared memory is what bounds these products first. Several blocks of threads share a multiprocessor, so that some
-// load while others multiply.
+// A warp computes kTile x kTile sums, kDepth terms at a time (tensor_multiply_add of device.cuh): 2 x 8 numbers of
+// operands in registers for 8192 multiplications. A block of threads of 2 x `across` warps computes 64 x 32 `across`
+// sums, kStage terms at a time, from operands in shared memory. There G is float32, which halves what is read from it:
+// bandwidth of shared memory is what bounds these products first. Several blocks of threads share a multiprocessor, so
+// that some load while others multiply.
 #pragma once
 
 #include "columns.cuh"
@@ -73,8 +73,8 @@ struct WarpSums {
   }
 };
 
-// An operand in shared memory: [places][kStage], or by depth first [kStage][places]. Rows are padded so that what a warp
-// reads at once, 8 places of 4 of the depth, is in different banks (half a warp at once for float64).
+// An operand in shared memory: [places][kStage], or by depth first [kStage][places]. Rows are padded so that what a
+// warp reads at once, 8 places of 4 of the depth, is in different banks (half a warp at once for float64).
 template <typename T, int places, bool depth_first>
 struct Operand {
   static constexpr int kPitch = depth_first ? places + (sizeof(T) == sizeof(float) ? 8 : 4) : kStage + 4;
@@ -111,8 +111,8 @@ __device__ inline void load_matrix(const double* matrix, int64_t n, int64_t row,
 #pragma unroll 8
   for (int r = top; r < places; r += kStep, source += kStep * n) out.at(r, depth) = r < rows ? *source : 0.0;
 }
-// or column c of G (none if c < 0) as the place threadIdx.x % places, rows [first, first + kStage) as the depth. Returns
-// the sum of the squares of what this thread has loaded.
+// or column c of G (none if c < 0) as the place threadIdx.x % places, rows [first, first + kStage) as the depth.
+// Returns the sum of the squares of what this thread has loaded.
 template <int threads, int places, typename G>
 __device__ inline double load_column(const Gradients<G>& grads, int64_t c, int64_t first,
                                      Operand<float, places, true>& out) {

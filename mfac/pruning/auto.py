@@ -16,6 +16,7 @@ from mfac.pruning.quadratic import Plan, prune_vector
 DAMPINGS = ("1e-3*mean", "1e-2*mean", "1e-1*mean", "1*mean")  # candidates
 BLOCK_SIZES = (64, 128, 256, 512, 2048, 8192)
 _FIRST_DAMPING = "1e-2*mean"  # with which the block sizes are compared
+_STANDARD_ERRORS = 3  # by which a candidate must be better than the default (docs/defaults.md)
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,8 @@ def choose_settings(
 
     For ``"auto"`` the step is computed from three quarters of the gradients, A, and judged by (g δ)² for each g of the
     rest, B: twice the increase of the loss predicted by gradients which it has not seen. The default settings stand
-    unless B says by more than one standard error that others are better (the one-standard-error rule: Breiman,
-    Friedman, Olshen, Stone, 1984, section 3.4.3), by ranks, because a few gradients make up most of the mean.
-    (Halves instead of quarters favour blocks small enough for half of the gradients.) Candidates are block sizes from
+    unless B says by more than three standard errors that others are better: one in some 700 by chance, which some ten
+    candidates need. By ranks, because a few gradients make up most of the mean. Candidates are block sizes from
     64 to 8192 at λ = 1e-2 times the mean square of the gradients; then 1e-3, 0.1 and 1 times that at the best block
     size; then the neighbours of that size at the best λ: as long as some 10 steps.
 
@@ -109,7 +109,7 @@ def choose_settings(
                 best_of([(value, size) for size in sizes[max(near - 1, 0) : near + 2]])
         candidates = list(tried.values())
         best = best_of([])
-        damping, block_size = best if tried[best].better > 1 else default
+        damping, block_size = best if tried[best].better > _STANDARD_ERRORS else default
         if not tried[damping, block_size].score < math.inf:
             raise RuntimeError("damping: expected a candidate with a finite step, got none; are the gradients huge?")
     fisher = fisher.replace(damping=damping, block_size=block_size)
