@@ -60,10 +60,10 @@ void gram(const Gradients<G>& grads, const Layout& layout, const Tile& tile, boo
           Stream stream);
 
 // l[count, n, n] = lower Cholesky factors of a[count, n, n], of which the part above the diagonal is not read, with
-// `ridge` added to the diagonal, zero above it; inverse[count, n, n], unless null, L⁻¹. Orders up to kMaxOrder. A matrix
-// that rounding made indefinite gets a jitter on its diagonal: `rounding` times its trace at first, the rounding error
-// of a, then ten times as much at each further attempt. After kFactorAttempts, failed[0] becomes 1 + ids[i]; ids[count]
-// are the blocks of the matrices.
+// `ridge` added to the diagonal, zero above it; inverse[count, n, n], unless null, L⁻¹. Orders up to kMaxOrder. A
+// matrix that rounding made indefinite gets a jitter on its diagonal: `rounding` times its trace at first, the rounding
+// error of a, then ten times as much at each further attempt. After kFactorAttempts, failed[0] becomes 1 + ids[i];
+// ids[count] are the blocks of the matrices.
 constexpr int64_t kMaxOrder = 512;  // beyond, one block of threads per matrix is too few
 void cholesky(const double* a, int64_t count, int64_t n, double ridge, double rounding, const int32_t* ids, double* l,
               double* inverse, int32_t* failed, Stream stream);
