@@ -53,8 +53,8 @@ __device__ inline double2 load_two(const double* x) {
   return double2{x[0], x[1]};
 }
 
-// Where a lane finds its numbers of a tile of rows of a matrix [n, n], to multiply them with rows of another. The places
-// in the depth of a product may be dealt to the lanes in any order that is the same for both: here in pairs of
+// Where a lane finds its numbers of a tile of rows of a matrix [n, n], to multiply them with rows of another. The
+// places in the depth of a product may be dealt to the lanes in any order that is the same for both: here in pairs of
 // neighbours.
 struct Rows {
   const double* matrix;
