@@ -20,7 +20,7 @@ from mfac.tutorial.settings import ModelSettings, RunSettings, TrainSettings
 _HELP = """\
 Prune PyTorch models with second-order information (M-FAC).
 
-Start here: `mfac demo` compares M-FAC with magnitude pruning in some minutes; `mfac train --recipe-path
+Start here: `mfac demo` compares M-FAC with magnitude pruning in a few minutes; `mfac train --recipe-path
 recipes/mfac.md` prunes a MobileNet as a recipe says, on the bundled digits. `mfac COMMAND --help` lists the options
 of a command. From Python: `import mfac; help(mfac)`.
 """
@@ -42,7 +42,7 @@ app = App(
 
 @app.command
 def demo(*, output: str = "mfac-demo", seeds: _Positive = 3, num_grads: _Positive = 64) -> None:
-    """Compare M-FAC with magnitude pruning on bundled images of digits, in some minutes.
+    """Compare M-FAC with magnitude pruning on bundled images of digits, in a few minutes.
 
     A dense MobileNet is pruned to above 95 % sparsity by magnitude, with the published M-FAC update and with the joint
     update, all with the same training budget. Requires `pip install 'mfac-pruning[demo]'`.
