@@ -279,7 +279,7 @@ def compare(recipes: Sequence[str], settings: RunSettings, seeds: int = 1) -> li
         raise ValueError("recipes: expected at least one, got none")
     check_int("seeds", seeds)
     managers = [Manager.from_recipe(recipe, settings.recipe_args) for recipe in recipes]
-    settings = resolve(settings, *describe_pretrained(settings), ("arch_key", "width"))
+    settings = resolve(settings, *describe_pretrained(settings))
     common = TrainSettings(recipe_path=recipes[0], **asdict(settings))
     check_options(common)
     labels = _labels(recipes)

@@ -23,7 +23,7 @@ from mfac.tutorial.dense import load_weights
 from mfac.tutorial.files import make_folder, read_model, save
 from mfac.tutorial.loop import evaluate as measure
 from mfac.tutorial.models import Built, build_model
-from mfac.tutorial.settings import ModelSettings, TrainSettings, resolve
+from mfac.tutorial.settings import NETWORK, ModelSettings, TrainSettings, resolve
 from mfac.tutorial.train import check_options, find_device, load_images, prepare
 
 _MAX_SHOWN = 8  # updates of a plan
@@ -131,7 +131,7 @@ def evaluate(checkpoint_path: str, settings: ModelSettings) -> tuple[float, floa
             network.
     """
     _, described = read_model("checkpoint_path", checkpoint_path)
-    settings = resolve(settings, described, checkpoint_path)
+    settings = resolve(settings, described, checkpoint_path, (*NETWORK, "image_size"))
     data = load_images(settings, find_device(settings.device), train_batch_size=1)
     classes = described.get("num_classes", data.num_classes)
     if classes != data.num_classes:
@@ -260,7 +260,7 @@ def export(checkpoint_path: str, output: str, settings: ModelSettings) -> None:
             folder cannot be written to.
     """
     state, described = read_model("checkpoint_path", checkpoint_path)
-    settings = resolve(settings, described, checkpoint_path)
+    settings = resolve(settings, described, checkpoint_path, (*NETWORK, "image_size"))
     matrices = [value for value in state.values() if isinstance(value, Tensor) and value.dim() == 2]
     if "num_classes" not in described and not matrices:
         raise ValueError(f"checkpoint_path: expected a model of `mfac train`, got {checkpoint_path}")

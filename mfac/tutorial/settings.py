@@ -10,7 +10,7 @@ from mfac.checks import check_positive
 from mfac.tutorial.data import DIGITS_SIZE, IMAGE_SIZE, TEST_BATCH, TRAIN_BATCH
 
 DIGITS_WIDTH = 0.35
-_NETWORK = ("arch_key", "width", "image_size")  # options that a file of weights answers
+NETWORK = ("arch_key", "width")  # options without which weights do not fit
 
 T = TypeVar("T", bound="ModelSettings")
 
@@ -106,7 +106,7 @@ class TrainSettings(RunSettings):
     export: bool = False
 
 
-def resolve(settings: T, described: Mapping[str, Any], path: str, fixed: Collection[str] = _NETWORK) -> T:
+def resolve(settings: T, described: Mapping[str, Any], path: str, fixed: Collection[str] = NETWORK) -> T:
     """Return the options with network, images and their size filled in.
 
     What is not given is as the file of weights says or, if that says nothing, the default.

@@ -23,12 +23,11 @@ from mfac.tutorial.download import fetch_imagenette
 from mfac.tutorial.files import check_finite, description, make_folder, read_model, read_state, save
 from mfac.tutorial.loop import Measurement, evaluate, fit
 from mfac.tutorial.models import Built, build_model
-from mfac.tutorial.settings import ModelSettings, RunSettings, TrainSettings, resolve
+from mfac.tutorial.settings import NETWORK, ModelSettings, RunSettings, TrainSettings, resolve
 
 _FILES = ("model.pt", "model.txt", "checkpoint.pt")  # of a run
-# What a resumed run must have in common with the interrupted one: beside what describes its network and images, what
-# decides the batches (processes that read images draw their random crops from seeds of their own) and the steps.
-_NETWORK = ("arch_key", "width", "image_size", "dataset")
+# What a resumed run must have in common with the interrupted one, beside network and images: what decides the batches
+# (processes that read images draw their random crops from seeds of their own) and the steps.
 _SAME = ("train_batch_size", "max_train_steps", "seed", "amp", "loader_num_workers")
 _MAX_TAG = 200  # bytes; file systems allow 255 for a name, and the log's ends in .csv
 
@@ -161,7 +160,7 @@ def prepare(
     settings: TrainSettings,
     state: dict[str, Any] | None = None,
     path: str = "",
-    fixed: Collection[str] = ("arch_key", "width"),
+    fixed: Collection[str] = NETWORK,
 ) -> tuple[TrainSettings, Data, Built]:
     """Return what a run starts from.
 
@@ -346,7 +345,8 @@ def train(settings: TrainSettings, repeated: str = "with --resume") -> list[Meas
         expected = "resume: expected a run that is not finished"
         expected = expected if settings.resume else "checkpoint_path: expected training left to do"
         raise ValueError(f"{expected}, got {source}, which has completed the recipe's {manager.epochs:g} epochs")
-    settings, data, built = prepare(settings, state, source, _NETWORK if settings.resume else _NETWORK[:2])
+    fixed = (*NETWORK, "image_size", "dataset") if settings.resume else NETWORK
+    settings, data, built = prepare(settings, state, source, fixed)
     model = built.model
     if state is None and settings.initial_weights == "False" and manager.prunes:
         warn("pretrained: the recipe prunes random weights; --pretrained FILE (or True) gives trained ones")
