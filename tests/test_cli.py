@@ -1,5 +1,6 @@
 """The `mfac` command: help, exit statuses, one-line errors."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,16 @@ def test_runs_as_a_module(tmp_path):
     folder = Path(__file__).resolve().parents[1] / "recipes"
     text = f"mfac: error: recipe: expected an existing file, got no.md; the tutorial's recipes are in {folder}\n"
     assert (run.returncode, run.stderr) == (2, text)
+
+
+def test_a_pipe_whose_reader_has_ended(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    recipe = Path(__file__).resolve().parents[1] / "recipes" / "mfac.md"
+    command = [sys.executable, "-m", "mfac", "lint", str(recipe)]
+    run = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (run.returncode, run.stderr) == (141, "")
 
 
 @pytest.mark.parametrize("command", ["--debug train --recipe-path no.md", "train --recipe-path no.md --debug"])

@@ -1,11 +1,14 @@
 """The documentation: every block of Python runs, every command parses, every page and link is there."""
 
+import gc
 import re
 import shlex
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from mfac.cli.main import app
@@ -26,20 +29,42 @@ def blocks(page, language):
     return [code for kind, code in BLOCK.findall((DOCS / page).read_text()) if kind == language]
 
 
+@contextmanager
+def no_user_warning():
+    """No warning for users, not even when the objects inside end; `names` are those of the code."""
+    names = {"__name__": "page"}
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        yield names
+        names.clear()
+        gc.collect()
+    assert [str(warning.message) for warning in seen if warning.category is UserWarning] == []
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_python(page, tmp_path, monkeypatch):
-    """The blocks of a page, one after another."""
+    """The blocks of a page, one after another; they warn of nothing."""
     code = blocks(page, "python")
     assert bool(code) == (page not in WITHOUT_CODE)
     for package in ("lightning", "transformers"):
         if package in page:
             pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
-    names = {"__name__": "page"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with no_user_warning() as names:
         for number, block in enumerate(code):
             exec(compile(block, f"{page}, block {number}", "exec"), names)
+
+
+def test_readme():
+    """Its block with a model and a loader in the place of the reader's own, and training up to the last update."""
+    (code,) = blocks("../README.md", "python")
+    assert "model, loader = ..., ..." in code
+    with no_user_warning() as names:
+        names["model"] = torch.nn.Linear(20, 3)
+        names["loader"] = [(torch.randn(8, 20), torch.randint(3, (8,))) for _ in range(300)]
+        exec(code.replace("model, loader = ..., ...", ""), names)
+        names["pruner"].step(1000)
+        assert round(names["pruner"].sparsity, 2) == 0.95
 
 
 @pytest.mark.parametrize("page", [*PAGES, "../README.md"])

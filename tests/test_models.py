@@ -1,6 +1,7 @@
 """The networks of the program: names of other packages, functions, and the weights of timm's MobileNet."""
 
 import sys
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -82,11 +83,14 @@ def test_pretrained_mobilenet(monkeypatch):
     source = TimmLike(num_classes=1000)
     monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=lambda name, pretrained: source))
     built = build_model("mobilenet", 10, pretrained=True)
-    assert built.description() == {"mean": [0.5] * 3, "std": [0.5] * 3, "relu6": True}
+    described = {"arch_key": "mobilenet", "num_classes": 10, "width": 1, "stem_stride": 2, "relu6": True}
+    described |= {"image_size": 224, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    assert asdict(built.network) == described
     assert torch.equal(built.model.input.conv.weight, source.conv_stem.weight)
     assert built.model.classifier.fc.weight.shape == (10, 1024)
-    again = build_model("mobilenet", 10, described=built.description())
-    assert again.model.sections[0][0].depth.relu6 and again.mean == (0.5,) * 3
+    again = build_model("mobilenet", 10, image_size=32, described=described)
+    assert again.model.sections[0][0].depth.relu6 and again.model.input.conv.stride == (2, 2)
+    assert asdict(again.network) == {**described, "image_size": 32}
     with pytest.raises(ValueError, match="pretrained: expected width 1 and images of more than 64 x 64"):
         build_model("mobilenet", 10, width=0.5, pretrained=True)
     monkeypatch.setitem(sys.modules, "timm", None)
@@ -109,7 +113,7 @@ def test_names_of_other_packages(monkeypatch):
     model.pretrained_cfg = {"mean": (0.1,) * 3, "std": (0.2,) * 3}
     timm = SimpleNamespace(is_model=lambda name: name == "other", create_model=lambda name, **options: model)
     monkeypatch.setitem(sys.modules, "timm", timm)
-    assert build_model("other", 10).mean == (0.1,) * 3
+    assert build_model("other", 10).network.mean == (0.1,) * 3
     with pytest.raises(ValueError, match="arch_key: expected mobilenet, a name of torchvision or timm"):
         build_model("none", 10)
 

@@ -1,5 +1,7 @@
 """The program as its users see it: killed and resumed runs, comparisons, lint, eval, export, damaged images."""
 
+import gc
+import itertools
 import json
 import os
 import signal
@@ -16,8 +18,9 @@ from PIL import Image
 
 import mfac
 from mfac.cli.main import main
-from mfac.tutorial.data import load_data
+from mfac.tutorial.data import Batches, load_data
 from mfac.tutorial.inspect import sizes
+from mfac.tutorial.loop import evaluate
 from mfac.tutorial.models import MobileNetV1
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,12 +45,59 @@ modifiers:
 OPTIONS = "--width 0.25 --pretrained False --train-batch-size 8 --test-batch-size 360 --max-train-steps 4 --device cpu"
 
 
+SHORT = """
+modifiers:
+  - !EpochRangeModifier {end_epoch: 2}
+  - !GMPruningModifier
+    params: ["re:sections.4.*point.conv.weight"]
+    init_sparsity: 0.5
+    final_sparsity: 0.9
+    start_epoch: 0
+    end_epoch: 2
+    update_frequency: 1
+"""
+
+
+def write_images(root, classes):
+    random = np.random.default_rng(0)
+    for part, count in (("train", 8), ("val", 2)):
+        for name in classes:
+            (root / part / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{index}.jpg")
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder with three classes of images, and the beginning of commands that train on it."""
+    write_images(tmp_path / "data", "abc")
+    (tmp_path / "r.yaml").write_text(SHORT)
+    command = f"--dataset-path {tmp_path / 'data'} --image-size 66 --train-batch-size 12 "
+    command += f"--width 0.2 --pretrained False --device cpu --save-dir {tmp_path / 'runs'}"
+    return tmp_path / "data", f"train --recipe-path {tmp_path / 'r.yaml'} {command}".split()
+
+
+def interrupt_in(monkeypatch, epoch):
+    """Let Ctrl-C come in the second step of an epoch."""
+    batches, counter = Batches.__iter__, itertools.count()
+
+    def iterate(self):
+        wanted = self.loader.drop_last and next(counter) == epoch
+        for index, batch in enumerate(batches(self)):
+            if wanted and index == 1:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(Batches, "__iter__", iterate)
+
+
 def weights(path):
     return torch.load(path, weights_only=True)["model"]
 
 
 @pytest.mark.parametrize("epoch", [0, 2])
-def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, epoch):
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, epoch, capsys):
     """SIGKILL in the middle of an epoch, then --resume: bit for bit the weights of a run that was left alone."""
     (tmp_path / "r.yaml").write_text(RECIPE)
     command = f"train --recipe-path {tmp_path / 'r.yaml'} --save-dir {tmp_path} {OPTIONS} --model-tag"
@@ -77,7 +127,10 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, epoch):
     assert main([*command.split(), "killed", "--resume"]) == 0
     whole, resumed = weights(tmp_path / "whole" / "checkpoint.pt"), weights(checkpoint)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert main([*command.split(), "killed", "--resume"]) == 2  # nothing is left to do
+    capsys.readouterr()
+    assert main([*command.split(), "killed", "--resume"]) == 2
+    error = f"resume: expected a run that is not finished, got {checkpoint}, which has completed the recipe's 4 epochs"
+    assert error in capsys.readouterr().err
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
@@ -96,13 +149,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
 
 def test_compare(tmp_path, capsys):
     """The two recipes of the tutorial in their original spelling, on JPEGs; started again, it goes on."""
-    random = np.random.default_rng(0)
-    for part, count in (("train", 8), ("val", 2)):
-        for name in "ab":
-            (tmp_path / "data" / part / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = random.integers(0, 256, (40, 48, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "data" / part / name / f"{index}.jpg")
+    write_images(tmp_path / "data", "ab")
     recipes = [tmp_path / "original_magnitude.md", tmp_path / "original_mfac.md"]
     for path in recipes:
         path.write_text((RECIPES / path.name).read_text().replace("num_grads: 256", "num_grads: 8"))
@@ -124,6 +171,28 @@ def test_compare(tmp_path, capsys):
     assert main(command.replace("--train-batch-size 4", "--train-batch-size 2").split()) == 2
     assert "save_dir: expected an empty folder, or one of a comparison with the same options" in capsys.readouterr().err
     assert main(["compare", "no.md"]) == 2
+
+
+def test_an_interrupted_comparison_goes_on_with_its_run(tmp_path, images, monkeypatch, capsys, recwarn):
+    _, command = images
+    command = ["compare", str(tmp_path / "r.yaml"), *command[3:]]
+    stale = tmp_path / "runs" / "r-0" / "checkpoint.pt"
+    stale.parent.mkdir(parents=True)
+    stale.touch()  # of another run of this name
+    assert main([*command, "--max-train-steps=0"]) == 2  # before anything is written
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["r-0"]
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, 1)
+        assert main(command) == 130
+    captured = capsys.readouterr()
+    assert "after 1 epochs: the same command again goes on from there" in captured.out
+    gc.collect()
+    assert "ends before its last update" not in captured.err + "".join(str(w.message) for w in recwarn)
+    assert main(command) == 0
+    assert "going on with epoch 1" in capsys.readouterr().out
+    record = json.loads((tmp_path / "runs" / "comparison.json").read_text())
+    assert [measured["epoch"] for measured in record["runs"][0]["measurements"]] == [0.5, 1.0, 2.0]
+    assert main([*command, "--loader-num-workers", "1"]) == 2  # other images
 
 
 def test_lint(tmp_path, capsys):
@@ -183,6 +252,125 @@ def test_eval_and_export(tmp_path, capsys, monkeypatch):
     found = sizes(model)
     assert found["dense"] > found["zipped"] and found["dense"] > found["bitmask"]
     assert main(["export", str(tmp_path / "none.pt")]) == 2
+
+
+@pytest.mark.parametrize("one_shot", [[], ["--one-shot"]])
+def test_a_model_file_says_which_network_it_is(tmp_path, images, capsys, one_shot):
+    folder, command = images
+    assert main([*command, *one_shot]) == 0
+    path = tmp_path / "runs" / "r" / "model.pt"
+    assert main(["export", str(path), "--output", str(tmp_path / "x")]) == 0
+    network = json.loads((tmp_path / "x" / "network.json").read_text())
+    described = {"arch_key": "mobilenet", "num_classes": 3, "width": 0.2, "stem_stride": 2, "relu6": False}
+    described |= {"image_size": 66, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    assert network == described
+    model = MobileNetV1(3, network["width"], network["stem_stride"], network["relu6"])
+    model.load_state_dict(torch.load(tmp_path / "x" / "model.pt", weights_only=True))
+    capsys.readouterr()
+    assert main(["eval", str(path), "--dataset-path", str(folder)]) == 0
+    data = load_data("imagefolder", folder, image_size=66, train_batch_size=1)
+    loss, top1, _ = evaluate(model, data.validation)
+    assert f"loss {loss:.4f}, top-1 {top1:.2f} %" in capsys.readouterr().out
+    write_images(tmp_path / "four", "abcd")
+    for options, error in [
+        (f"--dataset-path {folder} --width 0.25", f"width: expected 0.2, that of the network in {path}, got 0.25"),
+        (f"--dataset-path {folder} --image-size 64", "image_size: expected 66, that of the network in "),
+        (f"--dataset-path {folder} --arch-key no.such:net", "arch_key: expected mobilenet, that of the network in "),
+        ("--dataset digits", f"image_size: expected 66, that of the network in {path}, got 32, that of the digits"),
+        ("", "dataset_path: expected a folder with train/<class>/ and val/<class>/ for the dataset imagefolder"),
+        (f"--dataset-path {tmp_path / 'four'}", f"dataset: expected images of 3 classes, those of {path}, got 4 in "),
+    ]:
+        assert main(["eval", str(path), *options.split()]) == 2
+        assert capsys.readouterr().err.startswith(f"mfac: error: {error}")
+    state = torch.load(path, weights_only=True)
+    torch.save({"model": state["model"]}, path)  # without its description: the options say it
+    assert main(["eval", str(path), "--dataset-path", str(folder)]) == 2
+    assert "(another width or number of classes?)" in capsys.readouterr().err
+    options = f"--width 0.2 --image-size 66 --dataset-path {folder}".split()
+    assert main(["eval", str(path), *options]) == 0
+    assert f"loss {loss:.4f}, top-1 {top1:.2f} %" in capsys.readouterr().out
+
+
+def test_weights_are_trained_on_as_the_network_that_they_are_of(tmp_path, images, capsys):
+    """Without options as in the file; at another image size with the same stride."""
+    folder, command = images
+    assert main([*command, "--model-tag", "dense"]) == 0
+    dense = str(tmp_path / "runs" / "dense" / "model.pt")
+    start = f"train --recipe-path {tmp_path / 'r.yaml'} --save-dir {tmp_path / 'runs'} --pretrained {dense} "
+    start = f"{start} --device cpu --dataset-path {folder} --train-batch-size 24".split()
+    for tag, options, size in (("same", [], 66), ("smaller", ["--image-size", "32"], 32)):
+        assert main([*start, "--model-tag", tag, *options]) == 0
+        network = torch.load(tmp_path / "runs" / tag / "model.pt", weights_only=True)["network"]
+        assert (network["width"], network["stem_stride"], network["image_size"]) == (0.2, 2, size)
+        assert network["dataset"] == "imagefolder"
+    assert main([*start, "--width", "0.25"]) == 2
+    assert f"width: expected 0.2, that of the network in {dense}, got 0.25" in capsys.readouterr().err
+
+
+def test_files_without_usable_weights(tmp_path, capsys):
+    state = MobileNetV1(10, 0.35, 1).state_dict()
+    state["input.conv.weight"][0] = torch.nan
+    torch.save(state, tmp_path / "nan.pt")
+    torch.save({}, tmp_path / "dict.pt")
+    torch.save([1], tmp_path / "list.pt")
+    finite = "checkpoint_path: expected finite weights, got NaN or infinity in input.conv.weight"
+    for name, error in (("nan", finite), *((name, "expected a model of `mfac train`") for name in ("dict", "list"))):
+        for command in ("eval", "export"):
+            assert main([command, str(tmp_path / f"{name}.pt")]) == 2
+            assert error in capsys.readouterr().err
+    torch.save(MobileNetV1(10, 0.35, 1).state_dict(), tmp_path / "m.pt")
+    assert main(["export", str(tmp_path / "m.pt"), "--output", str(tmp_path / "m.pt" / "x")]) == 2
+    assert "output: expected a folder that can be written to, got " in capsys.readouterr().err
+
+
+def test_only_what_is_as_before_is_resumed(tmp_path, images, monkeypatch, capsys):
+    """And the time goes on."""
+    _, command = images
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, 1)
+        assert main(command) == 130
+    path = tmp_path / "runs" / "r" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    state["measurements"][-1]["seconds"] = 1000.0
+    torch.save(state, path)
+    for option, error in [
+        ("--loader-num-workers=1", "resume: expected --loader-num-workers 0 as before, got 1"),
+        ("--dataset=imagenette", f"dataset: expected imagefolder, that of the network in {path}, got imagenette"),
+    ]:
+        assert main([*command, "--resume", option]) == 2
+        assert error in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0
+    measured = torch.load(path, weights_only=True)["measurements"]
+    assert measured[:2] == state["measurements"] and 1000 < measured[2]["seconds"] < 2000
+    assert main([*command, "--model-tag", "shot", "--one-shot"]) == 0
+    assert main([*command, "--model-tag", "shot", "--resume"]) == 2
+    assert "resume: expected " in capsys.readouterr().err
+
+
+def test_a_run_without_an_epoch_does_not_keep_its_name(images, monkeypatch, capsys):
+    """Nothing is lost where the first epoch was interrupted, or met a damaged image."""
+    folder, command = images
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, 0)
+        assert main(command) == 130
+    image = folder / "train" / "a" / "0.jpg"
+    whole = image.read_bytes()
+    image.write_bytes(whole[:100])
+    assert main(command) == 2
+    assert "dataset_path: expected an image, got " in capsys.readouterr().err
+    image.write_bytes(whole)
+    assert main(command) == 0
+    assert main(command) == 2
+    assert "model_tag: expected the name of a new run, got 'r'" in capsys.readouterr().err
+
+
+def test_a_recipe_that_does_not_fit_replaces_nothing(tmp_path, images):
+    _, command = images
+    assert main(command) == 0
+    before = (tmp_path / "runs" / "r" / "model.pt").read_bytes()
+    (tmp_path / "r.yaml").write_text(SHORT.replace("sections.4", "sections.5"))
+    assert main([*command, "--overwrite"]) == 2
+    assert (tmp_path / "runs" / "r" / "model.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("workers", [0, 1])

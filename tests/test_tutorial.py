@@ -132,7 +132,7 @@ def test_image_folder(folder):
         assert [len(targets) for _, targets in batches] == [5, 5]  # the rest is dropped
         assert batches[0][0].shape == (5, 3, 32, 32)
         assert torch.cat([targets for _, targets in data.validation]).tolist() == [0, 0, 1, 1]
-    assert (data.num_classes, data.stem_stride) == (2, 1)
+    assert data.num_classes == 2
     validation = ImageFolder(folder / "val", 24, train=False)
     assert torch.equal(validation[0][0], validation[0][0])
     assert -3 < float(validation[0][0].min()) < float(validation[0][0].max()) < 3
@@ -216,7 +216,8 @@ def test_one_shot_prunes_the_model_of_a_checkpoint(settings, tmp_path):
     assert torch.equal(pruned["input.conv.weight"], trained["input.conv.weight"])
     options["overwrite"] = True
     for message, change in [("checkpoint_path: expected an existing file, got no.pt", {"checkpoint_path": "no.pt"}),
-                            ("of the same width", {"checkpoint_path": checkpoint, "width": 0.5})]:  # fmt: skip
+                            (f"width: expected 0.25, that of the network in {checkpoint}, got 0.5",
+                             {"checkpoint_path": checkpoint, "width": 0.5})]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             train(TrainSettings(**{**options, **change}))
 
@@ -284,6 +285,16 @@ def test_train_on_image_folders(settings, folder):
         ({"seed": 10**23}, "seed: expected an int 0 to 9223372036854775807, got 1000"),
         ({"init_lr": -1.0}, "init_lr: expected >= 0, got -1.0"),
         ({"loader_num_workers": -1}, "loader_num_workers: expected an int >= 0, got -1"),
+        ({"train_batch_size": 0}, "train_batch_size: expected an int >= 1, got 0"),
+        ({"test_batch_size": 0}, "test_batch_size: expected an int >= 1, got 0"),
+        ({"dataset_path": "FOLDER", "image_size": 0}, "image_size: expected an int >= 1, got 0"),
+        ({"image_size": 64}, "image_size: expected 32 for the digits, got 64"),
+        ({"dataset": "digits", "dataset_path": "FOLDER"}, "dataset_path: expected none for the digits, got "),
+        ({"arch_key": "torch.nn:Identity"}, "width: expected none for another network than mobilenet, got 0.25"),
+        ({"arch_key": "os.path:join"}, "arch_key: expected a function that takes num_classes, got 'os.path:join'"),
+        ({"arch_key": ":join"}, "arch_key: expected package.module:function, got ':join'"),
+        ({"save_dir": "FILE"}, "save_dir: expected a folder that can be written to, got .*FILE/tag: Not a directory"),
+        ({"logs_dir": "FILE"}, "logs_dir: expected a folder that can be written to, got .*FILE: File exists"),
         (
             {"dataset": "imagefolder", "dataset_path": "FOLDER", "pretrained": "True", "train_batch_size": 4},
             "pretrained: expected width 1 and images of more than 64 x 64 .*, got width 0.25",
@@ -292,10 +303,14 @@ def test_train_on_image_folders(settings, folder):
         ({"model_tag": "../tag"}, "model_tag: expected a plain folder name .*, got '../tag'"),
     ],
 )
-def test_train_errors(settings, folder, change, message):
-    change = {key: str(folder) if value == "FOLDER" else value for key, value in change.items()}
+def test_train_errors(settings, folder, tmp_path, change, message):
+    file = tmp_path / "FILE"
+    file.touch()
+    values = {"FOLDER": str(folder), "FILE": str(file)}
+    change = {key: values.get(value, value) for key, value in change.items()}
     with pytest.raises(ValueError, match=message):
         train(TrainSettings(**{**settings, **change}))
+    assert not (tmp_path / "runs" / "tag" / "checkpoint.pt").exists()
 
 
 def test_files_that_are_not_weights(tmp_path):

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from works_with import PLAIN, SETTINGS, check_against_plain_loop, check_zeros, classify, plain_gradients
 
 import mfac
+from mfac.pruning.gradual import errors_end_training
 
 CE = nn.functional.cross_entropy
 
@@ -340,6 +341,19 @@ def test_schedule_that_training_never_reaches():
     for _ in range(5):
         pruner.step()
     assert "time 5 of 12, 1 updates" in repr(pruner)
+    with pytest.warns(UserWarning, match="training never reached end=12"):
+        pruner.__del__()
+
+
+def test_an_error_that_ends_training_is_not_followed_by_a_warning(recwarn):
+    pruner = make_pruner(mlp(), batches())
+    with pytest.raises(RuntimeError, match="the loss"), errors_end_training():
+        pruner.step()
+        raise RuntimeError("the loss")
+    pruner.__del__()
+    assert not recwarn
+    with errors_end_training():
+        pruner.step()
     with pytest.warns(UserWarning, match="training never reached end=12"):
         pruner.__del__()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -23,7 +24,7 @@ Start here: `mfac demo` compares M-FAC with magnitude pruning in a few minutes; 
 recipes/mfac.md` prunes a MobileNet as a recipe says, on the bundled digits. `mfac COMMAND --help` lists the options
 of a command. From Python: `import mfac; help(mfac)`.
 """
-_DONE, _FAILED, _WRONG, _INTERRUPTED = 0, 1, 2, 130  # exit statuses
+_DONE, _FAILED, _WRONG, _INTERRUPTED, _UNREAD = 0, 1, 2, 130, 141  # exit statuses; the last two as a shell has them
 _Positive = Annotated[int, Parameter(validator=validators.Number(gte=1))]
 _Flat = Parameter(name="*")
 
@@ -48,7 +49,7 @@ def demo(*, output: str = "mfac-demo", seeds: _Positive = 3, num_grads: _Positiv
 
     Args:
         output: Folder for the table, the picture and a CSV file per run.
-        seeds: Runs of each method; all three methods take about a minute per seed on 2 cores.
+        seeds: Runs of each method; all three methods take one to two minutes per seed.
         num_grads: Gradients of the Fisher.
     """
     from mfac.tutorial.demo import demo as run
@@ -99,8 +100,9 @@ def compare(
 ) -> None:
     """Run several recipes from the same model, on the same images in the same order, and compare them.
 
-    Prints a table and writes it, a picture and a CSV file per run into SAVE_DIR. A comparison that was interrupted goes
-    on when it is started again. The other options are those of `mfac train`; --recipe-args holds for all recipes.
+    Prints a table and writes it, a picture and a CSV file per run into SAVE_DIR. After Ctrl-C or a crash the same
+    command again goes on, after the last whole epoch. The other options are those of `mfac train`; --recipe-args holds
+    for all recipes.
 
     `mfac compare recipes/magnitude.md recipes/mfac.md --seeds 3`
 
@@ -223,7 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 on success; 2 for bad usage, options or recipes, and 1 for other failures, each with one line
-        on stderr (several if the kernels cannot be built); 130 if interrupted.
+        on stderr (several if the kernels cannot be built); 130 if interrupted; 141, and no line, if the reader of a
+        pipe has ended.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     tokens = [token for token in given if token != "--debug"]
@@ -232,9 +235,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _WRONG
     try:
         with _plain_log():
-            return app(tokens, print_error=True) or _DONE
+            status = app(tokens, print_error=True) or _DONE
+            sys.stdout.flush()
+            return status
     except CycloptsError:
         return _WRONG
+    except BrokenPipeError:  # the reader has ended, as in `mfac lint R.md | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left at its end
+        return _UNREAD
     except (ValueError, TypeError, ImportError, OSError, RuntimeError, MemoryError) as error:
         if "--debug" in given:
             traceback.print_exc()

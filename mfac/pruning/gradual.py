@@ -5,7 +5,8 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,6 +47,21 @@ def _warn_at_exit() -> None:
     for pruner in list(_STEPPED):
         if pruner._stepped:
             _warn_if_unfinished(pruner)
+
+
+@contextmanager
+def errors_end_training() -> Iterator[None]:
+    """Let an error or Ctrl-C end the training inside without a warning of its unfinished Pruners: it says enough.
+
+    Raises:
+        BaseException: What ended it.
+    """
+    try:
+        yield
+    except BaseException:
+        for pruner in _STEPPED:
+            pruner._stepped = False
+        raise
 
 
 @accepts(PrunerSettings)

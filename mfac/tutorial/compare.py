@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,11 @@ from tqdm import tqdm
 from mfac.checks import check_int
 from mfac.extras import install_hint
 from mfac.pruning.result import write_csv
-from mfac.recipe.load import load_recipe
+from mfac.recipe.manager import Manager
+from mfac.tutorial.files import make_folder
 from mfac.tutorial.loop import Measurement
-from mfac.tutorial.settings import RunSettings, TrainSettings
-from mfac.tutorial.train import measure_initial, train
+from mfac.tutorial.settings import RunSettings, TrainSettings, resolve
+from mfac.tutorial.train import check_options, describe_pretrained, epochs_done, measure_initial, train
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -238,6 +239,10 @@ class _Record:
                 return [Measurement(**measured) for measured in run["measurements"]]
         return None
 
+    def begin(self, tag: str) -> None:
+        self.content["running"] = tag
+        self.write()
+
     def add(self, label: str, seed: int, measurements: list[Measurement]) -> None:
         self.content["runs"].append(
             {"label": label, "seed": seed, "measurements": [asdict(measured) for measured in measurements]}
@@ -254,7 +259,8 @@ def compare(recipes: Sequence[str], settings: RunSettings, seeds: int = 1) -> li
     """Run several recipes from the same model, on the same images in the same order, and compare them.
 
     Writes `comparison.txt`, `comparison.png`, a CSV file per run, and each run's own folder as `mfac train` does, into
-    `settings.save_dir`. Runs that are done are kept in `comparison.json`: started again, it goes on.
+    `settings.save_dir`. Runs that are done are kept in `comparison.json`: started again, it goes on, with the run that
+    was interrupted after its last whole epoch.
 
     Args:
         recipes: Paths of recipes.
@@ -272,34 +278,39 @@ def compare(recipes: Sequence[str], settings: RunSettings, seeds: int = 1) -> li
     if not recipes:
         raise ValueError("recipes: expected at least one, got none")
     check_int("seeds", seeds)
-    loaded = [str(load_recipe(recipe, settings.recipe_args)) for recipe in recipes]
+    managers = [Manager.from_recipe(recipe, settings.recipe_args) for recipe in recipes]
+    settings = resolve(settings, *describe_pretrained(settings))
+    common = TrainSettings(recipe_path=recipes[0], **asdict(settings))
+    check_options(common)
     labels = _labels(recipes)
     methods = [
         Method(label, recipe, _COLOURS[i % len(_COLOURS)])
         for i, (label, recipe) in enumerate(zip(labels, recipes, strict=True))
     ]
-    folder = Path(settings.save_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    varying = ("recipe_args", "save_dir", "logs_dir", "loader_num_workers")
-    common = {name: value for name, value in asdict(settings).items() if name not in varying}
-    record = _Record(folder, {**common, "recipes": dict(zip(labels, loaded, strict=True))})
+    folder = make_folder("save_dir", settings.save_dir)
+    varying = ("recipe_args", "save_dir", "logs_dir")
+    same = {name: value for name, value in asdict(settings).items() if name not in varying}
+    loaded = {label: str(manager.recipe) for label, manager in zip(labels, managers, strict=True)}
+    record = _Record(folder, {**same, "recipes": loaded})
     if record.content["dense"] is None:
-        record.content["dense"] = measure_initial(TrainSettings(recipe_path=recipes[0], **asdict(settings)))[1]
+        record.content["dense"] = measure_initial(common)[1]
         record.write()
     dense = record.content["dense"]
     tqdm.write(f"initial model: top-1 {dense:.1f} %")
     runs = []
     for seed in range(seeds):
-        for method in methods:
+        for method, manager in zip(methods, managers, strict=True):
             measurements = record.find(method.label, seed)
             if measurements is None:
                 tqdm.write(f"{method.label}, seed {seed}")
                 tag = f"{_file_name(method.label)}-{seed}"
-                measurements = train(
-                    TrainSettings(
-                        recipe_path=method.recipe, model_tag=tag, seed=seed, overwrite=True, **asdict(settings)
-                    )
-                )
+                done = epochs_done(folder / tag) if record.content.get("running") == tag else None
+                goes_on = done is not None and done < manager.epochs
+                if not goes_on:
+                    (folder / tag / "checkpoint.pt").unlink(missing_ok=True)  # nobody knows of which run it is
+                    record.begin(tag)
+                run = replace(common, recipe_path=method.recipe, model_tag=tag, seed=seed)
+                measurements = train(replace(run, resume=goes_on, overwrite=not goes_on), "again")
                 record.add(method.label, seed, measurements)
             runs.append(Run(method, seed, measurements))
     text = write_comparison(

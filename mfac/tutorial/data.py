@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from mfac.checks import check_choice
+from mfac.checks import check_choice, check_int
 from mfac.extras import install_hint
 from mfac.gradients.seeds import SeedKind, derive_seed
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 DATASETS = ("digits", "imagenette", "imagefolder")
 IMAGE_SIZE, TRAIN_BATCH, TEST_BATCH = 224, 32, 64  # defaults
 DIGITS_SIZE = 32
-_SMALL = 64  # images up to this size pass the first convolution with stride 1
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of its channels
+DIGITS_MEAN = DIGITS_STD = (0.5, 0.5, 0.5)  # as Digits normalises
 _DIGITS_VALIDATION = 360  # of 1797
 _DIGITS_SHIFT = 2  # largest shift of a training image, in pixels of 32
 
@@ -65,7 +65,6 @@ class Data:
     gradients: DataLoader
     validation: Batches
     num_classes: int
-    stem_stride: int  # what suits the image size: see MobileNetV1
     seed: int
 
     def normalize(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
@@ -205,11 +204,6 @@ def _centre_crop(image: Image, size: int) -> Image:
     return image.resize((size, size), Resampling.BILINEAR, box=(x, y, x + side, y + side))
 
 
-def stem_stride(image_size: int) -> int:
-    """Return the stride of MobileNet's first convolution that suits images of this height and width."""
-    return 1 if image_size <= _SMALL else 2
-
-
 def load_data(
     dataset: str = "digits",
     dataset_path: str | Path | None = None,
@@ -237,10 +231,16 @@ def load_data(
         The dataset. The last, incomplete batch of an epoch is dropped in training.
 
     Raises:
-        ValueError: If the dataset is not known, the folder is not laid out as expected, or it has too few images.
+        TypeError: If a number is not an int.
+        ValueError: If the dataset is not known, a number is too small, or the folder is not laid out as expected or has
+            too few images.
         ImportError: If scikit-learn, for the digits, or pillow, for image files, is not installed.
     """
     check_choice("dataset", dataset, DATASETS)
+    check_int("image_size", image_size)
+    check_int("train_batch_size", train_batch_size)
+    check_int("test_batch_size", test_batch_size)
+    check_int("loader_num_workers", workers, 0)
     if dataset == "digits":
         train, validation = Digits(True), Digits(False)
         num_classes, workers, image_size = 10, 0, DIGITS_SIZE
@@ -279,6 +279,5 @@ def load_data(
         loader(train, train_batch_size, True),
         Batches(loader(validation, test_batch_size, False), device),
         num_classes,
-        stem_stride=stem_stride(image_size),
         seed=seed,
     )

@@ -17,6 +17,7 @@ from mfac.recipe.manager import Manager
 from mfac.tutorial.compare import Method, Run, check_matplotlib, write_comparison
 from mfac.tutorial.data import load_data
 from mfac.tutorial.dense import DENSE_EPOCHS, dense_digits
+from mfac.tutorial.files import make_folder
 from mfac.tutorial.loop import evaluate, fit
 from mfac.tutorial.settings import DIGITS_WIDTH
 
@@ -109,11 +110,11 @@ def demo(
         The runs.
 
     Raises:
+        ValueError: If the folder cannot be written to.
         ImportError: If matplotlib or scikit-learn is not installed.
     """
     check_matplotlib()
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder("output", output)
     dense = dense_digits(width, epochs=dense_epochs)
     _, dense_top1, _ = evaluate(dense, load_data().validation)
     tqdm.write(f"dense: top-1 {dense_top1:.1f} %")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,9 +13,10 @@ from tqdm import tqdm
 
 from mfac._build import cache_dir, make_private
 from mfac.pruning.result import PruneResult
-from mfac.tutorial.data import load_data
+from mfac.tutorial.data import DIGITS_SIZE, load_data
+from mfac.tutorial.files import read_model, save
 from mfac.tutorial.loop import evaluate, fit
-from mfac.tutorial.models import MobileNetV1
+from mfac.tutorial.models import MobileNetV1, stem_stride
 
 # Reaches about 99 % on the validation digits, in about 40 s on one CPU core at this width.
 DENSE_EPOCHS = 10
@@ -36,47 +35,6 @@ class _Stepped:
         if self._scheduler.last_epoch < self._scheduler.total_steps:
             self._scheduler.step()
         return []
-
-
-def save(state: dict[str, Any], path: Path) -> None:
-    """Save atomically: the file is the old one or the new one, never half of it.
-
-    Args:
-        state: What to save.
-        path: The file; its folder is made if need be.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    torch.save(state, partial)
-    partial.replace(path)
-
-
-def read_state(name: str, path: str | Path, wanted: str, device: torch.device | str) -> Any:
-    """Read a file of tensors and plain values, as :func:`torch.save` writes it.
-
-    Args:
-        name: Of the option that names the file, for the error.
-        path: The file.
-        wanted: What the file should hold, for the error: ``"a checkpoint"``.
-        device: Where the tensors go.
-
-    Returns:
-        What the file holds.
-
-    Raises:
-        ValueError: If there is no such file, or it cannot be read or holds objects of other kinds.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"{name}: expected an existing file, got {path}")
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except PermissionError as error:
-        raise ValueError(f"{name}: expected {wanted}, got {path}, which cannot be read: {error}") from error
-    except Exception as error:  # torch raises many kinds, whose texts advise to load such files without protection
-        raise ValueError(
-            f"{name}: expected {wanted}, got {path}, which is damaged, of another format, or holds more than tensors "
-            f"and plain values"
-        ) from error
 
 
 def dense_digits(
@@ -104,7 +62,7 @@ def dense_digits(
     with torch.random.fork_rng():
         torch.manual_seed(_SEED)
         data = load_data(train_batch_size=_BATCH, device=device, seed=_SEED)
-        model = MobileNetV1(data.num_classes, width, data.stem_stride)
+        model = MobileNetV1(data.num_classes, width, stem_stride(DIGITS_SIZE))
         model = model.to(device, memory_format=torch.channels_last)
         if path.is_file():
             try:
@@ -126,66 +84,41 @@ def dense_digits(
     return model
 
 
-def read_weights(name: str, path: str | Path, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-    """Read a file with a state_dict, or with one under `model` or `state_dict`.
-
-    Args:
-        name: Of the option that names the file, for the error.
-        path: The file.
-        device: Where the tensors go.
-
-    Returns:
-        The state_dict; empty if there is none.
-    """
-    state = read_state(name, path, "a state_dict", device)
-    for key in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    return state if isinstance(state, dict) else {}
-
-
-def read_described(pretrained: str | Path) -> dict[str, Any] | None:
-    """Return what a file of weights says of its network, or None: see :meth:`mfac.tutorial.models.Built.description`.
-
-    Args:
-        pretrained: The file.
-
-    Returns:
-        The description.
-    """
-    state = read_state("pretrained", pretrained, "a state_dict", "cpu")
-    return state.get("network") if isinstance(state, dict) and isinstance(state.get("network"), dict) else None
-
-
 def load_weights(
-    model: nn.Module, pretrained: str | Path, num_classes: int, report: Callable[[str], None] = tqdm.write
+    model: nn.Module,
+    path: str | Path,
+    num_classes: int | None = None,
+    report: Callable[[str], None] = tqdm.write,
+    name: str = "pretrained",
 ) -> None:
-    """Load weights into a model; a classifier for another number of classes is left as it is, and that is reported.
+    """Load weights into a model.
 
     Args:
         model: The model.
-        pretrained: A file with a state_dict, or with one under `model` or `state_dict`.
-        num_classes: Outputs of the model.
+        path: A file with a state_dict, or with one under `model` or `state_dict`.
+        num_classes: Outputs of the model: a classifier for another number of classes is left as it is, and that is
+            reported. None: the weights must have the model's own number.
         report: Takes a line of text about what was left out.
+        name: Of the option that names the file, for the error.
 
     Raises:
-        ValueError: If there is no such file, or it does not fit the model.
+        ValueError: If there is no such file, its weights are not finite, or they do not fit the model.
     """
-    state = read_weights("pretrained", pretrained, next(model.parameters()).device)
+    state, _ = read_model(name, path, next(model.parameters()).device)
     own = model.state_dict()
     unmatched = sorted(set(own) ^ set(state))
     if unmatched:
         raise ValueError(
-            f"pretrained: expected the names of the model's weights, got {pretrained}, in which {len(unmatched)} names "
-            f"differ, for example {unmatched[0]}"
+            f"{name}: expected the names of the model's weights, got {path}, in which {len(unmatched)} names differ, "
+            f"for example {unmatched[0]}"
         )
-    differing = [name for name in own if own[name].shape != state[name].shape]
-    for name in differing:
-        if own[name].shape[:1] != (num_classes,) or own[name].shape[1:] != state[name].shape[1:]:
+    differing = [key for key in own if own[key].shape != state[key].shape]
+    for key in differing:
+        if own[key].shape[:1] != (num_classes,) or own[key].shape[1:] != state[key].shape[1:]:
             raise ValueError(
-                f"pretrained: expected shape {list(own[name].shape)} of {name}, got {list(state[name].shape)} in "
-                f"{pretrained} (another width?)"
+                f"{name}: expected shape {list(own[key].shape)} of {key}, got {list(state[key].shape)} in {path} "
+                f"(another {'width' if num_classes else 'width or number of classes'}?)"
             )
     if differing:
-        report(f"{pretrained} was trained for another number of classes: the classifier starts anew")
-    model.load_state_dict({**state, **{name: own[name] for name in differing}})
+        report(f"{path} was trained for another number of classes: the classifier starts anew")
+    model.load_state_dict({**state, **{key: own[key] for key in differing}})

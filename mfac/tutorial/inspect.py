@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 import zlib
-from pathlib import Path
+from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,13 @@ from mfac.gradients.collect import collect_gradients
 from mfac.model.names import NameTable
 from mfac.pruning.step import prune_step
 from mfac.recipe.manager import Manager
-from mfac.tutorial.data import Data, stem_stride
-from mfac.tutorial.dense import load_weights, read_described, read_weights, save
+from mfac.tutorial.data import Data
+from mfac.tutorial.dense import load_weights
+from mfac.tutorial.files import make_folder, read_model, save
 from mfac.tutorial.loop import evaluate as measure
 from mfac.tutorial.models import Built, build_model
-from mfac.tutorial.settings import ModelSettings, TrainSettings
-from mfac.tutorial.train import find_device, initial_model, load_images
+from mfac.tutorial.settings import NETWORK, ModelSettings, TrainSettings, resolve
+from mfac.tutorial.train import check_options, find_device, load_images, prepare
 
 _MAX_SHOWN = 8  # updates of a plan
 _KEYWORDS = ("__ALL__", "__ALL_PRUNABLE__")
@@ -94,23 +96,23 @@ def _entries(value: object) -> list[str]:
 
 def _parameter_names(arch_key: str | None, checkpoint_path: str | None) -> list[str] | None:
     if checkpoint_path is not None:
-        state = read_weights("checkpoint_path", checkpoint_path)
+        state, _ = read_model("checkpoint_path", checkpoint_path)
         return [name for name, value in state.items() if isinstance(value, Tensor) and value.dim() > 0]
     if arch_key is None:
         return None
     return [name for name, _ in build_model(arch_key, 10).model.named_parameters()]
 
 
-def _load(checkpoint_path: str, settings: ModelSettings, num_classes: int, stem_stride: int) -> Built:
+def _load(checkpoint_path: str, settings: ModelSettings, described: dict[str, Any], num_classes: int) -> Built:
     built = build_model(
         settings.arch_key,
         num_classes,
-        width=settings.effective_width,
-        stem_stride=stem_stride,
-        described=read_described(checkpoint_path),
+        width=settings.width,
+        image_size=settings.image_size,
+        described=described,
     )
     built.model.to(find_device(settings.device), memory_format=torch.channels_last)
-    load_weights(built.model, checkpoint_path, num_classes)
+    load_weights(built.model, checkpoint_path, name="checkpoint_path")
     built.model.eval()
     return built
 
@@ -120,14 +122,26 @@ def evaluate(checkpoint_path: str, settings: ModelSettings) -> tuple[float, floa
 
     Args:
         checkpoint_path: A checkpoint of `mfac train`, or a state_dict.
-        settings: Which model and data.
+        settings: Which model and data; what is not given is as the file says.
 
     Returns:
         Mean cross entropy, top-1 and top-5 accuracy in per cent.
+
+    Raises:
+        ValueError: If it is no such file, its weights are not finite, or an option or the images do not go with its
+            network.
     """
+    _, described = read_model("checkpoint_path", checkpoint_path)
+    settings = resolve(settings, described, checkpoint_path, (*NETWORK, "image_size"))
     data = load_images(settings, find_device(settings.device), train_batch_size=1)
-    built = _load(checkpoint_path, settings, data.num_classes, data.stem_stride)
-    data.normalize(built.mean, built.std)
+    classes = described.get("num_classes", data.num_classes)
+    if classes != data.num_classes:
+        raise ValueError(
+            f"dataset: expected images of {classes} classes, those of {checkpoint_path}, got {data.num_classes} in "
+            f"{settings.dataset_path or settings.dataset}"
+        )
+    built = _load(checkpoint_path, settings, described, data.num_classes)
+    data.normalize(built.network.mean, built.network.std)
     model = built.model
     loss, top1, top5 = measure(model, data.validation)
     for name, weight in _weights(model).items():
@@ -151,11 +165,11 @@ def plan(recipe: str, settings: TrainSettings) -> None:
     for name in ("one_shot", "checkpoint_path", "resume", "overwrite"):
         if getattr(settings, name):
             raise ValueError(f"plan: expected options of a new run, got --{name.replace('_', '-')}")
+    check_options(settings)
     manager = Manager.from_recipe(recipe, settings.recipe_args)
     manager.check_epochs()
-    device = find_device(settings.device)
-    data = load_images(settings, device, settings.train_batch_size, settings.seed)
-    model = initial_model(settings, data, device).model
+    settings, data, built = prepare(settings)
+    model = built.model
     optimizer = torch.optim.Adam(model.parameters())
     session = manager.apply(model, optimizer, data.gradients, F.cross_entropy)
     steps = len(data.train)
@@ -241,22 +255,24 @@ def export(checkpoint_path: str, output: str, settings: ModelSettings) -> None:
     Args:
         checkpoint_path: A checkpoint of `mfac train`, or a state_dict.
         output: The folder to write into.
-        settings: Which model.
+        settings: Which model; what is not given is as the file says.
 
     Raises:
-        ValueError: If it is no such file.
+        ValueError: If it is no such file, its weights are not finite, an option is not that of its network, or the
+            folder cannot be written to.
     """
-    state = read_weights("checkpoint_path", checkpoint_path)
+    state, described = read_model("checkpoint_path", checkpoint_path)
+    settings = resolve(settings, described, checkpoint_path, (*NETWORK, "image_size"))
     matrices = [value for value in state.values() if isinstance(value, Tensor) and value.dim() == 2]
-    if not matrices:
+    if "num_classes" not in described and not matrices:
         raise ValueError(f"checkpoint_path: expected a model of `mfac train`, got {checkpoint_path}")
-    size = settings.effective_image_size
-    built = _load(checkpoint_path, settings, len(matrices[-1]), stem_stride(size))  # the last is the classifier
-    model = built.model.cpu()
-    folder = Path(output)
+    classes = described.get("num_classes") or len(matrices[-1])  # the last is the classifier
+    built = _load(checkpoint_path, settings, described, classes)
+    model, size = built.model.cpu(), settings.image_size
+    folder = make_folder("output", output)
     save(model.state_dict(), folder / "model.pt")
-    network = {"arch_key": settings.arch_key, "num_classes": len(matrices[-1]), **built.description()}
-    (folder / "network.json").write_text(json.dumps(network, indent=1) + "\n", encoding="utf-8")
+    network = json.dumps(asdict(built.network), indent=1)
+    (folder / "network.json").write_text(f"{network}\n", encoding="utf-8")
     tqdm.write(f"{folder / 'model.pt'}: dense state_dict with exact zeros, sparsity {100 * _sparsity(model):.2f} %")
     try:
         from safetensors.torch import save_model

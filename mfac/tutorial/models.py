@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mfac.checks import check_int, check_number
-from mfac.tutorial.data import IMAGENET_MEAN, IMAGENET_STD
+from mfac.checks import check_instance, check_int, check_number
+from mfac.tutorial.data import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD
 
 # (blocks, output channels at width 1.0); the first block of a section has stride 2, except in the first section.
 SECTIONS = ((1, 64), (2, 128), (2, 256), (6, 512), (2, 1024))
 _MAX_WIDTH = 64  # 12 billion weights
+_SMALL = 64  # images up to this size pass the first convolution with stride 1
 
 
 def _scaled(channels: int, width: float) -> int:
@@ -153,25 +155,39 @@ def mobilenet_from_timm(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
     return renamed
 
 
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """Which network a model is: what a file must say beside the weights, so that it can be built again and used."""
+
+    arch_key: str
+    num_classes: int
+    width: float | None  # multiplier of the channels, of mobilenet only
+    stem_stride: int | None  # stride of the first convolution, of mobilenet only
+    relu6: bool  # activations cut off at 6
+    image_size: int  # height and width of the images that it was trained on
+    mean: tuple[float, ...]  # subtracted from the three channels of an image, whose pixels are in [0, 1]
+    std: tuple[float, ...]  # they are then divided by it
+
+
 @dataclass(frozen=True)
 class Built:
-    """A network, and how its images are normalised: mean and standard deviation of the three channels."""
+    """A network and its description."""
 
     model: nn.Module
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
+    network: Network
 
-    def description(self) -> dict[str, Any]:
-        """Return what a checkpoint must say beside the weights."""
-        return {"mean": list(self.mean), "std": list(self.std), "relu6": getattr(self.model, "relu6", False)}
+
+def stem_stride(image_size: int) -> int:
+    """Return the stride of MobileNet's first convolution that suits images of this height and width."""
+    return 1 if image_size <= _SMALL else 2
 
 
 def build_model(
     arch_key: str,
     num_classes: int,
     *,
-    width: float = 1.0,
-    stem_stride: int = 2,
+    width: float | None = None,
+    image_size: int = IMAGE_SIZE,
     pretrained: bool = False,
     described: Mapping[str, Any] | None = None,
 ) -> Built:
@@ -181,42 +197,66 @@ def build_model(
         arch_key: ``mobilenet``, a name of torchvision.models or of timm, or ``package.module:function``, a function
             that takes ``num_classes`` (and ``pretrained``, if it is True) and returns a module.
         num_classes: Number of outputs.
-        width: Multiplier of the channels, of mobilenet.
-        stem_stride: Stride of the first convolution, of mobilenet.
+        width: Multiplier of the channels, of mobilenet; None: 1.
+        image_size: Height and width of the images, which decide the stride of mobilenet's first convolution.
         pretrained: With the weights of its package; for mobilenet those of timm, for images of 224 x 224.
-        described: What a checkpoint, whose weights are to be loaded, says of its network: :meth:`Built.description`.
+        described: What a file, whose weights are to be loaded, says of its network: fields of :class:`Network`. Stride,
+            activation and normalisation are taken from it.
 
     Returns:
         The network; a classifier for another number of classes than the weights' is random.
 
     Raises:
-        ValueError: If there is no such network, or no pretrained weights for it.
+        TypeError: If a function does not return a module.
+        ValueError: If there is no such network, it has no width, or there are no pretrained weights for it.
         ImportError: If the package that is needed is not installed, or a function cannot be imported.
     """
-    if described is not None:
-        if arch_key == "mobilenet":
-            model: nn.Module = MobileNetV1(num_classes, width, stem_stride, bool(described["relu6"]))
+    described = described or {}
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if arch_key != "mobilenet":
+        stride = None
+        model, mean, std = _other(arch_key, num_classes, pretrained)
+        if width is not None:
+            raise ValueError(f"width: expected none for another network than mobilenet, got {width:g} for {arch_key}")
+    else:
+        width = 1.0 if width is None else width
+        stride = described.get("stem_stride", stem_stride(image_size))
+        if pretrained:
+            model, mean, std = _pretrained_mobilenet(num_classes, width, stride)
         else:
-            model = build_model(arch_key, num_classes).model
-        return Built(model, tuple(described["mean"]), tuple(described["std"]))
-    if arch_key == "mobilenet":
-        if not pretrained:
-            return Built(MobileNetV1(num_classes, width, stem_stride))
-        if width != 1 or stem_stride != 2:
-            raise ValueError(
-                "pretrained: expected width 1 and images of more than 64 x 64 for pretrained weights, got width "
-                f"{width:g} and stride {stem_stride}"
-            )
-        source = _import("timm", "the pretrained weights").create_model(_TIMM_MOBILENET, pretrained=True)
-        model = MobileNetV1(num_classes, relu6=True)
-        _load_matching(model, mobilenet_from_timm(source.state_dict()))
-        return Built(model, (0.5,) * 3, (0.5,) * 3)
+            model = MobileNetV1(num_classes, width, stride, described.get("relu6", False))
+    network = Network(
+        arch_key=arch_key,
+        num_classes=num_classes,
+        width=width,
+        stem_stride=stride,
+        relu6=getattr(model, "relu6", False),
+        image_size=image_size,
+        mean=tuple(described.get("mean", mean)),
+        std=tuple(described.get("std", std)),
+    )
+    return Built(model, network)
+
+
+_Parts = tuple[nn.Module, tuple[float, ...], tuple[float, ...]]  # a network, mean and standard deviation of its images
+
+
+def _pretrained_mobilenet(num_classes: int, width: float, stride: int) -> _Parts:
+    if width != 1 or stride != 2:
+        raise ValueError(
+            "pretrained: expected width 1 and images of more than 64 x 64 for pretrained weights, got width "
+            f"{width:g} and stride {stride}"
+        )
+    source = _import("timm", "the pretrained weights").create_model(_TIMM_MOBILENET, pretrained=True)
+    model = MobileNetV1(num_classes, relu6=True)
+    _load_matching(model, mobilenet_from_timm(source.state_dict()))
+    return model, (0.5,) * 3, (0.5,) * 3
+
+
+def _other(arch_key: str, num_classes: int, pretrained: bool) -> _Parts:
+    """Build a network of another package."""
     if ":" in arch_key:
-        module, _, function = arch_key.partition(":")
-        factory = getattr(importlib.import_module(module), function, None)
-        if not callable(factory):
-            raise ValueError(f"arch_key: expected a function {function!r} of {module}, got none")
-        return Built(factory(num_classes=num_classes, **({"pretrained": True} if pretrained else {})))
+        return _from_function(arch_key, num_classes, pretrained), IMAGENET_MEAN, IMAGENET_STD
     missing = []
     for package, build in (("torchvision", _torchvision), ("timm", _timm)):
         try:
@@ -224,15 +264,36 @@ def build_model(
         except ImportError:
             missing.append(package)
             continue
-        built = build(module, arch_key, num_classes, pretrained)
-        if built is not None:
-            return built
+        parts = build(module, arch_key, num_classes, pretrained)
+        if parts is not None:
+            return parts
     if missing:
         install = f"pip install {' '.join(missing)}"
         raise ImportError(f"arch_key: expected mobilenet (for others: {install}), got {arch_key!r}")
     raise ValueError(
         f"arch_key: expected mobilenet, a name of torchvision or timm, or package.module:function, got {arch_key!r:.80}"
     )
+
+
+def _from_function(arch_key: str, num_classes: int, pretrained: bool) -> nn.Module:
+    """Call a function of the user's own."""
+    module, _, function = arch_key.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), function, None)
+    except ImportError as error:
+        raise ImportError(f"arch_key: expected a function of an installed module, got {arch_key!r}: {error}") from error
+    except (TypeError, ValueError) as error:  # of a relative or empty name
+        raise ValueError(f"arch_key: expected package.module:function, got {arch_key!r}") from error
+    if not callable(factory):
+        raise ValueError(f"arch_key: expected a function {function!r} of {module}, got none")
+    arguments = {"num_classes": num_classes, **({"pretrained": True} if pretrained else {})}
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except (TypeError, ValueError) as error:  # a ValueError of a function in C
+        raise ValueError(
+            f"arch_key: expected a function that takes {' and '.join(arguments)}, got {arch_key!r}: {error}"
+        ) from error
+    return check_instance("arch_key", factory(**arguments), nn.Module, "a function that returns a torch.nn.Module")
 
 
 def _import(package: str, what: str) -> ModuleType:
@@ -242,20 +303,20 @@ def _import(package: str, what: str) -> ModuleType:
         raise ImportError(f"{package}, which has {what}, is not installed: pip install {package}") from error
 
 
-def _torchvision(package: ModuleType, name: str, num_classes: int, pretrained: bool) -> Built | None:
+def _torchvision(package: ModuleType, name: str, num_classes: int, pretrained: bool) -> _Parts | None:
     if name not in package.models.list_models():
         return None
     model = package.models.get_model(name, num_classes=num_classes)
     if pretrained:
         _load_matching(model, package.models.get_model(name, weights="DEFAULT").state_dict())
-    return Built(model)
+    return model, IMAGENET_MEAN, IMAGENET_STD
 
 
-def _timm(package: ModuleType, name: str, num_classes: int, pretrained: bool) -> Built | None:
+def _timm(package: ModuleType, name: str, num_classes: int, pretrained: bool) -> _Parts | None:
     if not package.is_model(name):
         return None
     model = package.create_model(name, num_classes=num_classes, pretrained=pretrained)
-    return Built(model, tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"]))
+    return model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
 
 
 def _load_matching(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:

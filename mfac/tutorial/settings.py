@@ -2,48 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
+from mfac.checks import check_positive
 from mfac.tutorial.data import DIGITS_SIZE, IMAGE_SIZE, TEST_BATCH, TRAIN_BATCH
 
 DIGITS_WIDTH = 0.35
+NETWORK = ("arch_key", "width")  # options without which weights do not fit
+
+T = TypeVar("T", bound="ModelSettings")
 
 
 @dataclass(kw_only=True)
 class ModelSettings:
-    """The options about a model and its data.
+    """The options about a model and its data; the first four are, if not given, those of the file of weights.
 
     Args:
-        arch_key: Network: mobilenet, a name of torchvision or timm, or package.module:function.
-        width: Multiplier of its channels (default: 0.35 for digits, else 1.0).
-        dataset: digits (bundled with scikit-learn), or images in folders: imagenette or imagefolder.
+        arch_key: Network: mobilenet, a name of torchvision or timm, or package.module:function (default: that of the
+            file of weights, else mobilenet).
+        width: Multiplier of mobilenet's channels (default: that of the file of weights, else 0.35 for digits and 1.0
+            for other images).
+        image_size: Height and width to which images are resized (default: that of the file of weights, else 224; digits
+            are 32).
+        dataset: digits (bundled with scikit-learn), or images in folders: imagenette or imagefolder (default:
+            imagefolder with dataset_path, else that of the file of weights, else digits).
         dataset_path: Folder with train/CLASS/IMAGE.jpg and val/CLASS/IMAGE.jpg.
         download: Fetch imagenette into dataset_path (default: the cache folder) if it is not there.
-        image_size: Height and width to which images are resized.
         test_batch_size: Images per validation batch.
         loader_num_workers: Processes that read images.
         device: cpu, cuda or cuda:N (default: cuda if available).
     """
 
-    arch_key: str = "mobilenet"
+    arch_key: str | None = None
     width: float | None = None
-    dataset: str = "digits"
+    image_size: int | None = None
+    dataset: str | None = None
     dataset_path: str | None = None
     download: bool = False
-    image_size: int = IMAGE_SIZE
     test_batch_size: int = TEST_BATCH
     loader_num_workers: int = 0
     device: str | None = None
-
-    @property
-    def effective_width(self) -> float:
-        """The multiplier of the channels."""
-        return (DIGITS_WIDTH if self.dataset == "digits" else 1.0) if self.width is None else self.width
-
-    @property
-    def effective_image_size(self) -> int:
-        """Height and width of the images."""
-        return DIGITS_SIZE if self.dataset == "digits" else self.image_size
 
 
 @dataclass(kw_only=True)
@@ -104,3 +104,45 @@ class TrainSettings(RunSettings):
     resume: bool = False
     overwrite: bool = False
     export: bool = False
+
+
+def resolve(settings: T, described: Mapping[str, Any], path: str, fixed: Collection[str] = NETWORK) -> T:
+    """Return the options with network, images and their size filled in.
+
+    What is not given is as the file of weights says or, if that says nothing, the default.
+
+    Args:
+        settings: The options.
+        described: What the file says of its network, possibly nothing: the fields of
+            :class:`mfac.tutorial.models.Network`, and its dataset.
+        path: The file, for the error.
+        fixed: The options that must be as the file says.
+
+    Returns:
+        The options, none of the four open, but for the width of another network than mobilenet.
+
+    Raises:
+        TypeError: If the width is not a number.
+        ValueError: If an option differs from what the file says, or does not go with the dataset.
+    """
+    dataset = settings.dataset
+    if dataset is None and settings.dataset_path is not None and described.get("dataset", "digits") == "digits":
+        dataset = "imagefolder"
+    digits = dataset == "digits" or (dataset is None and described.get("dataset", "digits") == "digits")
+    if digits and settings.dataset_path is not None:
+        raise ValueError(f"dataset_path: expected none for the digits, got {settings.dataset_path}")
+    if digits and settings.image_size not in (None, DIGITS_SIZE):
+        raise ValueError(f"image_size: expected {DIGITS_SIZE} for the digits, got {settings.image_size}")
+    image_size = DIGITS_SIZE if digits else settings.image_size
+    options = {"arch_key": settings.arch_key, "width": settings.width, "image_size": image_size, "dataset": dataset}
+    defaults = {"arch_key": "mobilenet", "image_size": IMAGE_SIZE, "dataset": "digits"}
+    for name, given in options.items():
+        known = described.get(name)
+        if name in fixed and given is not None and known is not None and given != known:
+            got = f"{given}, that of the digits" if name == "image_size" and digits else given
+            raise ValueError(f"{name}: expected {known}, that of the network in {path}, got {got}")
+        options[name] = next((value for value in (given, known, defaults.get(name)) if value is not None), None)
+    if options["arch_key"] == "mobilenet":
+        default = DIGITS_WIDTH if digits else 1.0
+        options["width"] = check_positive("width", default if options["width"] is None else options["width"])
+    return replace(settings, **options)

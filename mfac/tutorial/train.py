@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,21 @@ from torch import nn
 from tqdm import tqdm
 
 from mfac._build import cache_dir
-from mfac.checks import check_int, check_number, check_positive, warn
+from mfac.checks import check_int, check_number, warn
 from mfac.pruning.result import write_csv
 from mfac.recipe.manager import Manager, Session
-from mfac.tutorial.data import Data, load_data
-from mfac.tutorial.dense import dense_digits, load_weights, read_described, read_state, save
+from mfac.tutorial.data import DIGITS_MEAN, DIGITS_STD, Data, load_data
+from mfac.tutorial.dense import dense_digits, load_weights
 from mfac.tutorial.download import fetch_imagenette
+from mfac.tutorial.files import check_finite, description, make_folder, read_model, read_state, save
 from mfac.tutorial.loop import Measurement, evaluate, fit
 from mfac.tutorial.models import Built, build_model
-from mfac.tutorial.settings import ModelSettings, TrainSettings
+from mfac.tutorial.settings import NETWORK, ModelSettings, RunSettings, TrainSettings, resolve
 
 _FILES = ("model.pt", "model.txt", "checkpoint.pt")  # of a run
-# What a resumed run must have in common with the interrupted one.
-_SAME = ("arch_key", "width", "dataset", "image_size", "train_batch_size", "max_train_steps", "seed", "amp")
+# What a resumed run must have in common with the interrupted one, beside network and images: what decides the batches
+# (processes that read images draw their random crops from seeds of their own) and the steps.
+_SAME = ("train_batch_size", "max_train_steps", "seed", "amp", "loader_num_workers")
 _MAX_TAG = 200  # bytes; file systems allow 255 for a name, and the log's ends in .csv
 
 
@@ -87,12 +90,28 @@ def _folder(settings: TrainSettings) -> Path:
     resumed = settings.checkpoint_path and Path(settings.checkpoint_path).resolve().parent
     if settings.resume or settings.overwrite or folder.resolve() == resumed:
         return folder
-    if any((folder / name).exists() for name in _FILES):
+    earlier = [name for name in _FILES if (folder / name).exists()]
+    if earlier and not (earlier == ["checkpoint.pt"] and epochs_done(folder) == 0):  # else there is nothing to lose
         raise ValueError(
             f"model_tag: expected the name of a new run, got {folder.name!r}: {folder} holds an earlier one; "
             "--resume goes on with it, --overwrite replaces it"
         )
     return folder
+
+
+def epochs_done(folder: Path) -> int | None:
+    """Return for how many epochs the run of a folder has trained.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The number; None if there is no checkpoint that can be read.
+    """
+    try:
+        return _load_checkpoint(str(folder / "checkpoint.pt"), torch.device("cpu"))["epoch"] + 1
+    except ValueError:
+        return None
 
 
 def _checkpoint(settings: TrainSettings, folder: Path, device: torch.device, recipe: str) -> dict[str, Any] | None:
@@ -103,11 +122,15 @@ def _checkpoint(settings: TrainSettings, folder: Path, device: torch.device, rec
     if not settings.resume:
         return None
     if not path.is_file():
+        if (folder / "model.pt").exists():
+            raise ValueError(
+                f"resume: expected {path}, got a run without it, as of --one-shot; --overwrite replaces it"
+            )
         tqdm.write(f"{path} does not exist: the run begins anew")
         return None
     state = _load_checkpoint(str(path), device)
     for name, saved in state.get("settings", {}).items():
-        if getattr(settings, name) != saved:
+        if name in _SAME and getattr(settings, name) != saved:
             raise ValueError(
                 f"resume: expected --{name.replace('_', '-')} {saved} as before, got {getattr(settings, name)}; "
                 "--checkpoint-path goes on with other options"
@@ -120,41 +143,64 @@ def _checkpoint(settings: TrainSettings, folder: Path, device: torch.device, rec
     return state
 
 
-def initial_model(
-    settings: TrainSettings, data: Data, device: torch.device, state: dict[str, Any] | None = None
-) -> Built:
-    """Return the network of a run: dense and trained, loaded from a file, with random weights, or of a checkpoint.
+def describe_pretrained(settings: RunSettings) -> tuple[dict[str, Any], str]:
+    """Return what the file of the initial weights says of its network; nothing if there is no such file.
 
     Args:
         settings: The options.
-        data: Its images are then normalised as the network expects.
-        device: Where it goes.
-        state: A checkpoint, whose weights are not loaded here.
 
     Returns:
-        The network.
+        The description, and the file's path.
     """
-    width, pretrained = settings.effective_width, settings.initial_weights
+    path = settings.initial_weights
+    return ({}, "") if path in ("True", "False") else (read_model("pretrained", path)[1], path)
+
+
+def prepare(
+    settings: TrainSettings,
+    state: dict[str, Any] | None = None,
+    path: str = "",
+    fixed: Collection[str] = NETWORK,
+) -> tuple[TrainSettings, Data, Built]:
+    """Return what a run starts from.
+
+    Args:
+        settings: The options.
+        state: The checkpoint that it goes on from, if any.
+        path: The checkpoint's file.
+        fixed: The options that must be as the file of weights, or the checkpoint, says of its network.
+
+    Returns:
+        The options with network, images and their size filled in; the images, normalised as the network expects; and
+        the network: dense and trained, loaded from a file, with random weights, or of the checkpoint.
+    """
+    described, path = describe_pretrained(settings) if state is None else (description(state), path)
+    settings = resolve(settings, described, path, fixed)
+    pretrained = settings.initial_weights if state is None else "False"
     digits = settings.dataset == "digits"
-    if pretrained == "True" and state is None and digits and settings.arch_key == "mobilenet":
-        return Built(dense_digits(width, device))
+    device = find_device(settings.device)
+    data = load_images(settings, device, settings.train_batch_size, settings.seed)
+    if digits:
+        described = {**described, "mean": DIGITS_MEAN, "std": DIGITS_STD}
+    dense = pretrained == "True" and digits and settings.arch_key == "mobilenet"
     torch.manual_seed(settings.seed)
-    described = state.get("network") if state is not None else None
-    if described is None and pretrained not in ("True", "False"):
-        described = read_described(pretrained)
     built = build_model(
         settings.arch_key,
         data.num_classes,
-        width=width,
-        stem_stride=data.stem_stride,
-        pretrained=pretrained == "True" and state is None,
+        width=settings.width,
+        image_size=settings.image_size,
+        pretrained=pretrained == "True" and not dense,
         described=described,
     )
     built.model.to(device, memory_format=torch.channels_last)
-    data.normalize(built.mean, built.std)
-    if state is None and pretrained not in ("True", "False"):
+    data.normalize(built.network.mean, built.network.std)
+    if state is not None:
+        _load_state(built.model, state["model"], path)
+    elif dense:
+        built.model.load_state_dict(dense_digits(settings.width, device).state_dict())
+    elif pretrained not in ("True", "False"):
         load_weights(built.model, pretrained, data.num_classes)
-    return built
+    return settings, data, built
 
 
 def _write_model_text(path: Path, epoch: int, measured: Measurement, session: Session) -> None:
@@ -179,7 +225,8 @@ def _load_checkpoint(path: str, device: torch.device) -> dict[str, Any]:
     return state
 
 
-def _restore(model: nn.Module, state: dict[str, torch.Tensor], path: str) -> None:
+def _load_state(model: nn.Module, state: dict[str, torch.Tensor], path: str) -> None:
+    check_finite("checkpoint_path", path, state)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -241,12 +288,30 @@ def measure_initial(settings: TrainSettings) -> tuple[float, float, float]:
     Returns:
         Mean cross entropy, top-1 and top-5 accuracy in per cent, on the validation images.
     """
-    device = find_device(settings.device)
-    data = load_images(settings, device, settings.train_batch_size, settings.seed)
-    return evaluate(initial_model(settings, data, device).model, data.validation)
+    _, data, built = prepare(settings)
+    return evaluate(built.model, data.validation)
 
 
-def train(settings: TrainSettings) -> list[Measurement]:
+def check_options(settings: TrainSettings) -> None:
+    """Check the options that are numbers, and those that exclude each other.
+
+    Args:
+        settings: The options.
+
+    Raises:
+        TypeError: If an option that is a number is not one.
+        ValueError: If it is out of range, or options do not go together.
+    """
+    if settings.max_train_steps != -1:
+        check_int("max_train_steps", settings.max_train_steps, also=", or -1 for all steps")
+    check_int("seed", settings.seed, 0, 2**63 - 1)
+    check_number("init_lr", settings.init_lr, 0)
+    for name in ("overwrite", "checkpoint_path", "one_shot"):
+        if settings.resume and getattr(settings, name):
+            raise ValueError(f"resume: expected it without --{name.replace('_', '-')}, got both")
+
+
+def train(settings: TrainSettings, repeated: str = "with --resume") -> list[Measurement]:
     """Train and prune a model as a recipe says.
 
     Writes into `<save_dir>/<model_tag>/`: `model.pt` and `model.txt`, the best epoch from `save_best_after` on, and
@@ -258,6 +323,7 @@ def train(settings: TrainSettings) -> list[Measurement]:
 
     Args:
         settings: The options.
+        repeated: How the command goes on after an interruption, for the text that says so.
 
     Returns:
         The measurements, one per epoch and one after every pruning step; of a run that goes on, also those before.
@@ -269,46 +335,38 @@ def train(settings: TrainSettings) -> list[Measurement]:
         RuntimeError: If the loss is not finite, or (a BuildError) if required kernels cannot be built.
         KeyboardInterrupt: After it has said how to go on.
     """
-    if settings.max_train_steps != -1:
-        check_int("max_train_steps", settings.max_train_steps, also=", or -1 for all steps")
-    if settings.width is not None:
-        check_positive("width", settings.width)
-    check_int("seed", settings.seed, 0, 2**63 - 1)
-    check_number("init_lr", settings.init_lr, 0)
-    check_int("loader_num_workers", settings.loader_num_workers, 0)
-    for name in ("overwrite", "checkpoint_path", "one_shot"):
-        if settings.resume and getattr(settings, name):
-            raise ValueError(f"resume: expected it without --{name.replace('_', '-')}, got both")
+    check_options(settings)
     manager = Manager.from_recipe(settings.recipe_path, settings.recipe_args)
     if not settings.one_shot:
         manager.check_epochs()
-    device = find_device(settings.device)
     folder = _folder(settings)
     recipe = str(manager.recipe)
-    state = _checkpoint(settings, folder, device, recipe)
+    state = _checkpoint(settings, folder, find_device(settings.device), recipe)
     source = settings.checkpoint_path or str(folder / "checkpoint.pt")
     if state and not settings.one_shot and state["epoch"] + 1 >= manager.epochs:
-        raise ValueError(
-            f"checkpoint_path: expected training left to do, got {source}, which has completed the recipe's "
-            f"{manager.epochs:g} epochs"
-        )
-    data = load_images(settings, device, settings.train_batch_size, settings.seed)
-    built = initial_model(settings, data, device, state)
+        expected = "resume: expected a run that is not finished"
+        expected = expected if settings.resume else "checkpoint_path: expected training left to do"
+        raise ValueError(f"{expected}, got {source}, which has completed the recipe's {manager.epochs:g} epochs")
+    fixed = (*NETWORK, "image_size", "dataset") if settings.resume else NETWORK
+    settings, data, built = prepare(settings, state, source, fixed)
     model = built.model
-    if state:
-        _restore(model, state["model"], source)
-    elif settings.initial_weights == "False" and manager.prunes:
+    if state is None and settings.initial_weights == "False" and manager.prunes:
         warn("pretrained: the recipe prunes random weights; --pretrained FILE (or True) gives trained ones")
-    folder.mkdir(parents=True, exist_ok=True)
-    if settings.overwrite:
-        for name in _FILES:
-            (folder / name).unlink(missing_ok=True)
+    network = {**asdict(built.network), "dataset": settings.dataset}
+    logs = make_folder("logs_dir", settings.logs_dir) if settings.logs_dir else None
+    make_folder("save_dir", folder)
     for line in manager.describe():
         tqdm.write(line)
     if settings.one_shot:
-        measured = _one_shot(manager, built, data, folder)
-        if settings.logs_dir:
-            _write_logs(Path(settings.logs_dir), folder.name, [measured])
+        session = manager.one_shot(model, data.gradients, F.cross_entropy, progress=True)
+        if state is None or settings.overwrite:
+            _remove_files(folder)
+        measured = Measurement(0, 0.0, True, math.nan, *evaluate(model, data.validation), session.sparsity, 0.0)
+        save({"model": model.state_dict(), "recipe": session.state_dict(), "network": network}, folder / "model.pt")
+        _write_model_text(folder / "model.txt", 0, measured, session)
+        tqdm.write(f"pruned to {100 * session.sparsity:.2f} %: top-1 {measured.top1:.1f} %; saved in {folder}")
+        if logs:
+            _write_logs(logs, folder.name, [measured])
         return [measured]
 
     torch.manual_seed(settings.seed)
@@ -334,21 +392,23 @@ def train(settings: TrainSettings) -> list[Measurement]:
             "recipe": session.state_dict(),
             "epoch": epoch,
             "best": best,
-            "network": built.description(),
+            "network": network,
             "recipe_text": recipe,
             "measurements": [asdict(measured) for measured in (*earlier, *measurements)],
             "settings": {name: getattr(settings, name) for name in _SAME},
         }
         save(state, folder / "checkpoint.pt")
         kept = epoch
-        if settings.logs_dir and measured is not None:
-            _write_logs(Path(settings.logs_dir), folder.name, [*earlier, *measurements])
+        if logs and measured is not None:
+            _write_logs(logs, folder.name, [*earlier, *measurements])
         if is_best or (epoch == final_epoch and (best is None or not (folder / "model.txt").exists())):
             save(state, folder / "model.pt")
             _write_model_text(folder / "model.txt", epoch, measured, session)
 
     kept = first_epoch - 1
-    if not state:
+    if state is None or settings.overwrite:
+        _remove_files(folder)
+    if state is None:
         keep(-1, None)  # what a run that is killed in its first epoch goes on from
     try:
         fit(
@@ -362,11 +422,12 @@ def train(settings: TrainSettings) -> list[Measurement]:
             amp=settings.amp,
             on_epoch=keep,
             measurements=measurements,
+            seconds=earlier[-1].seconds if earlier else 0.0,
         )
     except KeyboardInterrupt:
         tqdm.write(
-            f"interrupted; {folder / 'checkpoint.pt'} holds the model after {kept + 1} epochs: the same command with "
-            "--resume goes on from there"
+            f"interrupted; {folder / 'checkpoint.pt'} holds the model after {kept + 1} epochs: "
+            f"the same command {repeated} goes on from there"
         )
         raise
     for line in _sparsity_lines(session):
@@ -375,9 +436,14 @@ def train(settings: TrainSettings) -> list[Measurement]:
     return [*earlier, *measurements]
 
 
+def _remove_files(folder: Path) -> None:
+    """Remove the files of an earlier run; called right before the first of a new one is written."""
+    for name in _FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
 def _write_logs(folder: Path, name: str, measurements: list[Measurement]) -> None:
     """Write a CSV file of all measurements and, if it is installed, those of the last epoch for TensorBoard."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / f"{name}.csv", Measurement, measurements)
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -388,15 +454,3 @@ def _write_logs(folder: Path, name: str, measurements: list[Measurement]) -> Non
         for measured in (m for m in measurements if math.ceil(m.epoch) == last):
             for field in ("train_loss", "loss", "top1", "top5", "sparsity", "learning_rate"):
                 writer.add_scalar(field, getattr(measured, field), measured.step)
-
-
-def _one_shot(manager: Manager, built: Built, data: Data, folder: Path) -> Measurement:
-    """Prune without training, measure and save."""
-    model = built.model
-    session = manager.one_shot(model, data.gradients, F.cross_entropy, progress=True)
-    measured = Measurement(0, 0.0, True, math.nan, *evaluate(model, data.validation), session.sparsity, 0.0)
-    state = {"model": model.state_dict(), "recipe": session.state_dict(), "network": built.description()}
-    save(state, folder / "model.pt")
-    _write_model_text(folder / "model.txt", 0, measured, session)
-    tqdm.write(f"pruned to {100 * session.sparsity:.2f} %: top-1 {measured.top1:.1f} %; saved in {folder}")
-    return measured

@@ -1,0 +1,132 @@
+"""The program's files: folders that can be written to, and models beside what describes their network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def make_folder(name: str, path: str | Path) -> Path:
+    """Make the folder of an option, if it is not there.
+
+    Args:
+        name: Of the option, for the error.
+        path: The folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If it cannot be made or written to.
+    """
+    folder, reason = Path(path), "it is not writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{name}: expected a folder that can be written to, got {path}: {reason}")
+    return folder
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Save atomically: the file is the old one or the new one, never half of it.
+
+    Args:
+        state: What to save.
+        path: The file; its folder is made if need be.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def read_state(name: str, path: str | Path, wanted: str, device: torch.device | str) -> Any:
+    """Read a file of tensors and plain values, as :func:`torch.save` writes it.
+
+    Args:
+        name: Of the option that names the file, for the error.
+        path: The file.
+        wanted: What the file should hold, for the error: ``"a checkpoint"``.
+        device: Where the tensors go.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        ValueError: If there is no such file, or it cannot be read or holds objects of other kinds.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{name}: expected an existing file, got {path}")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except PermissionError as error:
+        raise ValueError(f"{name}: expected {wanted}, got {path}, which cannot be read: {error}") from error
+    except Exception as error:  # torch raises many kinds, whose texts advise to load such files without protection
+        raise ValueError(
+            f"{name}: expected {wanted}, got {path}, which is damaged, of another format, or holds more than tensors "
+            f"and plain values"
+        ) from error
+
+
+def description(state: Any) -> dict[str, Any]:
+    """Return what the content of a file says of its network: see :class:`mfac.tutorial.models.Network`.
+
+    Args:
+        state: What the file holds.
+
+    Returns:
+        The description; empty if the file has none, as a bare state_dict.
+    """
+    network = state.get("network") if isinstance(state, dict) else None
+    return network if isinstance(network, dict) else {}
+
+
+def check_finite(name: str, path: str | Path, weights: Mapping[str, Any]) -> None:
+    """Check the weights of a file.
+
+    Args:
+        name: Of the option that names the file, for the error.
+        path: The file.
+        weights: What it holds.
+
+    Raises:
+        ValueError: If a tensor holds NaN or infinity.
+    """
+    for key, value in weights.items():
+        if isinstance(value, Tensor) and not bool(value.isfinite().all()):
+            raise ValueError(f"{name}: expected finite weights, got NaN or infinity in {key} of {path}")
+
+
+def read_model(
+    name: str, path: str | Path, device: torch.device | str = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file with a state_dict, or with one under `model` or `state_dict`.
+
+    Args:
+        name: Of the option that names the file, for the error.
+        path: The file.
+        device: Where the tensors go.
+
+    Returns:
+        The state_dict, and what the file says of its network: see :func:`description`.
+
+    Raises:
+        ValueError: If there is no such file, or no weights in it, or some that are not finite.
+    """
+    state = weights = read_state(name, path, "a state_dict", device)
+    for key in ("model", "state_dict"):
+        if isinstance(weights, dict) and isinstance(weights.get(key), dict):
+            weights = weights[key]
+    if not isinstance(weights, dict) or not any(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(
+            f"{name}: expected a model of `mfac train` or a state_dict, got {path}, which holds no weights"
+        )
+    check_finite(name, path, weights)
+    return weights, description(state)
