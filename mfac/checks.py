@@ -147,18 +147,18 @@ def check_choice(name: str, value: T, known: Iterable[T]) -> T:
     return value
 
 
-def suggestion(name: str, known: Iterable[str], likeness: float = 0.6) -> str:
+def suggestion(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return the end of an error about an unknown name: the nearest one that there is, or nothing if all are too far.
 
     Args:
         name: What the user gave.
-        known: The names that there are.
-        likeness: The least that counts as near, in [0, 1].
+        known: The known names.
+        cutoff: Lowest similarity in [0, 1] that is suggested.
 
     Returns:
         Text to append.
     """
-    close = difflib.get_close_matches(name, known, n=1, cutoff=likeness)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

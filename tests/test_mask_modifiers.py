@@ -175,9 +175,7 @@ def test_alternation_needs_an_end(end):
 
 
 def test_alternation_that_training_cuts_off_is_said():
-    with pytest.warns(
-        UserWarning, match=r"line 3: !ACDCPruningModifier: end_epoch: .* the 10 epochs .*, got it from 18 on"
-    ):
+    with pytest.warns(UserWarning, match=r"line 3: !ACDCPruningModifier: end_epoch: .* the 10 epochs .*, got epoch 18"):
         Manager.from_recipe(RANGE + ACDC.replace("end_epoch: 6", "end_epoch: 20"))
 
 

@@ -119,8 +119,8 @@ def signed_rank(default, other):
 
 
 def chosen(candidates):
-    best = max(candidates, key=lambda c: c.better)
-    return best if best.better > 3 else candidates[0]
+    best = max(candidates, key=lambda c: c.z_score)
+    return best if best.z_score > 3 else candidates[0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -141,7 +141,7 @@ def test_auto_takes_the_best_of_its_table(backend):
         mfac.prune_step(model, fit, 0.6, **options)
         squares.append((rest @ (model.weight.detach().flatten() - before)).square())
         assert candidate.score == pytest.approx(0.5 * float(squares[-1].mean()), rel=1e-3)
-        assert candidate.better == pytest.approx(signed_rank(squares[0], squares[-1]), abs=0.1)
+        assert candidate.z_score == pytest.approx(signed_rank(squares[0], squares[-1]), abs=0.1)
     assert result.block_size == best.block_size
     assert result.damping / float(grads.square().mean()) == pytest.approx(best.damping / scale, rel=1e-5)
 
@@ -153,7 +153,7 @@ def test_auto_looks_at_the_neighbours_of_the_best():
     grads = oracle.gradients(40, 600)
     result = mfac.prune_step(linear(20, 30), grads, 0.6, damping="auto", block_size="auto", substeps=1)
     scale = float(grads[:30].square().mean())
-    tried = {(float(f"{c.damping / scale:.3g}"), c.block_size): c.better for c in result.candidates}
+    tried = {(float(f"{c.damping / scale:.3g}"), c.block_size): c.z_score for c in result.candidates}
     sizes, dampings = [b for b in BLOCK_SIZES if b < 600], [float(d.split("*")[0]) for d in DAMPINGS]
     first = max([(3e-2, 512), *((1e-2, b) for b in sizes)], key=tried.get)[1]
     assert set(tried) >= {(d, first) for d in dampings}
@@ -166,7 +166,7 @@ def test_auto_leaves_the_default_where_gradients_say_so():
     """Where a few directions carry all of them, less damping is better, and the rest of the gradients see it."""
     grads = oracle.gradients(64, 1200, "low rank")
     result = mfac.prune_step(linear(30, 40), grads, 0.5, damping="auto", block_size="auto")
-    assert max(c.better for c in result.candidates) > 3
+    assert max(c.z_score for c in result.candidates) > 3
     assert result.damping < 3e-2 * float(grads.square().mean())
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from works_with import PLAIN, SETTINGS, check_against_plain_loop, check_zeros, classify, plain_gradients
 
 import mfac
-from mfac.pruning.gradual import errors_end_training
+from mfac.pruning.gradual import no_unfinished_warning
 
 CE = nn.functional.cross_entropy
 
@@ -347,12 +347,12 @@ def test_schedule_that_training_never_reaches():
 
 def test_an_error_that_ends_training_is_not_followed_by_a_warning(recwarn):
     pruner = make_pruner(mlp(), batches())
-    with pytest.raises(RuntimeError, match="the loss"), errors_end_training():
+    with pytest.raises(RuntimeError, match="the loss"), no_unfinished_warning():
         pruner.step()
         raise RuntimeError("the loss")
     pruner.__del__()
     assert not recwarn
-    with errors_end_training():
+    with no_unfinished_warning():
         pruner.step()
     with pytest.warns(UserWarning, match="training never reached end=12"):
         pruner.__del__()

@@ -1,5 +1,5 @@
 // Batches of blocks that fit in memory, and what all ops do with a batch: pack its columns, factor its small matrices,
-// multiply and solve. It launches the kernels and leaves matrix products to ATen (cuBLAS).
+// multiply and solve. It launches the kernels and leaves bfloat16 products to ATen (cuBLAS).
 #pragma once
 
 #include <ATen/TensorOperators.h>
@@ -36,7 +36,7 @@ using OptionalTensor = std::optional<Tensor>;
 inline Stream current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
 // The precision of G and L⁻¹ in the large matrix products. The small matrices are always float64.
-//   highest   float64: full speed on the GPUs of data centres (A100, H100, B200), 1/64 of it on others
+//   highest   float64, on the tensor cores of the GPUs of data centres; slow on others
 //   high      sums of two bfloat16, 16 bits, with float32 sums; G of bfloat16 is exact. Tensor cores; errors near 1e-5
 //   medium    one bfloat16, 8 bits; errors near 1e-2
 struct Precision {
@@ -145,8 +145,8 @@ class Blocks {
         .to(grads.device(), at::kInt, /*non_blocking=*/false, /*copy=*/true);
   }
 
-  // Calls f for batches of the blocks that have columns in use, or of those of them that are `chosen`: as many at a
-  // time as fit in `limit` bytes with what factoring them takes, or, for an f that does not, all of a side.
+  // Calls f for batches of the blocks that have columns in use, or of those of them that are `chosen`: each
+  // fits in `limit` bytes with its factorisation; if not `factors`, each side is one batch.
   template <typename F>
   void for_each_batch(const std::vector<bool>& chosen, const F& f, bool factors = true) const {
     for (const bool side : {true, false}) {
@@ -164,7 +164,8 @@ class Blocks {
           const int64_t own = pads ? (in_use[list[last]] + 15) / 16 * 16 : in_use[list[last]];
           const int64_t wider = std::max(width, own), n = side ? m : wider;
           const int64_t packed = precision.exact ? 0 : 16 * m * wider;  // its products included
-          const int64_t bytes = (packed + 24 * n * n) * static_cast<int64_t>(last - first + 1);
+          const int64_t bytes = (packed + 3 * 8 * n * n)                // and A, L, L⁻¹
+                                * static_cast<int64_t>(last - first + 1);
           if (factors && last > first && bytes > limit) break;
           width = wider;
           order = n;
@@ -175,8 +176,8 @@ class Blocks {
     }
   }
 
-  // Calls f for ranges of the batch's columns that fit in `limit` bytes, packed, or with their sums if nothing is
-  // packed: a single one, unless a block is wide.
+  // Calls f for ranges of the batch's columns that fit in `limit` bytes: packed, or with their partial sums where G is
+  // read in place. A single one, unless a block is wide.
   template <typename F>
   void for_each_chunk(const Batch& batch, const F& f) const {
     const int64_t packed = std::max<int64_t>(256, limit / 2 / (8 * m * batch.tile.count));
@@ -282,12 +283,11 @@ class Blocks {
   }
 
   // For matrices too large for one block of threads. They are few, so that waiting for the outcome costs little.
-  Factor library_factor(const Tensor& a, const Tensor& ids, bool invert) const {
-    Tensor sum = a.clone();
+  Factor library_factor(Tensor sum, const Tensor& ids, bool invert) const {
     sum.diagonal(0, 1, 2).add_(ridge);
-    const Tensor traces = sum.diagonal(0, 1, 2).sum(1), endless = traces.isfinite().logical_not();
-    if (endless.any().item<bool>()) {  // cuSOLVER may say nothing of NaN
-      failed.copy_(ids.index_select(0, endless.to(at::kInt).argmax().reshape({1})) + 1);
+    const Tensor traces = sum.diagonal(0, 1, 2).sum(1), not_finite = traces.isfinite().logical_not();
+    if (not_finite.any().item<bool>()) {  // cuSOLVER may say nothing of NaN
+      failed.copy_(ids.index_select(0, not_finite.to(at::kInt).argmax().reshape({1})) + 1);
       return {sum, sum};
     }
     const double trace = traces.max().item<double>();
@@ -296,7 +296,7 @@ class Blocks {
     for (int attempt = 0; attempt < kFactorAttempts; ++attempt) {
       const auto [l, info] = at::linalg_cholesky_ex(sum);
       if (info.max().item<int>() == 0) {
-        const Tensor identity = at::eye(a.size(1), a.options()).expand_as(a);
+        const Tensor identity = at::eye(sum.size(1), sum.options()).expand_as(sum);
         const Tensor inverse =
             invert ? at::linalg_solve_triangular(l, identity, /*upper=*/false).contiguous() : Tensor();
         return {l.contiguous(), inverse};

@@ -3,7 +3,7 @@
 //   A + ridge I = L Lᵀ,   W = L⁻¹
 //
 // One block of threads per matrix, by tiles of kTile x kTile, 2/3 n³ flops, nearly all in products of tiles by a warp
-// on the tensor cores (tiles.cuh) with operands from the caches:
+// on the tensor cores (tiles.cuh); a third without W. Operands come from the caches, n³ / 6 bytes per matrix:
 //
 //   L, a panel k at a time   P_ik = A_ik - Σ_{j<k} L_ij L_kjᵀ    a warp per tile
 //                            L_kk L_kkᵀ = P_kk                   one warp, a row in the registers of each lane
@@ -11,8 +11,8 @@
 //   W                        W_kk = L_kk⁻¹                       a warp per tile, by substitution, a column per lane
 //                            W_kc = -W_kk Σ_{c≤j<k} L_kj W_jc    a warp per column c of tiles, which waits for no other
 //
-// What bounds it is how long a tile or a row takes to arrive and a pivot to come out: matrices share a multiprocessor,
-// so that one's products fill the others' waits.
+// Latency bounds it, of loads of tiles and of the chain of pivots: several matrices share a multiprocessor, so that one's
+// products fill the others' waits.
 #include "../numerics.h"
 #include "solve.cuh"
 #include "tiles.cuh"
@@ -22,45 +22,42 @@ namespace {
 
 // Two warps: with four, matrices of order 256 take as long, and the small ones of the Fisher side half as long again.
 constexpr int kFactorThreads = 64, kFactorWarps = kFactorThreads / kWarp;
-// Blocks of threads that share a multiprocessor, and its registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kSharing = 4;  // with six the compiler is some registers short
+constexpr int kBlocksPerSM = 4;  // six would spill
 #else
-constexpr int kSharing = 6;
+constexpr int kBlocksPerSM = 6;
 #endif
-// Of a tile in shared memory: rows on 16 bytes, and what a warp reads along rows, along columns or as an operand of a
-// product is in at most two rows of the same banks.
+// Of a tile in shared memory: rows are 16-byte aligned; bank conflicts are 2-way at most, along rows and columns.
 constexpr int kPitch = kTile + 2;
-using Stage = double[kTile][kPitch];
+using TileBuffer = double[kTile][kPitch];
 
 struct FactorMemory {
-  Stage stages[kFactorWarps];     // of each warp
-  Stage diagonal;                 // the diagonal tile of L, transposed: upper triangular
-  double column[2][kTile];        // of L, as a tile is factored
-  double reciprocals[kMaxOrder];  // of the diagonal of L
+  TileBuffer stages[kFactorWarps];  // of each warp
+  TileBuffer diagonal;              // the diagonal tile of L, transposed: upper triangular
+  double column[2][kTile];          // of L, as a tile is factored; double-buffered
+  double reciprocals[kMaxOrder];    // of the diagonal of L
   double sums[kFactorWarps];
   double trace;
   int failed;
 };
 
-// Keeps the compiler from loading what is needed later, for which there are no registers.
-__device__ inline void keep_order() { asm volatile("" ::: "memory"); }
+// Keeps the compiler from hoisting later loads, which would spill registers.
+__device__ inline void compiler_barrier() { asm volatile("" ::: "memory"); }
 
-// Two neighbours; on 16 bytes if `paired`.
+// Two adjacent elements, as one load of 16 bytes if `paired`: n is even, so that every row is aligned.
 template <bool paired>
 __device__ inline double2 load_two(const double* x) {
   if constexpr (paired) return *reinterpret_cast<const double2*>(x);
   return double2{x[0], x[1]};
 }
 
-// Where a lane finds its numbers of a tile of rows of a matrix [n, n], to multiply them with rows of another. The
-// places in the depth of a product may be dealt to the lanes in any order that is the same for both: here in pairs of
-// neighbours.
-struct Rows {
+// The addresses of a lane's operands of a tile of rows of a matrix [n, n]. Any order of the depth will do if both
+// operands have it; pairs of adjacent elements allow loads of 16 bytes.
+struct RowFragments {
   const double* matrix;
   int at[4];  // rows 8 i + lane / 4 of the tile; those beyond the last of n repeat it
 
-  __device__ Rows(const double* x, int n, int first) : matrix(x) {
+  __device__ RowFragments(const double* x, int n, int first) : matrix(x) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -91,9 +88,9 @@ struct Rows {
 // stage = P in the rows [first, first + kTile) and the columns [row, row + kTile), by one warp; the identity beyond n.
 template <bool paired>
 __device__ inline void subtract_products(const double* __restrict__ a, int n, double ridge, int row, int first,
-                                         const double* l, Stage& stage) {
+                                         const double* l, TileBuffer& stage) {
   WarpSums tile;
-  const Rows left(l, n, first), right(l, n, row);
+  const RowFragments left(l, n, first), right(l, n, row);
 #pragma unroll 1
   for (int k = 0; k < row; k += kDepth) {
     double x[2][4], y[4][2];
@@ -107,13 +104,13 @@ __device__ inline void subtract_products(const double* __restrict__ a, int n, do
       stage[r][c] = a[i * n + j] - sum + (i == j ? ridge : 0.0);
     else
       stage[r][c] = i == j ? 1.0 : 0.0;
-    keep_order();
+    compiler_barrier();
   });
   __syncwarp();
 }
 
 // Factors a tile, by one warp with a row in the registers of each lane.
-__device__ inline void factor_tile(const Stage& tile, double* reciprocals, FactorMemory& memory) {
+__device__ inline void factor_tile(const TileBuffer& tile, double* reciprocals, FactorMemory& memory) {
   const int lane = threadIdx.x;
   double row[kTile];
 #pragma unroll
@@ -140,18 +137,18 @@ __device__ inline void factor_tile(const Stage& tile, double* reciprocals, Facto
 
 // x <- L_kk⁻¹ x, from the transposed tile and the reciprocals of its diagonal. An unknown is subtracted from all later
 // ones as soon as it is known: these subtractions do not wait for each other.
-__device__ inline void solve_with(const Stage& transposed, const double* reciprocals, double (&x)[kTile]) {
+__device__ inline void solve_with(const TileBuffer& transposed, const double* reciprocals, double (&x)[kTile]) {
 #pragma unroll
   for (int q = 0; q < kTile; ++q) {
     x[q] *= reciprocals[q];
 #pragma unroll
     for (int r = q + 1; r < kTile; ++r) x[r] -= transposed[q][r] * x[q];
-    keep_order();
+    compiler_barrier();
   }
 }
 
 // The rows of a stage <- those of L, by one warp, a row per lane.
-__device__ inline void divide_rows(const Stage& transposed, const double* reciprocals, Stage& stage) {
+__device__ inline void divide_rows(const TileBuffer& transposed, const double* reciprocals, TileBuffer& stage) {
   const int lane = threadIdx.x % kWarp;
   double x[kTile];
 #pragma unroll
@@ -167,9 +164,9 @@ template <bool paired>
 __device__ inline bool factor_panel(const double* __restrict__ a, int n, double ridge, int row, double* l,
                                     FactorMemory& memory) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  Stage& own = memory.stages[warp];
+  TileBuffer& own = memory.stages[warp];
   double* reciprocals = memory.reciprocals + row;
-  for (int first = row + warp * kTile, turn = 0; turn == 0 || first < n; first += kFactorThreads, ++turn) {
+  for (int first = row + warp * kTile, turn = 0; turn == 0 || first < n; first += kFactorWarps * kTile, ++turn) {
     if (first < n) subtract_products<paired>(a, n, ridge, row, first, l, own);
     if (turn == 0) {
       if (warp == 0) factor_tile(own, reciprocals, memory);
@@ -188,7 +185,7 @@ __device__ inline bool factor_panel(const double* __restrict__ a, int n, double 
 }
 
 // The diagonal tile of W that begins at `row`, by one warp, a column per lane.
-__device__ inline void invert_tile(const double* l, int n, int row, double* w, Stage& stage,
+__device__ inline void invert_tile(const double* l, int n, int row, double* w, TileBuffer& stage,
                                    const double* reciprocals) {
   const int lane = threadIdx.x % kWarp;
   const int rows = n - row < kTile ? n - row : kTile;
@@ -207,11 +204,11 @@ __device__ inline void invert_tile(const double* l, int n, int row, double* w, S
 
 // The tiles of W below the diagonal tile that begins at `first`, by one warp.
 template <bool paired>
-__device__ inline void invert_column(const double* l, int n, int first, double* w, Stage& stage) {
+__device__ inline void invert_column(const double* l, int n, int first, double* w, TileBuffer& stage) {
   const int lane = threadIdx.x % kWarp;
   const double* right = w + lane % 4 * 2 * n + first + lane / 4;
   for (int row = first + kTile; row < n; row += kTile) {
-    const Rows left(l, n, row);
+    const RowFragments left(l, n, row);
     WarpSums tile;
 #pragma unroll 1
     for (int k = first; k < row; k += kDepth) {
@@ -246,10 +243,10 @@ __device__ inline void clear_above(int n, double* x) {
     for (int c = r / kTile * kTile + kTile + threadIdx.x % kWarp; c < n; c += kWarp) x[r * n + c] = 0.0;
 }
 
-// a, l and w (may be null) [blocks, n, n], ids [blocks], failed [1]. Only the part of a on and below the diagonal is
+// a, l and w [blocks, n, n] (w may be null), ids [blocks], failed [1]. Only the part of a on and below the diagonal is
 // read. `paired`: n is even.
 template <bool paired>
-__global__ void __launch_bounds__(kFactorThreads, kSharing)
+__global__ void __launch_bounds__(kFactorThreads, kBlocksPerSM)
     cholesky_kernel(const double* __restrict__ a, int n, double ridge, double rounding, const int32_t* __restrict__ ids,
                     double* l, double* w, int32_t* failed) {
   FactorMemory& memory = shared<FactorMemory>();
@@ -285,7 +282,7 @@ __global__ void __launch_bounds__(kFactorThreads, kSharing)
   if (!w) return;
   w += matrix;
   clear_above(n, w);
-  for (int row = warp * kTile; row < n; row += kFactorThreads)
+  for (int row = warp * kTile; row < n; row += kFactorWarps * kTile)
     invert_tile(l, n, row, w, memory.stages[warp], memory.reciprocals);
   __syncthreads();
   // Columns on the left have more tiles: one from either end in turn.

@@ -1,4 +1,5 @@
-// What the kernels need of the CUDA runtime: launches, shared memory, and memory sizes. The kernels include it as
+// What the kernels need of the CUDA runtime and of the tensor cores: launches, shared memory, memory sizes and a product
+// by a warp. The kernels include it as
 // <device.cuh>, because tests/emulation has a replacement, which runs them as C++ on the CPU.
 #pragma once
 
@@ -47,7 +48,7 @@ __device__ inline void tensor_multiply_add(double (&sums)[2][4][4], const double
 #endif
 }
 
-// Maximum bytes of shared memory of a block of threads on the current GPU: from 99 KiB (RTX 30, 40, 50) to 227 KiB
+// Maximum bytes of shared memory of a block of threads on the current GPU: from 64 KiB (RTX 20) to 227 KiB
 // (H100).
 inline int64_t shared_limit() {
   int device = 0, bytes = 48 << 10;
@@ -57,7 +58,7 @@ inline int64_t shared_limit() {
 }
 
 // Bytes that the temporaries of an op should not exceed: enough blocks of F at a time to keep every multiprocessor busy
-// for several rounds of the six that each factors at a time. With m = 256 a block takes 1.5 MiB: some 2,700 of them.
+// with several matrices one after another. With m = 256 a block takes 1.5 MiB, so that kMax holds some 2,700.
 inline int64_t temporaries_limit() {
   constexpr size_t kMin = 128 << 20, kMax = 4ll << 30;  // on GPUs of less than 4 GiB, of more than 128 GiB
   constexpr size_t kShare = 32;                         // of the GPU's memory: most of it is for the gradients

@@ -31,41 +31,41 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-constexpr int kGramThreads = 4 * kWarp;
+constexpr int kGramThreads = 4 * kWarp;  // 2 x 2 tiles; four such blocks of threads have the registers they need
 
 // out [splits, tile.count, n, n]: 32 x 32 tiles on and below the diagonal.
 template <bool capacitance, typename G>
 __global__ void __launch_bounds__(kGramThreads, 4)
     gram_kernel(Gradients<G> grads, Layout layout, Tile tile, int64_t n, int64_t splits, double* __restrict__ out) {
-  using Side = Operand<float, kTileRows, !capacitance>;
-  Side(&stage)[2] = shared<Side[2]>();
-  const int64_t side = (n + kTileRows - 1) / kTileRows, pairs = side * (side + 1) / 2;
+  using Staged = Operand<float, kTileRows, !capacitance>;
+  Staged(&stage)[2] = shared<Staged[2]>();
+  const int64_t row_tiles = (n + kTileRows - 1) / kTileRows, pairs = row_tiles * (row_tiles + 1) / 2;
   const int64_t block = blockIdx.x / pairs % tile.count, split = blockIdx.x / pairs / tile.count;
-  const int64_t id = tile.ids[block], rest = blockIdx.x % pairs;
-  int64_t i = 0;
-  while ((i + 1) * (i + 2) / 2 <= rest) ++i;
-  const int64_t row = i * kTileRows, other = (rest - i * (i + 1) / 2) * kTileRows;
-  Side &left = stage[0], &right = stage[row == other ? 0 : 1];
-  int64_t first = 0, end = grads.m, mine = -1, others = -1;
+  const int64_t id = tile.ids[block], pair = blockIdx.x % pairs;
+  int64_t i = 0;  // the tile (i, j) of the pair is the pair-th of the lower triangle, row by row
+  while ((i + 1) * (i + 2) / 2 <= pair) ++i;
+  const int64_t row = i * kTileRows, col = (pair - i * (i + 1) / 2) * kTileRows;
+  Staged &left = stage[0], &right = stage[row == col ? 0 : 1];
+  int64_t first = 0, end = grads.m, left_column = -1, right_column = -1;
   if constexpr (capacitance) {
     first = tile.first + split * kGramSplit;
-    end = splits > 1 && split + 1 < splits ? first + kGramSplit : tile.first + tile.width;
+    end = split + 1 < splits ? first + kGramSplit : tile.first + tile.width;
     if (end > listed(layout, id)) end = listed(layout, id);
   } else {
-    mine = column(layout, id, tile.first + row + threadIdx.x % kTileRows);
-    others = column(layout, id, tile.first + other + threadIdx.x % kTileRows);
+    left_column = column(layout, id, tile.first + row + threadIdx.x % kTileRows);
+    right_column = column(layout, id, tile.first + col + threadIdx.x % kTileRows);
   }
   const int warp = threadIdx.x / kWarp, warp_row = warp / 2 * kTile, warp_column = warp % 2 * kTile;
   const bool busy =
-      row + warp_row < n && other + warp_column < n && (row > other || warp_row >= warp_column);  // else all zero
+      row + warp_row < n && col + warp_column < n && (row > col || warp_row >= warp_column);  // else all zero
   WarpSums tile_sums;
   for (; first < end; first += kStage) {
     if constexpr (capacitance) {
       load_rows<kGramThreads>(grads, layout, id, row, first, end, left);
-      if (row != other) load_rows<kGramThreads>(grads, layout, id, other, first, end, right);
+      if (row != col) load_rows<kGramThreads>(grads, layout, id, col, first, end, right);
     } else {
-      load_column<kGramThreads>(grads, mine, first, left);
-      if (row != other) load_column<kGramThreads>(grads, others, first, right);
+      load_column<kGramThreads>(grads, left_column, first, left);
+      if (row != col) load_column<kGramThreads>(grads, right_column, first, right);
     }
     __syncthreads();
     if (busy) add_stage(tile_sums, left, right, warp_row, warp_column);
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kGramThreads, 4)
   if (!busy) return;
   out += (split * tile.count + block) * n * n;
   tile_sums.for_each([&](int r, int c, double sum) {
-    const int64_t y = row + warp_row + r, x = other + warp_column + c;
+    const int64_t y = row + warp_row + r, x = col + warp_column + c;
     if (y < n && x < n) out[y * n + x] = sum;
   });
 }
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kGramThreads, 4)
 template <typename G>
 void gram(const Gradients<G>& grads, const Layout& layout, const Tile& tile, bool capacitance, int64_t n, double* out,
           Stream stream) {
-  const int64_t side = ceil_div(n, kTileRows), pairs = side * (side + 1) / 2;
+  const int64_t row_tiles = ceil_div(n, kTileRows), pairs = row_tiles * (row_tiles + 1) / 2;
   const int64_t splits = capacitance ? gram_splits(tile.width) : 1, blocks = pairs * tile.count * splits;
   if (capacitance)
     launch(gram_kernel<true, G>, blocks, kGramThreads, sizeof(Operand<float, kTileRows, false>[2]), stream, grads,

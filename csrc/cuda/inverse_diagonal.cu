@@ -3,11 +3,12 @@
 //   capacitance side   [F⁻¹]_ii = (1 - ‖W g_i‖²) / λ, at least 1/F_ii, F_ii = λ + ‖g_i‖² / m, whatever the rounding
 //   Fisher side        [F⁻¹]_ii = m ‖column i of W‖², at most 1/λ
 //
-//   solved_diagonal    Capacitance side in float64, m² flops per column: one block of threads for 128 columns, by tiles
-//                      of 64 rows of W G on the tensor cores (tiles.cuh), which are squared and added up where they
-//                      are. Tiles of W above the diagonal are left out.
-//   diagonal           From W G, which cuBLAS has computed for the other precisions, or on the Fisher side from W: one
-//                      thread per column reads a column of it and of G once; loads are coalesced, sums are float64.
+//   capacitance_diagonal   Capacitance side in float64, m² flops per column: one block of threads for 128 columns, by
+//                          tiles of 64 rows of W G on the tensor cores (tiles.cuh), which are squared and added up where
+//                          they are. Tiles of W above the diagonal are left out.
+//   diagonal_of_solved     From W G, which cuBLAS has computed for the other precisions, or on the Fisher side from W:
+//                          one thread per column reads a column of it and of G once; loads are coalesced, sums are
+//                          float64.
 #include "tiles.cuh"
 
 namespace mfac::cuda {
@@ -38,8 +39,8 @@ struct SolvedStage {
 // w [tile.count, m, m], out [d].
 template <typename G>
 __global__ void __launch_bounds__(kSolvedThreads, 2)
-    solved_diagonal_kernel(Gradients<G> grads, Layout layout, Tile tile, const double* __restrict__ w, double damping,
-                           float* __restrict__ out) {
+    capacitance_diagonal_kernel(Gradients<G> grads, Layout layout, Tile tile, const double* __restrict__ w,
+                                double damping, float* __restrict__ out) {
   SolvedStage& stage = shared<SolvedStage>();
   const int64_t chunks = (tile.width + kColumns - 1) / kColumns, block = blockIdx.x / chunks, m = grads.m;
   const int place = threadIdx.x % kColumns, share = threadIdx.x / kColumns;
@@ -49,7 +50,8 @@ __global__ void __launch_bounds__(kSolvedThreads, 2)
   const int half = warp / kAcross, warp_row = half * kTile, warp_column = warp % kAcross * kTile;
   w += block * m * m;
   double square = 0;
-  if (share < 2) stage.norms[share][place] = 0;
+  static_assert(kSolvedThreads == 2 * kColumns);
+  stage.norms[share][place] = 0;
   for (int64_t row = 0; row < m; row += kTileRows) {  // of W G
     const int64_t end = row + kTileRows < m ? row + kTileRows : m;
     WarpSums sums;
@@ -115,30 +117,30 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 template <typename G, typename T>
-void inverse_diagonal(const Gradients<G>& grads, const Layout& layout, const Tile& tile, const T* solved, int64_t rows,
-                      double damping, bool capacitance, float* out, Stream stream) {
+void diagonal_of_solved(const Gradients<G>& grads, const Layout& layout, const Tile& tile, const T* solved,
+                        int64_t rows, double damping, bool capacitance, float* out, Stream stream) {
   launch(diagonal_kernel<G, T>, tile.count * ceil_div(tile.width, kThreads), kThreads, 0, stream, grads, layout, tile,
          solved, rows, damping, capacitance, out);
 }
 
 template <typename G>
-void solved_diagonal(const Gradients<G>& grads, const Layout& layout, const Tile& tile, const double* w, double damping,
-                     float* out, Stream stream) {
-  launch(solved_diagonal_kernel<G>, tile.count * ceil_div(tile.width, kColumns), kSolvedThreads, sizeof(SolvedStage),
-         stream, grads, layout, tile, w, damping, out);
+void capacitance_diagonal(const Gradients<G>& grads, const Layout& layout, const Tile& tile, const double* w,
+                          double damping, float* out, Stream stream) {
+  launch(capacitance_diagonal_kernel<G>, tile.count * ceil_div(tile.width, kColumns), kSolvedThreads,
+         sizeof(SolvedStage), stream, grads, layout, tile, w, damping, out);
 }
 
-template void solved_diagonal<float>(const Gradients<float>&, const Layout&, const Tile&, const double*, double, float*,
-                                     Stream);
-template void solved_diagonal<BFloat16>(const Gradients<BFloat16>&, const Layout&, const Tile&, const double*, double,
-                                        float*, Stream);
-template void inverse_diagonal<float, double>(const Gradients<float>&, const Layout&, const Tile&, const double*,
-                                              int64_t, double, bool, float*, Stream);
-template void inverse_diagonal<float, float>(const Gradients<float>&, const Layout&, const Tile&, const float*, int64_t,
-                                             double, bool, float*, Stream);
-template void inverse_diagonal<BFloat16, double>(const Gradients<BFloat16>&, const Layout&, const Tile&, const double*,
-                                                 int64_t, double, bool, float*, Stream);
-template void inverse_diagonal<BFloat16, float>(const Gradients<BFloat16>&, const Layout&, const Tile&, const float*,
+template void capacitance_diagonal<float>(const Gradients<float>&, const Layout&, const Tile&, const double*, double,
+                                          float*, Stream);
+template void capacitance_diagonal<BFloat16>(const Gradients<BFloat16>&, const Layout&, const Tile&, const double*,
+                                             double, float*, Stream);
+template void diagonal_of_solved<float, double>(const Gradients<float>&, const Layout&, const Tile&, const double*,
                                                 int64_t, double, bool, float*, Stream);
+template void diagonal_of_solved<float, float>(const Gradients<float>&, const Layout&, const Tile&, const float*,
+                                               int64_t, double, bool, float*, Stream);
+template void diagonal_of_solved<BFloat16, double>(const Gradients<BFloat16>&, const Layout&, const Tile&,
+                                                   const double*, int64_t, double, bool, float*, Stream);
+template void diagonal_of_solved<BFloat16, float>(const Gradients<BFloat16>&, const Layout&, const Tile&, const float*,
+                                                  int64_t, double, bool, float*, Stream);
 
 }  // namespace mfac::cuda

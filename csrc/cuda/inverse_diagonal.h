@@ -13,8 +13,8 @@ inline void write_diagonal(const Blocks& blocks, const Batch& batch, double damp
   const auto store = [&](const Tile& tile, const Tensor& solved, bool capacitance) {
     dispatch(blocks.grads, [&](const auto& g) {
       const auto run = [&](const auto* values) {
-        inverse_diagonal(g, blocks.layout, tile, values, solved.size(1), damping, capacitance,
-                         out.mutable_data_ptr<float>(), current_stream());
+        diagonal_of_solved(g, blocks.layout, tile, values, solved.size(1), damping, capacitance,
+                           out.mutable_data_ptr<float>(), current_stream());
       };
       if (solved.scalar_type() == at::kDouble)
         run(solved.const_data_ptr<double>());
@@ -25,8 +25,8 @@ inline void write_diagonal(const Blocks& blocks, const Batch& batch, double damp
   if (!batch.capacitance) return store(batch.tile, inverse, false);
   if (blocks.precision.exact)
     return dispatch(blocks.grads, [&](const auto& g) {
-      solved_diagonal(g, blocks.layout, batch.tile, inverse.const_data_ptr<double>(), damping,
-                      out.mutable_data_ptr<float>(), current_stream());
+      capacitance_diagonal(g, blocks.layout, batch.tile, inverse.const_data_ptr<double>(), damping,
+                           out.mutable_data_ptr<float>(), current_stream());
     });
   const Terms terms = split(inverse, blocks.precision);
   blocks.for_each_chunk(

@@ -1,8 +1,9 @@
 // Entry points of the CUDA kernels: raw pointers to device memory, sizes and a stream, no torch and no CUDA header.
 // Each is defined in the .cu file of its name or of the op it belongs to. All are asynchronous.
 //
-// Products of bfloat16 matrices are left to cuBLAS (batches.h). Kernels work on tiles of blocks: some blocks of one
-// side, their columns in use packed and padded with zeros to one width.
+// Products of bfloat16 matrices are left to cuBLAS (batches.h). A tile is a set of blocks of one side, with a range of
+// their listed columns. `gram` and the float64 diagonal read G in place; `pack` copies its columns for cuBLAS, padded
+// with zeros to one width.
 #pragma once
 
 #include <cstdint>
@@ -59,25 +60,24 @@ template <typename G>
 void gram(const Gradients<G>& grads, const Layout& layout, const Tile& tile, bool capacitance, int64_t n, double* out,
           Stream stream);
 
-// l[count, n, n] = lower Cholesky factors of a[count, n, n], of which the part above the diagonal is not read, with
-// `ridge` added to the diagonal, zero above it; inverse[count, n, n], unless null, L⁻¹. Orders up to kMaxOrder. A
-// matrix that rounding made indefinite gets a jitter on its diagonal: `rounding` times its trace at first, the rounding
-// error of a, then ten times as much at each further attempt. After kFactorAttempts, failed[0] becomes 1 + ids[i];
-// ids[count] are the blocks of the matrices.
+// l[count, n, n] = lower Cholesky factors of a[count, n, n] + ridge I, zero above the diagonal; only the lower triangle
+// of a is read. inverse[count, n, n], unless null, L⁻¹. Orders up to kMaxOrder. A matrix that rounding made indefinite
+// gets a jitter on its diagonal: `rounding` times its trace at first, the rounding error of a, then ten times as much at
+// each further attempt. After kFactorAttempts, failed[0] becomes 1 + ids[i]; ids[count] are the blocks of the matrices.
 constexpr int64_t kMaxOrder = 512;  // beyond, one block of threads per matrix is too few
 void cholesky(const double* a, int64_t count, int64_t n, double ridge, double rounding, const int32_t* ids, double* l,
               double* inverse, int32_t* failed, Stream stream);
 
 // out of the columns of a tile = their elements of diag F⁻¹ on the capacitance side, from w[tile.count, m, m] = L⁻¹.
 template <typename G>
-void solved_diagonal(const Gradients<G>& grads, const Layout& layout, const Tile& tile, const double* w, double damping,
-                     float* out, Stream stream);
+void capacitance_diagonal(const Gradients<G>& grads, const Layout& layout, const Tile& tile, const double* w,
+                          double damping, float* out, Stream stream);
 
-// The same from solved[tile.count, rows, tile.width]: L⁻¹ G on the
-// capacitance side, where m < columns in use, else L⁻¹.
+// The same of either side, from solved[tile.count, rows, tile.width]: L⁻¹ G on the capacitance side, where m < columns
+// in use, else L⁻¹.
 template <typename G, typename T>
-void inverse_diagonal(const Gradients<G>& grads, const Layout& layout, const Tile& tile, const T* solved, int64_t rows,
-                      double damping, bool capacitance, float* out, Stream stream);
+void diagonal_of_solved(const Gradients<G>& grads, const Layout& layout, const Tile& tile, const T* solved,
+                        int64_t rows, double damping, bool capacitance, float* out, Stream stream);
 
 // t[k, tile.count, m] = G x of each block by itself, for x[k, d]. For wide blocks it is a sum of `splits` terms,
 // t[splits, k, count, m].

@@ -22,7 +22,7 @@ __device__ inline void solve_in_place(const double* __restrict__ l, int64_t n, d
   for (int64_t row = 0; row < n; row += kSolveStep) {
     const int rows = static_cast<int>(n - row < kSolveStep ? n - row : kSolveStep);
     if (lane < kSolveStep) {
-      double tile[kSolveStep];  // this lane's row, loaded at once: what follows waits for nothing but the last unknown
+      double tile[kSolveStep];  // this lane's row, prefetched, so that a step waits only for the last unknown
 #pragma unroll
       for (int j = 0; j < kSolveStep; ++j) tile[j] = j <= lane && lane < rows ? l[(row + lane) * n + row + j] : 0.0;
       double value = lane < rows ? x[row + lane] : 0.0;

@@ -1,19 +1,22 @@
 // Products of tiles with float64 sums on the tensor cores: what a warp does with its part, and a block of threads with
 // operands in shared memory.
 //
-// A warp computes kTile x kTile sums, kDepth terms at a time (tensor_multiply_add of device.cuh): 2 x 8 numbers of
-// operands in registers for 8192 multiplications. A block of threads of 2 x `across` warps computes 64 x 32 `across`
-// sums, kStage terms at a time, from operands in shared memory. There G is float32, which halves what is read from it:
-// bandwidth of shared memory is what bounds these products first. Several blocks of threads share a multiprocessor, so
-// that some load while others multiply.
+// A warp computes a tile of kTile x kTile sums, kDepth terms at a time (tensor_multiply_add of device.cuh): 16 operands
+// in registers of each lane for 8192 multiplications by the warp. A block of threads has two rows of warps (gram: 2 x 2,
+// the diagonal: 2 x 4) and takes kStage terms at a time from operands in shared memory, where G is float32: bandwidth of
+// shared memory is what bounds these products. Several blocks of threads share a multiprocessor, so that some load while
+// others multiply.
 #pragma once
 
 #include "columns.cuh"
 
 namespace mfac::cuda {
 
-constexpr int kTile = 32, kDepth = 8, kStage = 32;
+constexpr int kTile = 32;             // 32 sums in the registers of a lane
+constexpr int kDepth = 8;             // of the tensor cores' instruction
+constexpr int kStage = 32;            // a row of G for each lane of a warp that loads: 128 bytes
 constexpr int kTileRows = 2 * kTile;  // of a block of threads
+static_assert(kTile == kWarp);        // a row or a column per lane, in block_factor.cu
 
 // The same as tensor_multiply_add where there are no tensor cores for float64: the lanes pass their numbers on.
 __device__ inline void shuffled_multiply_add(double (&sums)[2][4][4], const double (&a)[2][4],
@@ -84,23 +87,22 @@ struct Operand {
   }
 };
 
-// Loads a stage by `threads` threads, with zeros beyond G and the columns listed:
-// rows [row, row + places) of G, columns [first, end) of those listed for a block as the depth,
+// out = rows [row, row + places) of G by columns [first, end) of those listed for a block, which are the depth; zeros
+// beyond. By all threads of a block.
 template <int threads, int places, typename G>
 __device__ inline void load_rows(const Gradients<G>& grads, const Layout& layout, int64_t block, int64_t row,
                                  int64_t first, int64_t end, Operand<float, places, false>& out) {
   constexpr int kStep = threads / kStage;
   const int depth = threadIdx.x % kStage, top = threadIdx.x / kStage;
   const int64_t c = first + depth < end ? column(layout, block, first + depth) : -1;
-  const int rows = c < 0 || row + top >= grads.m ? 0
-                   : grads.m - row < places      ? static_cast<int>(grads.m - row)
-                                                 : places;
+  const int rows = c < 0 ? 0 : grads.m - row < places ? static_cast<int>(grads.m - row) : places;
   const G* source = grads.data + (row + top) * grads.stride + c;
 #pragma unroll 16
   for (int r = top; r < places; r += kStep, source += kStep * grads.stride)
     out.at(r, depth) = r < rows ? to_float(*source) : 0.0f;
 }
-// rows [row, row + places) of a matrix [n, n], columns [first, first + kStage) as the depth,
+
+// out = rows [row, row + places) of a matrix [n, n] by columns [first, first + kStage), the depth; zeros beyond.
 template <int threads, int places>
 __device__ inline void load_matrix(const double* matrix, int64_t n, int64_t row, int64_t first,
                                    Operand<double, places, false>& out) {
@@ -111,7 +113,8 @@ __device__ inline void load_matrix(const double* matrix, int64_t n, int64_t row,
 #pragma unroll 8
   for (int r = top; r < places; r += kStep, source += kStep * n) out.at(r, depth) = r < rows ? *source : 0.0;
 }
-// or column c of G (none if c < 0) as the place threadIdx.x % places, rows [first, first + kStage) as the depth.
+
+// out = rows [first, first + kStage) of G, the depth, of column c (zeros if c < 0) at the place threadIdx.x % places.
 // Returns the sum of the squares of what this thread has loaded.
 template <int threads, int places, typename G>
 __device__ inline double load_column(const Gradients<G>& grads, int64_t c, int64_t first,

@@ -71,7 +71,7 @@ def shared_cxx_library() -> str | None:
     """Return the path of libstdc++.so to name to the linker, or None if the compiler finds a shared one by itself.
 
     A compiler that has only the static library would put a second copy of it into the extension, beside the one that
-    torch uses: messages of errors would then crash. That one, which this process has loaded, is linked instead.
+    torch uses; with two copies, throwing an error crashes. The shared one that torch has loaded is linked instead.
     """
     maps = Path("/proc/self/maps")
     found = _ask(*shlex.split(find_compiler().command), "-print-file-name=libstdc++.so").strip()

@@ -24,7 +24,7 @@ Start here: `mfac demo` compares M-FAC with magnitude pruning in a few minutes; 
 recipes/mfac.md` prunes a MobileNet as a recipe says, on the bundled digits. `mfac COMMAND --help` lists the options
 of a command. From Python: `import mfac; help(mfac)`.
 """
-_DONE, _FAILED, _WRONG, _INTERRUPTED, _UNREAD = 0, 1, 2, 130, 141  # exit statuses; the last two as a shell has them
+_DONE, _FAILED, _WRONG, _INTERRUPTED, _BROKEN_PIPE = 0, 1, 2, 130, 141  # exit statuses; 128 + SIGINT, 128 + SIGPIPE
 _Positive = Annotated[int, Parameter(validator=validators.Number(gte=1))]
 _Flat = Parameter(name="*")
 
@@ -225,8 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 on success; 2 for bad usage, options or recipes, and 1 for other failures, each with one line
-        on stderr (several if the kernels cannot be built); 130 if interrupted; 141, and no line, if the reader of a
-        pipe has ended.
+        on stderr (several if the kernels cannot be built); 130 if interrupted; 141, and no line, if stdout is a
+        closed pipe.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     tokens = [token for token in given if token != "--debug"]
@@ -242,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _WRONG
     except BrokenPipeError:  # the reader has ended, as in `mfac lint R.md | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left at its end
-        return _UNREAD
+        return _BROKEN_PIPE
     except (ValueError, TypeError, ImportError, OSError, RuntimeError, MemoryError) as error:
         if "--debug" in given:
             traceback.print_exc()

@@ -16,7 +16,7 @@ from mfac.pruning.quadratic import Plan, prune_vector
 DAMPINGS = ("1e-3*mean", "1e-2*mean", "1e-1*mean", "1*mean")  # candidates
 BLOCK_SIZES = (64, 128, 256, 512, 2048, 8192)
 _FIRST_DAMPING = "1e-2*mean"  # with which the block sizes are compared
-_STANDARD_ERRORS = 3  # by which a candidate must be better than the default (docs/defaults.md)
+_MIN_Z = 3.0  # of a candidate that replaces the default (docs/defaults.md)
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Candidate:
         damping: λ.
         block_size: B.
         score: ½ mean((G_B δ)²) over the gradients B that the step δ was not computed from.
-        better: By how many standard errors these gradients say that it is better than the default: z of Wilcoxon's
-            signed-rank test on their (g δ)²; 0 for the default.
+        z_score: z of Wilcoxon's signed-rank test on their (g δ)² against the default; positive is better, 0 for the
+            default.
     """
 
     damping: float
     block_size: int
     score: float
-    better: float
+    z_score: float
 
 
 def choose_settings(
@@ -50,8 +50,8 @@ def choose_settings(
 
     For ``"auto"`` the step is computed from three quarters of the gradients, A, and judged by (g δ)² for each g of the
     rest, B: twice the increase of the loss predicted by gradients which it has not seen. The default settings stand
-    unless B says by more than three standard errors that others are better: one in some 700 by chance, which some ten
-    candidates need. By ranks, because a few gradients make up most of the mean. Candidates are block sizes from
+    unless B says by more than three standard errors that another is better (by chance 1 in 700 per candidate; some ten
+    are compared), by ranks, because a few gradients make up most of the mean. Candidates are block sizes from
     64 to 8192 at λ = 1e-2 times the mean square of the gradients; then 1e-3, 0.1 and 1 times that at the best block
     size; then the neighbours of that size at the best λ: as long as some 10 steps.
 
@@ -88,28 +88,28 @@ def choose_settings(
         tried: dict[tuple[float | str, int | None], Candidate] = {}
         squares: dict[tuple[float | str, int | None], Tensor] = {}
 
-        def best_of(settings: list[tuple[float | str, int | None]]) -> tuple[float | str, int | None]:
+        def compare(settings: list[tuple[float | str, int | None]]) -> tuple[float | str, int | None]:
+            """Try settings, and return the best of all so far."""
             for value, size in settings:
                 if (value, size) not in tried:
                     step, trial = weights.clone(), part.replace(damping=value, block_size=size)
                     prune_vector(step, active, trial, plan)
                     step -= weights
                     own = squares[value, size] = torch.stack([(row.to(step) @ step).square() for row in rest]).cpu()
-                    better = _standard_errors(squares[default], own)
-                    tried[value, size] = Candidate(trial.damping, trial.block_size, 0.5 * float(own.mean()), better)
+                    z = _signed_rank_z(squares[default], own)
+                    tried[value, size] = Candidate(trial.damping, trial.block_size, 0.5 * float(own.mean()), z)
                     bar.update()
-            return max(tried, key=lambda key: tried[key].better)
+            return max(tried, key=lambda key: tried[key].z_score)
 
         with progress_bar(progress, "settings", 1 + len(dampings) + len(sizes)) as bar:
-            best_of([default])
-            _, size = best_of([(first, size) for size in sizes])
-            value, size = best_of([(value, size) for value in dampings])
+            compare([default])
+            _, size = compare([(first, size) for size in sizes])
+            best = value, size = compare([(value, size) for value in dampings])
             if size in sizes:
                 near = sizes.index(size)
-                best_of([(value, size) for size in sizes[max(near - 1, 0) : near + 2]])
+                best = compare([(value, size) for size in sizes[max(near - 1, 0) : near + 2]])
         candidates = list(tried.values())
-        best = best_of([])
-        damping, block_size = best if tried[best].better > _STANDARD_ERRORS else default
+        damping, block_size = best if tried[best].z_score > _MIN_Z else default
         if not tried[damping, block_size].score < math.inf:
             raise RuntimeError("damping: expected a candidate with a finite step, got none; are the gradients huge?")
     fisher = fisher.replace(damping=damping, block_size=block_size)
@@ -117,7 +117,7 @@ def choose_settings(
     return fisher, candidates
 
 
-def _standard_errors(default: Tensor, other: Tensor) -> float:
+def _signed_rank_z(default: Tensor, other: Tensor) -> float:
     """Return z of the signed-rank test that `other` [n] is smaller than `default` [n]; -inf if it is not finite."""
     if not other.isfinite().all():
         return -math.inf

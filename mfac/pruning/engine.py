@@ -164,7 +164,7 @@ class Engine:
             TypeError: If it is not a mapping.
             ValueError: If a name, type or shape does not fit.
         """
-        params, asked = self.params, self.reached
+        params, earlier = self.params, self.reached
         given = check_masks("masks", masks, params, NameTable.of_model(self.model))
         before = complete_masks(self.masks, params)
         merged = merge_masks([before, complete_masks(given, params)])
@@ -172,8 +172,8 @@ class Engine:
             return False
         self.masks = merged
         self.reached = self.selection.reached(flatten_masks(merged, params))
-        for key in asked:
-            for value in (asked[key], self.sparsities[key]):  # what was asked for, where its rounding gives as many
+        for key in earlier:
+            for value in (earlier[key], self.sparsities[key]):  # the exact sparsity, where it rounds to as many weights
                 if self.start_sparsity(key, value) == value:
                     self.reached[key] = value
                     break

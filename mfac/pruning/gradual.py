@@ -50,8 +50,8 @@ def _warn_at_exit() -> None:
 
 
 @contextmanager
-def errors_end_training() -> Iterator[None]:
-    """Let an error or Ctrl-C end the training inside without a warning of its unfinished Pruners: it says enough.
+def no_unfinished_warning() -> Iterator[None]:
+    """Suppress the warning of unfinished Pruners, all of this process, when an error or Ctrl-C ends the block.
 
     Raises:
         BaseException: What ended it.

@@ -307,7 +307,7 @@ def compare(recipes: Sequence[str], settings: RunSettings, seeds: int = 1) -> li
                 done = epochs_done(folder / tag) if record.content.get("running") == tag else None
                 goes_on = done is not None and done < manager.epochs
                 if not goes_on:
-                    (folder / tag / "checkpoint.pt").unlink(missing_ok=True)  # nobody knows of which run it is
+                    (folder / tag / "checkpoint.pt").unlink(missing_ok=True)  # may belong to another run
                     record.begin(tag)
                 run = replace(common, recipe_path=method.recipe, model_tag=tag, seed=seed)
                 measurements = train(replace(run, resume=goes_on, overwrite=not goes_on), "again")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mfac.gradients.batches import evaluation
 from mfac.progress import progress_bar
-from mfac.pruning.gradual import errors_end_training
+from mfac.pruning.gradual import no_unfinished_warning
 from mfac.pruning.result import PruneResult
 from mfac.tutorial.data import Batches, Data
 
@@ -68,6 +68,7 @@ def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float, float]:
     return loss / count, 100 * top1 / count, 100 * top5 / count
 
 
+@no_unfinished_warning()
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -101,7 +102,7 @@ def fit(
         report: Takes a line of text for each pruning step and each epoch.
         progress: Show progress: a bar on a terminal, a line now and then elsewhere.
         measurements: A list to append the measurements to as they are made.
-        seconds: The time of training and pruning before, of a run that goes on.
+        seconds: Seconds of training and pruning before this call, of a resumed run.
 
     Returns:
         The measurements in order.
@@ -131,45 +132,42 @@ def fit(
         measuring += time.perf_counter() - start
         return measurements[-1]
 
-    with errors_end_training():
-        for epoch in range(first_epoch, math.ceil(epochs)):
-            model.train()
-            data.start_epoch(epoch)
-            bar = progress_bar(progress, f"epoch {epoch}", steps)
-            for index, (images, targets) in zip(range(steps), data.train, strict=False):
-                with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-                    loss = F.cross_entropy(model(images).float(), targets)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.item())
-                if not math.isfinite(losses[-1]):
-                    got = f"{losses[-1]} in epoch {epoch}"
-                    raise RuntimeError(f"loss: expected a finite number, got {got}; try a smaller learning rate")
-                done, now = epoch * steps + index + 1, epoch + (index + 1) / steps
-                start = time.perf_counter()
-                results = stepper.step(now)
-                if results:
-                    sparsity = stepper.sparsity
-                    pruning = time.perf_counter() - start
-                    after = measure(done, now, True, pruning)
-                    increase = sum(result.predicted_loss_increase or 0.0 for result in results)
-                    predicted = f", predicted loss increase {increase:.3g}" if increase else ""
-                    report(
-                        f"epoch {now:.2f}: pruned to {100 * sparsity:.2f} % in {pruning:.1f} s{predicted}; "
-                        f"top-1 {after.top1:.1f} %"
-                    )
-                elif measure_every and (done % measure_every == 0 or (index == steps - 2 and now + 1 < epochs)):
-                    measure(done, now, False)
-                bar.set_postfix(loss=f"{loss.item():.3f}", sparsity=f"{100 * sparsity:.1f} %", refresh=False)
-                bar.update()
-                if now >= epochs:
-                    break
-            bar.close()
-            last = measurements[-1] if measurements and measurements[-1].step == done else measure(done, now, False)
-            report(
-                f"epoch {epoch} done: loss {last.loss:.4f}, top-1 {last.top1:.1f} %, sparsity {100 * sparsity:.2f} %"
-            )
-            if on_epoch is not None:
-                on_epoch(epoch, last)
+    for epoch in range(first_epoch, math.ceil(epochs)):
+        model.train()
+        data.start_epoch(epoch)
+        bar = progress_bar(progress, f"epoch {epoch}", steps)
+        for index, (images, targets) in zip(range(steps), data.train, strict=False):
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+                loss = F.cross_entropy(model(images).float(), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                got = f"{losses[-1]} in epoch {epoch}"
+                raise RuntimeError(f"loss: expected a finite number, got {got}; try a smaller learning rate")
+            done, now = epoch * steps + index + 1, epoch + (index + 1) / steps
+            start = time.perf_counter()
+            results = stepper.step(now)
+            if results:
+                sparsity = stepper.sparsity
+                pruning = time.perf_counter() - start
+                after = measure(done, now, True, pruning)
+                increase = sum(result.predicted_loss_increase or 0.0 for result in results)
+                predicted = f", predicted loss increase {increase:.3g}" if increase else ""
+                report(
+                    f"epoch {now:.2f}: pruned to {100 * sparsity:.2f} % in {pruning:.1f} s{predicted}; "
+                    f"top-1 {after.top1:.1f} %"
+                )
+            elif measure_every and (done % measure_every == 0 or (index == steps - 2 and now + 1 < epochs)):
+                measure(done, now, False)
+            bar.set_postfix(loss=f"{loss.item():.3f}", sparsity=f"{100 * sparsity:.1f} %", refresh=False)
+            bar.update()
+            if now >= epochs:
+                break
+        bar.close()
+        last = measurements[-1] if measurements and measurements[-1].step == done else measure(done, now, False)
+        report(f"epoch {epoch} done: loss {last.loss:.4f}, top-1 {last.top1:.1f} %, sparsity {100 * sparsity:.2f} %")
+        if on_epoch is not None:
+            on_epoch(epoch, last)
     return measurements

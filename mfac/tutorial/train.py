@@ -311,7 +311,7 @@ def check_options(settings: TrainSettings) -> None:
             raise ValueError(f"resume: expected it without --{name.replace('_', '-')}, got both")
 
 
-def train(settings: TrainSettings, repeated: str = "with --resume") -> list[Measurement]:
+def train(settings: TrainSettings, resume_hint: str = "with --resume") -> list[Measurement]:
     """Train and prune a model as a recipe says.
 
     Writes into `<save_dir>/<model_tag>/`: `model.pt` and `model.txt`, the best epoch from `save_best_after` on, and
@@ -323,7 +323,7 @@ def train(settings: TrainSettings, repeated: str = "with --resume") -> list[Meas
 
     Args:
         settings: The options.
-        repeated: How the command goes on after an interruption, for the text that says so.
+        resume_hint: How the command goes on after an interruption, for the text that says so.
 
     Returns:
         The measurements, one per epoch and one after every pruning step; of a run that goes on, also those before.
@@ -427,7 +427,7 @@ def train(settings: TrainSettings, repeated: str = "with --resume") -> list[Meas
     except KeyboardInterrupt:
         tqdm.write(
             f"interrupted; {folder / 'checkpoint.pt'} holds the model after {kept + 1} epochs: "
-            f"the same command {repeated} goes on from there"
+            f"the same command {resume_hint} goes on from there"
         )
         raise
     for line in _sparsity_lines(session):

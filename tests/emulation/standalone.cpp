@@ -127,11 +127,11 @@ void test_blocks(int64_t m, int64_t d, int64_t block_size) {
         for (int64_t k = 0; k <= i; ++k)
           solved[(b * m + i) * width + c] += inverse[(b * m + i) * m + k] * packed[(b * m + k) * width + c];
   Vector<float> diagonal(d, -1.0f);
-  inverse_diagonal(p.grads, p.layout, tile, solved.data(), m, damping, true, diagonal.data(), nullptr);
+  diagonal_of_solved(p.grads, p.layout, tile, solved.data(), m, damping, true, diagonal.data(), nullptr);
 
   Vector<float> solved_at_once(d, -1.0f);
-  solved_diagonal(p.grads, p.layout, tile, inverse.data(), damping, solved_at_once.data(), nullptr);
-  for (int64_t c = 0; c < d; ++c) expect("solved_diagonal", solved_at_once[c], diagonal[c], 1e-6);
+  capacitance_diagonal(p.grads, p.layout, tile, inverse.data(), damping, solved_at_once.data(), nullptr);
+  for (int64_t c = 0; c < d; ++c) expect("capacitance_diagonal", solved_at_once[c], diagonal[c], 1e-6);
 
   // F⁻¹ x by the pieces of inverse_product, and its diagonal from unit vectors
   constexpr int64_t k = 5;
@@ -243,7 +243,7 @@ void test_selection(int64_t n, int64_t distinct, bool bounded) {
     expect("sample", static_cast<double>(std::count(scores.begin(), scores.end(), score) > 0), 1);
 }
 
-// The two ways of a step of a product by a warp, of which the emulation has one only on the inside.
+// Both ways of a step of a product by a warp; the emulated kernels never take the second.
 void products_kernel(double* out) {
   double one[2][4][4] = {}, other[2][4][4] = {}, a[2][4], b[4][2];
   const int lane = static_cast<int>(threadIdx.x);

@@ -78,7 +78,7 @@ _NOT_RUN: dict[str, str] = {
     "SmoothQuantModifier": "rescales weights for quantization",
     "LogarithmicEqualizationModifier": "rescales weights for quantization",
 }
-_LIKENESS = 0.9  # of a misspelling to what was meant; whole words such as Layer and GM must not be taken for each other
+_CUTOFF = 0.9  # of a misspelling to what was meant; whole words such as Layer and GM must not be taken for each other
 
 
 def build(item: Item, strict: bool = False, name: str = "recipe") -> Modifier | None:
@@ -112,7 +112,7 @@ def build(item: Item, strict: bool = False, name: str = "recipe") -> Modifier | 
             raise ValueError(f"{where}: expected a modifier that mfac runs, got one that {_NOT_RUN[known_name]}")
         raise ValueError(
             f"{where}: expected one of {', '.join(MODIFIERS)}, got an unknown modifier"
-            f"{suggestion(known_name, MODIFIERS, _LIKENESS)}"
+            f"{suggestion(known_name, MODIFIERS, _CUTOFF)}"
         )
     cls = MODIFIERS[known_name]
     try:

@@ -91,9 +91,8 @@ class ACDCPruning(Modifier):
     """Alternate dense and sparse phases of `update_frequency` epochs (AC/DC; Peste et al., 2021, arXiv 2106.12379).
 
     The first phase is dense and the last one sparse: a dense one at the end is left out. If there is one phase only, it
-    is sparse. A sparse phase begins by
-    pruning the smallest weights, a dense one by letting them free and, with `momentum_buffer_reset`, setting the
-    momentum of SGD to zero.
+    is sparse. A sparse phase begins by pruning the smallest weights, a dense one by releasing them and, with
+    `momentum_buffer_reset`, setting the momentum of SGD to zero.
     """
 
     prunes: ClassVar[bool] = True
@@ -136,7 +135,10 @@ class ACDCPruning(Modifier):
         last = self.settled(end)
         if last <= end:
             return []
-        return [f"end_epoch: expected the last sparse phase in the {end:g} epochs of training, got it from {last:g} on"]
+        return [
+            f"end_epoch: expected the last sparse phase to begin within the {end:g} epochs of training, "
+            f"got epoch {last:g}"
+        ]
 
     def bind(self, target: Target) -> Action:
         """Return what holds the masks in sparse phases."""

@@ -31,7 +31,7 @@ _SCHEDULERS: dict[str, dict[str, Any]] = {
     "CosineAnnealingWarmRestarts": {"cycle_epochs": None, "lr_min": 0.0, "T_mult": 1},
 }
 _SPELLINGS = {"T_0": "cycle_epochs", "eta_min": "lr_min"}  # of torch -> of the format
-_MAX_DROPS = 1e15  # of a rate; whole numbers of that size are exact
+_MAX_DECAYS = 1e15  # bounds the exponent of gamma; the rate is 0 or infinite long before
 
 
 def _epochs(name: str, value: Any) -> list[float]:
@@ -40,7 +40,7 @@ def _epochs(name: str, value: Any) -> list[float]:
     return [number(name, item) for item in value]
 
 
-_KWARGS: dict[str, Callable[[str, Any], Any]] = {
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "step_size": positive,
     "milestones": _epochs,
     "gamma": lambda name, value: number(name, value, 0),
@@ -257,11 +257,11 @@ class LearningRate(OptimizerSetting):
         check_choice("lr_class", self.lr_class, _SCHEDULERS)
         self.init_lr = number("init_lr", self.init_lr, 0)
         self.lr_kwargs = self._check_kwargs(_SCHEDULERS[self.lr_class])
-        late = [x for x in self.lr_kwargs.get("milestones", ()) if not max(self.start_epoch, 0.0) < x < self.until]
-        if late:
+        outside = [x for x in self.lr_kwargs.get("milestones", ()) if not max(self.start_epoch, 0.0) < x < self.until]
+        if outside:
             raise ValueError(
                 f"lr_kwargs: expected milestones between start_epoch = {self.start_epoch:g} and end_epoch = "
-                f"{self.end_epoch:g}, in epochs of the training, got {late[0]:g}"
+                f"{self.end_epoch:g}, in epochs of the training, got {outside[0]:g}"
             )
 
     def _check_kwargs(self, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,7 +280,7 @@ class LearningRate(OptimizerSetting):
             if name not in given and default is None:
                 raise ValueError(f"lr_kwargs: expected a value of {name}, which {self.lr_class} needs, got none")
         try:
-            return {name: _KWARGS[name](name, given.get(name, default)) for name, default in known.items()}
+            return {name: _CHECKS[name](name, given.get(name, default)) for name, default in known.items()}
         except (TypeError, ValueError) as error:
             name, _, text = str(error).partition(": ")
             raise ValueError(f"lr_kwargs: {text} for {name}") from error
@@ -303,7 +303,7 @@ class LearningRate(OptimizerSetting):
         if self.lr_class == "MultiStepLR":
             drops = sum(epoch >= milestone - ROUNDING for milestone in kwargs["milestones"])
         else:
-            drops = math.floor(min(passed / kwargs.get("step_size", 1.0) + ROUNDING, _MAX_DROPS))
+            drops = math.floor(min(passed / kwargs.get("step_size", 1.0) + ROUNDING, _MAX_DECAYS))
         try:
             rate = self.init_lr * kwargs["gamma"] ** drops
         except OverflowError:
