@@ -4,8 +4,8 @@
 //   Fisher side        [F⁻¹]_ii = m ‖column i of W‖², at most 1/λ
 //
 //   capacitance_diagonal   Capacitance side in float64, m² flops per column: one block of threads for 128 columns, by
-//                          tiles of 64 rows of W G on the tensor cores (tiles.cuh), which are squared and added up where
-//                          they are. Tiles of W above the diagonal are left out.
+//                          tiles of 64 rows of W G on the tensor cores (tiles.cuh), which are squared and added up
+//                          in place. Tiles of W above the diagonal are left out.
 //   diagonal_of_solved     From W G, which cuBLAS has computed for the other precisions, or on the Fisher side from W:
 //                          one thread per column reads a column of it and of G once; loads are coalesced, sums are
 //                          float64.
