@@ -85,12 +85,12 @@ def test_pretrained_mobilenet(monkeypatch):
     built = build_model("mobilenet", 10, pretrained=True)
     described = {"arch_key": "mobilenet", "num_classes": 10, "width": 1, "stem_stride": 2, "relu6": True}
     described |= {"image_size": 224, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    assert asdict(built.network) == described
+    assert asdict(built.spec) == described
     assert torch.equal(built.model.input.conv.weight, source.conv_stem.weight)
     assert built.model.classifier.fc.weight.shape == (10, 1024)
     again = build_model("mobilenet", 10, image_size=32, described=described)
     assert again.model.sections[0][0].depth.relu6 and again.model.input.conv.stride == (2, 2)
-    assert asdict(again.network) == {**described, "image_size": 32}
+    assert asdict(again.spec) == {**described, "image_size": 32}
     with pytest.raises(ValueError, match="pretrained: expected width 1 and images of more than 64 x 64"):
         build_model("mobilenet", 10, width=0.5, pretrained=True)
     monkeypatch.setitem(sys.modules, "timm", None)
@@ -113,7 +113,7 @@ def test_names_of_other_packages(monkeypatch):
     model.pretrained_cfg = {"mean": (0.1,) * 3, "std": (0.2,) * 3}
     timm = SimpleNamespace(is_model=lambda name: name == "other", create_model=lambda name, **options: model)
     monkeypatch.setitem(sys.modules, "timm", timm)
-    assert build_model("other", 10).network.mean == (0.1,) * 3
+    assert build_model("other", 10).spec.mean == (0.1,) * 3
     with pytest.raises(ValueError, match="arch_key: expected mobilenet, a name of torchvision or timm"):
         build_model("none", 10)
 

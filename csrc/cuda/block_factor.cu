@@ -11,8 +11,8 @@
 //   W                        W_kk = L_kk⁻¹                       a warp per tile, by substitution, a column per lane
 //                            W_kc = -W_kk Σ_{c≤j<k} L_kj W_jc    a warp per column c of tiles, which waits for no other
 //
-// Latency bounds it, of loads of tiles and of the chain of pivots: several matrices share a multiprocessor, so that one's
-// products fill the others' waits.
+// Latency bounds it, of loads of tiles and of the chain of pivots: several matrices share a multiprocessor, so that
+// one's products fill the others' waits.
 #include "../numerics.h"
 #include "solve.cuh"
 #include "tiles.cuh"

@@ -1,6 +1,6 @@
-// What the kernels need of the CUDA runtime and of the tensor cores: launches, shared memory, memory sizes and a product
-// by a warp. The kernels include it as
-// <device.cuh>, because tests/emulation has a replacement, which runs them as C++ on the CPU.
+// What the kernels need of the CUDA runtime and of tensor cores: launches, shared memory, memory sizes, a product by
+// a warp. The kernels include it as <device.cuh>, because tests/emulation has a replacement, which runs them as C++ on
+// the CPU.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -62,8 +62,8 @@ void gram(const Gradients<G>& grads, const Layout& layout, const Tile& tile, boo
 
 // l[count, n, n] = lower Cholesky factors of a[count, n, n] + ridge I, zero above the diagonal; only the lower triangle
 // of a is read. inverse[count, n, n], unless null, L⁻¹. Orders up to kMaxOrder. A matrix that rounding made indefinite
-// gets a jitter on its diagonal: `rounding` times its trace at first, the rounding error of a, then ten times as much at
-// each further attempt. After kFactorAttempts, failed[0] becomes 1 + ids[i]; ids[count] are the blocks of the matrices.
+// gets a jitter on its diagonal: `rounding` times its trace at first, the rounding error of a, then ten times as much
+// at each further attempt. After kFactorAttempts, failed[0] becomes 1 + ids[i]; ids[count] are the matrices' blocks.
 constexpr int64_t kMaxOrder = 512;  // beyond, one block of threads per matrix is too few
 void cholesky(const double* a, int64_t count, int64_t n, double ridge, double rounding, const int32_t* ids, double* l,
               double* inverse, int32_t* failed, Stream stream);

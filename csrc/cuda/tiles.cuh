@@ -2,9 +2,9 @@
 // operands in shared memory.
 //
 // A warp computes a tile of kTile x kTile sums, kDepth terms at a time (tensor_multiply_add of device.cuh): 16 operands
-// in registers of each lane for 8192 multiplications by the warp. A block of threads has two rows of warps (gram: 2 x 2,
-// the diagonal: 2 x 4) and takes kStage terms at a time from operands in shared memory, where G is float32: bandwidth of
-// shared memory is what bounds these products. Several blocks of threads share a multiprocessor, so that some load while
+// in registers of each lane for 8192 multiplications by the warp. A block of threads has two rows of warps (gram: 2 x
+// 2, the diagonal: 2 x 4) and takes kStage terms at a time from operands in shared memory, where G is float32: its
+// bandwidth is what bounds these products. Several blocks of threads share a multiprocessor, so that some load while
 // others multiply.
 #pragma once
 

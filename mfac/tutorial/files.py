@@ -76,7 +76,7 @@ def read_state(name: str, path: str | Path, wanted: str, device: torch.device | 
 
 
 def description(state: Any) -> dict[str, Any]:
-    """Return what the content of a file says of its network: see :class:`mfac.tutorial.models.Network`.
+    """Return what the content of a file says of its network: see :class:`mfac.tutorial.models.NetworkSpec`.
 
     Args:
         state: What the file holds.

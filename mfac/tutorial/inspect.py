@@ -141,7 +141,7 @@ def evaluate(checkpoint_path: str, settings: ModelSettings) -> tuple[float, floa
             f"{settings.dataset_path or settings.dataset}"
         )
     built = _load(checkpoint_path, settings, described, data.num_classes)
-    data.normalize(built.network.mean, built.network.std)
+    data.normalize(built.spec.mean, built.spec.std)
     model = built.model
     loss, top1, top5 = measure(model, data.validation)
     for name, weight in _weights(model).items():
@@ -271,7 +271,7 @@ def export(checkpoint_path: str, output: str, settings: ModelSettings) -> None:
     model, size = built.model.cpu(), settings.image_size
     folder = make_folder("output", output)
     save(model.state_dict(), folder / "model.pt")
-    network = json.dumps(asdict(built.network), indent=1)
+    network = json.dumps(asdict(built.spec), indent=1)
     (folder / "network.json").write_text(f"{network}\n", encoding="utf-8")
     tqdm.write(f"{folder / 'model.pt'}: dense state_dict with exact zeros, sparsity {100 * _sparsity(model):.2f} %")
     try:

@@ -156,7 +156,7 @@ def mobilenet_from_timm(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
 
 
 @dataclass(frozen=True, kw_only=True)
-class Network:
+class NetworkSpec:
     """Which network a model is: what a file must say beside the weights, so that it can be built again and used."""
 
     arch_key: str
@@ -174,7 +174,7 @@ class Built:
     """A network and its description."""
 
     model: nn.Module
-    network: Network
+    spec: NetworkSpec
 
 
 def stem_stride(image_size: int) -> int:
@@ -200,8 +200,8 @@ def build_model(
         width: Multiplier of the channels, of mobilenet; None: 1.
         image_size: Height and width of the images, which decide the stride of mobilenet's first convolution.
         pretrained: With the weights of its package; for mobilenet those of timm, for images of 224 x 224.
-        described: What a file, whose weights are to be loaded, says of its network: fields of :class:`Network`. Stride,
-            activation and normalisation are taken from it.
+        described: What a file, whose weights are to be loaded, says of its network: fields of :class:`NetworkSpec`.
+            Stride, activation and normalisation are taken from it.
 
     Returns:
         The network; a classifier for another number of classes than the weights' is random.
@@ -215,7 +215,7 @@ def build_model(
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if arch_key != "mobilenet":
         stride = None
-        model, mean, std = _other(arch_key, num_classes, pretrained)
+        model, mean, std = _from_package(arch_key, num_classes, pretrained)
         if width is not None:
             raise ValueError(f"width: expected none for another network than mobilenet, got {width:g} for {arch_key}")
     else:
@@ -225,7 +225,7 @@ def build_model(
             model, mean, std = _pretrained_mobilenet(num_classes, width, stride)
         else:
             model = MobileNetV1(num_classes, width, stride, described.get("relu6", False))
-    network = Network(
+    spec = NetworkSpec(
         arch_key=arch_key,
         num_classes=num_classes,
         width=width,
@@ -235,13 +235,14 @@ def build_model(
         mean=tuple(described.get("mean", mean)),
         std=tuple(described.get("std", std)),
     )
-    return Built(model, network)
+    return Built(model, spec)
 
 
-_Parts = tuple[nn.Module, tuple[float, ...], tuple[float, ...]]  # a network, mean and standard deviation of its images
+# A network, mean and standard deviation of its images.
+_ModelAndNorm = tuple[nn.Module, tuple[float, ...], tuple[float, ...]]
 
 
-def _pretrained_mobilenet(num_classes: int, width: float, stride: int) -> _Parts:
+def _pretrained_mobilenet(num_classes: int, width: float, stride: int) -> _ModelAndNorm:
     if width != 1 or stride != 2:
         raise ValueError(
             "pretrained: expected width 1 and images of more than 64 x 64 for pretrained weights, got width "
@@ -253,7 +254,7 @@ def _pretrained_mobilenet(num_classes: int, width: float, stride: int) -> _Parts
     return model, (0.5,) * 3, (0.5,) * 3
 
 
-def _other(arch_key: str, num_classes: int, pretrained: bool) -> _Parts:
+def _from_package(arch_key: str, num_classes: int, pretrained: bool) -> _ModelAndNorm:
     """Build a network of another package."""
     if ":" in arch_key:
         return _from_function(arch_key, num_classes, pretrained), IMAGENET_MEAN, IMAGENET_STD
@@ -303,7 +304,7 @@ def _import(package: str, what: str) -> ModuleType:
         raise ImportError(f"{package}, which has {what}, is not installed: pip install {package}") from error
 
 
-def _torchvision(package: ModuleType, name: str, num_classes: int, pretrained: bool) -> _Parts | None:
+def _torchvision(package: ModuleType, name: str, num_classes: int, pretrained: bool) -> _ModelAndNorm | None:
     if name not in package.models.list_models():
         return None
     model = package.models.get_model(name, num_classes=num_classes)
@@ -312,7 +313,7 @@ def _torchvision(package: ModuleType, name: str, num_classes: int, pretrained: b
     return model, IMAGENET_MEAN, IMAGENET_STD
 
 
-def _timm(package: ModuleType, name: str, num_classes: int, pretrained: bool) -> _Parts | None:
+def _timm(package: ModuleType, name: str, num_classes: int, pretrained: bool) -> _ModelAndNorm | None:
     if not package.is_model(name):
         return None
     model = package.create_model(name, num_classes=num_classes, pretrained=pretrained)

@@ -114,7 +114,7 @@ def resolve(settings: T, described: Mapping[str, Any], path: str, fixed: Collect
     Args:
         settings: The options.
         described: What the file says of its network, possibly nothing: the fields of
-            :class:`mfac.tutorial.models.Network`, and its dataset.
+            :class:`mfac.tutorial.models.NetworkSpec`, and its dataset.
         path: The file, for the error.
         fixed: The options that must be as the file says.
 

@@ -193,7 +193,7 @@ def prepare(
         described=described,
     )
     built.model.to(device, memory_format=torch.channels_last)
-    data.normalize(built.network.mean, built.network.std)
+    data.normalize(built.spec.mean, built.spec.std)
     if state is not None:
         _load_state(built.model, state["model"], path)
     elif dense:
@@ -352,7 +352,7 @@ def train(settings: TrainSettings, resume_hint: str = "with --resume") -> list[M
     model = built.model
     if state is None and settings.initial_weights == "False" and manager.prunes:
         warn("pretrained: the recipe prunes random weights; --pretrained FILE (or True) gives trained ones")
-    network = {**asdict(built.network), "dataset": settings.dataset}
+    network = {**asdict(built.spec), "dataset": settings.dataset}
     logs = make_folder("logs_dir", settings.logs_dir) if settings.logs_dir else None
     make_folder("save_dir", folder)
     for line in manager.describe():
