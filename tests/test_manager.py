@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pruning_recipe import PRUNING
 from torch import nn
 
+from mfac import Pruner
 from mfac.recipe import Manager
 from mfac.recipe.modifiers import MODIFIERS, MagnitudePruning
 from mfac.tutorial.demo import recipe_path
@@ -373,3 +374,43 @@ def test_a_modifier_goes_on_from_constant_masks(model):
     for epoch in (0.5, 1.0, 2.0):
         session.step(epoch)
     assert session.sparsity == float((model[0].weight == 0).float().mean()) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("other", "released"),
+    [
+        ("!MagnitudePruningModifier {ARGS, final_sparsity: 0.8, start_epoch: 0, end_epoch: 2, "
+         "leave_enabled: False}", 3),
+        ("!ACDCPruningModifier {params: [weight], compression_sparsity: 0.7, start_epoch: 0, end_epoch: 5, "
+         "update_frequency: 1}", 2.5),
+        ("!ACDCPruningModifier {params: [weight], compression_sparsity: 0.9, start_epoch: 0, end_epoch: 3, "
+         "update_frequency: 1, leave_enabled: False}", 5),
+    ],
+)  # fmt: skip
+def test_masks_that_are_dropped_are_no_one_elses(other, released):
+    """A modifier does not keep what another lets go of."""
+    arguments = "params: [weight], init_sparsity: 0.0, update_frequency: 0.5"
+    own = "!MagnitudePruningModifier {ARGS, final_sparsity: 0.3, start_epoch: 0, end_epoch: 3}"
+    lines = ["!EpochRangeModifier {end_epoch: 5}", own, other]
+    recipe = "modifiers:\n" + "".join(f"  - {line}\n" for line in lines).replace("ARGS", arguments)
+    model = torch.nn.Linear(40, 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    session = Manager.from_recipe(recipe).apply(model, optimizer)
+    for step in range(1, 21):
+        model(torch.randn(8, 40)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        session.step(step / 4)
+        if step / 4 == released:
+            assert float((model.weight == 0).float().mean()) == pytest.approx(0.3, abs=0.03)
+
+
+def test_a_missing_group_is_pruned():
+    """Weights that are held leave one group of 2:4 to prune: half of that is not within its rounding."""
+    kept = torch.tensor([[True, True, False, False] * 15 + [True] * 4])
+    model = torch.nn.Linear(64, 1)
+    pruner = Pruner(model, sparsity=0.5, end=1, criterion="magnitude", pattern="2:4")
+    pruner.hold({"weight": kept})
+    pruner.step()
+    assert pruner.finished and pruner.sparsity == 0.5
+    assert ((model.weight[0].view(16, 4) != 0).sum(1) == 2).all()

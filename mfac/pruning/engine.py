@@ -141,7 +141,7 @@ class Engine:
         """Return the sparsity of a key now; the final one if the masks hold as many weights as that rounds to."""
         reached = self.reached[key]
         size = sum(self.selection.sizes[name] for name in dict(self.selection.segments)[key])
-        return final if abs(reached - final) * size <= 0.5 * self.selection.pattern.size else reached
+        return final if abs(reached - final) * size <= 0.5 * self.selection.pattern.pruned else reached
 
     def warn_of_zeros(self) -> None:
         """Warn of a model that was sparse when it came, but has no masks: its zeros would come back."""

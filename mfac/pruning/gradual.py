@@ -442,7 +442,7 @@ class Pruner:
             for key, names in engine.selection.segments:
                 due = engine.reached[key]
                 size = sum(engine.selection.sizes[name] for name in names)
-                if abs(held[key] - due) * size > 0.5 * engine.selection.pattern.size + 0.5:
+                if abs(held[key] - due) * size > 0.5 * engine.selection.pattern.pruned + 0.5:
                     raise RuntimeError(
                         f"model: expected a sparsity of {due:g} of {shorten(names, 3)}, got {held[key]:g}"
                     )

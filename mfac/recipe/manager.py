@@ -197,8 +197,8 @@ class Session:
 
     An update due at epoch e takes place in the first :meth:`step` whose epoch is at least e. For an integer e that is
     the call after the last optimizer step of the previous epoch; an update due at epoch 0 takes place after the first
-    optimizer step. Of several modifiers that prune the same weights, each goes on from the masks that the others hold,
-    so that the highest sparsity asked for is reached exactly.
+    optimizer step. Of several modifiers that prune the same weights, each goes on from the masks that the others hold
+    for good, so that the highest sparsity asked for is reached exactly.
 
     A session refers to its model, optimizer and batches. Copy or pickle them together, as in
     ``copy.deepcopy((model, optimizer, session))``, so that the copy prunes the copied model; this works if the
@@ -245,8 +245,9 @@ class Session:
         epoch = check_number("epoch", epoch)
         results = []
         for action in self._actions:
-            if isinstance(action, Pruning) and action.due(epoch):  # it goes on from what others hold
-                action.hold(merge_masks(other.masks for other in self._actions if other is not action))
+            if isinstance(action, Pruning) and action.due(epoch):  # it goes on from what others hold for good
+                others = [other for other in self._actions if other is not action and other.permanent(epoch)]
+                action.hold(merge_masks(other.masks for other in others))
             result = action.step(self._epoch, epoch)
             if result is not None:
                 results.append(result)

@@ -189,6 +189,10 @@ class Action:
         """
         raise NotImplementedError
 
+    def permanent(self, epoch: float) -> bool:
+        """Return whether the masks of that epoch are never dropped."""
+        return False
+
     def enforce(self) -> None:
         """Set the weights to zero that the masks hold."""
 

@@ -74,9 +74,12 @@ class _Constant(_Masked):
 
     def __init__(self, target: Target, params: list[str], start: float, end: float) -> None:
         super().__init__(target.model, params)
-        self._start, self._end = start, end if end >= 0 else math.inf
+        self._start, self._end = start, math.inf if end < 0 or end >= target.end > 0 else end
         if target.one_shot:
             self._start, self._end = 0.0, math.inf
+
+    def permanent(self, epoch: float) -> bool:
+        return self._end == math.inf
 
     def step(self, last: float, epoch: float) -> None:
         if last < max(self._start, 0.0) <= epoch:
@@ -149,6 +152,9 @@ class _Alternating(_Masked):
     def __init__(self, modifier: ACDCPruning, target: Target) -> None:
         super().__init__(target.model, modifier.params)
         self._modifier, self._optimizer, self._one_shot = modifier, target.optimizer, target.one_shot
+
+    def permanent(self, epoch: float) -> bool:
+        return self._one_shot or (self._modifier.leave_enabled and epoch >= self._modifier.settled(math.inf))
 
     def step(self, last: float, epoch: float) -> PruneResult | None:
         modifier, result = self._modifier, None

@@ -266,6 +266,10 @@ class Pruning(Action):
         """Enforce the masks, and prune if an update is due."""
         return None if self.released else self.pruner.step(epoch)
 
+    def permanent(self, epoch: float) -> bool:
+        """Return whether its masks are never dropped."""
+        return self._leave_enabled
+
     def due(self, epoch: float) -> bool:
         """Return whether an update is due."""
         return not self.released and self.pruner.due(epoch)
