@@ -42,9 +42,25 @@ def save(state: dict[str, Any], path: Path) -> None:
         path: The file; its folder is made if need be.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     torch.save(state, partial)
     partial.replace(path)
+
+
+def save_text(text: str, path: Path) -> None:
+    """Write a text file atomically, as :func:`save` does.
+
+    Args:
+        text: What to write.
+        path: The file, in a folder that is there.
+    """
+    partial = _partial(path)
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 
 def read_state(name: str, path: str | Path, wanted: str, device: torch.device | str) -> Any:
