@@ -19,6 +19,7 @@ from PIL import Image
 import mfac
 from mfac.cli.main import main
 from mfac.tutorial.data import Batches, load_data
+from mfac.tutorial.files import description
 from mfac.tutorial.inspect import sizes
 from mfac.tutorial.loop import evaluate
 from mfac.tutorial.models import MobileNetV1
@@ -289,6 +290,34 @@ def test_a_model_file_says_which_network_it_is(tmp_path, images, capsys, one_sho
     options = f"--width 0.2 --image-size 66 --dataset-path {folder}".split()
     assert main(["eval", str(path), *options]) == 0
     assert f"loss {loss:.4f}, top-1 {top1:.2f} %" in capsys.readouterr().out
+
+
+def test_an_older_file_is_read_by_its_options(tmp_path, images, monkeypatch, capsys):
+    """Its network says only mean, std and relu6: without options, all commands take the stride and size of before."""
+    folder, command = images
+    command[command.index("66")] = "64"
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, 1)
+        assert main(command) == 130
+    path = tmp_path / "runs" / "r" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    described = state["network"]
+    state["network"] = {name: described[name] for name in ("mean", "std", "relu6")}
+    state["settings"] |= {name: described[name] for name in ("arch_key", "width", "dataset", "image_size")}
+    torch.save(state, path)
+    assert main(["export", str(path), "--output", str(tmp_path / "x")]) == 0
+    network = json.loads((tmp_path / "x" / "network.json").read_text())
+    assert (network["width"], network["stem_stride"], network["image_size"]) == (0.2, 1, 64)
+    assert main(["eval", str(path), "--dataset-path", str(folder)]) == 0
+    start = f"train --recipe-path {tmp_path / 'r.yaml'} --save-dir {tmp_path / 'runs'} --dataset-path {folder} --resume"
+    start += " --device cpu --train-batch-size 12"
+    assert main([*start.split(), "--image-size", "224"]) == 2
+    assert f"image_size: expected 64, that of the network in {path}, got 224" in capsys.readouterr().err
+    assert main(start.split()) == 0
+    assert torch.load(path, weights_only=True)["network"] == described
+    state["network"], state["settings"] = {}, {"arch_key": "mobilenet", "dataset": "digits", "image_size": 224}
+    digits = {"arch_key": "mobilenet", "dataset": "digits", "image_size": 32, "stem_stride": 1}
+    assert description(state) == digits
 
 
 def test_weights_are_trained_on_as_the_network_that_they_are_of(tmp_path, images, capsys):

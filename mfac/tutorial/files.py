@@ -10,6 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfac.tutorial.data import DIGITS_SIZE
+from mfac.tutorial.models import stem_stride
+
+_OLD_SETTINGS = ("arch_key", "width", "image_size", "dataset")  # of files from before networks were described
+
 
 def make_folder(name: str, path: str | Path) -> Path:
     """Make the folder of an option, if it is not there.
@@ -98,10 +103,25 @@ def description(state: Any) -> dict[str, Any]:
         state: What the file holds.
 
     Returns:
-        The description; empty if the file has none, as a bare state_dict.
+        The description, of an older file completed by its options; empty if the file has none, as a bare state_dict.
     """
     network = state.get("network") if isinstance(state, dict) else None
-    return network if isinstance(network, dict) else {}
+    if not isinstance(network, dict):
+        return {}
+    settings = state.get("settings")
+    return {**_described_by_settings(settings), **network} if isinstance(settings, dict) else network
+
+
+def _described_by_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what the options in an older file of the program say of its network, which that does not say itself."""
+    found = {name: settings[name] for name in _OLD_SETTINGS if settings.get(name) is not None}
+    if found.get("dataset") == "digits":
+        found["image_size"] = DIGITS_SIZE  # whatever the option
+    if found.get("arch_key") != "mobilenet":
+        found.pop("width", None)
+    elif isinstance(found.get("image_size"), int):
+        found["stem_stride"] = stem_stride(found["image_size"])
+    return found
 
 
 def check_finite(name: str, path: str | Path, weights: Mapping[str, Any]) -> None:
