@@ -320,6 +320,33 @@ def test_an_older_file_is_read_by_its_options(tmp_path, images, monkeypatch, cap
     assert description(state) == digits
 
 
+def test_what_export_writes_is_read_with_its_description(tmp_path, images, capsys):
+    folder, command = images
+    network = {"arch_key": "mobilenet", "num_classes": 3, "width": 0.2, "stem_stride": 1, "relu6": True}
+    network |= {"image_size": 66, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    path, exported = tmp_path / "m.pt", tmp_path / "x" / "model.pt"
+    torch.save({"model": MobileNetV1(3, 0.2, 1, True).state_dict(), "network": network}, path)
+    assert main(["export", str(path), "--output", str(exported.parent)]) == 0
+    capsys.readouterr()
+    losses = []
+    for file in (path, exported):
+        assert main(["eval", str(file), "--dataset-path", str(folder)]) == 0
+        losses.append(capsys.readouterr().out)
+    assert losses[0] == losses[1]
+    assert main(["export", str(exported), "--output", str(tmp_path / "y")]) == 0
+    assert json.loads((tmp_path / "y" / "network.json").read_text()) == network
+    command[command.index("False")] = str(exported)
+    assert main([*command, "--one-shot"]) == 0
+    trained = torch.load(tmp_path / "runs" / "r" / "model.pt", weights_only=True)["network"]
+    assert (trained["stem_stride"], trained["relu6"], trained["mean"]) == (1, True, (0.1, 0.2, 0.3))
+    beside = exported.with_name("network.json")
+    for text in ("[]", "{", "\xff"):
+        beside.write_text(text, encoding="latin-1")
+        assert main(["eval", str(exported), "--dataset-path", str(folder)]) == 2
+        error = f"checkpoint_path: expected a description of the network in {beside}, got "
+        assert error in capsys.readouterr().err
+
+
 def test_weights_are_trained_on_as_the_network_that_they_are_of(tmp_path, images, capsys):
     """Without options as in the file; at another image size with the same stride."""
     folder, command = images

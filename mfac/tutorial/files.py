@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from mfac.tutorial.data import DIGITS_SIZE
 from mfac.tutorial.models import stem_stride
 
+NETWORK_FILE = "network.json"  # the description beside a bare state_dict
 _OLD_SETTINGS = ("arch_key", "width", "image_size", "dataset")  # of files from before networks were described
 
 
@@ -151,7 +153,8 @@ def read_model(
         device: Where the tensors go.
 
     Returns:
-        The state_dict, and what the file says of its network: see :func:`description`.
+        The state_dict, and what the file says of its network: see :func:`description`. For a bare state_dict that is
+        in `network.json` beside it, if that is there, as `mfac export` writes it.
 
     Raises:
         ValueError: If there is no such file, or no weights in it, or some that are not finite.
@@ -165,4 +168,17 @@ def read_model(
             f"{name}: expected a model of `mfac train` or a state_dict, got {path}, which holds no weights"
         )
     check_finite(name, path, weights)
+    beside = Path(path).with_name(NETWORK_FILE)
+    if weights is state and beside.is_file():
+        state, path = {"network": _read_network(name, beside)}, beside
     return weights, description(state)
+
+
+def _read_network(name: str, path: Path) -> dict[str, Any]:
+    try:
+        network = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: expected a description of the network in {path}, got {error}") from error
+    if not isinstance(network, dict):
+        raise ValueError(f"{name}: expected a description of the network in {path}, got {network!r:.80}")
+    return network
