@@ -21,7 +21,7 @@ class ModelSettings:
 
     Args:
         arch_key: Network: mobilenet, a name of torchvision or timm, or package.module:function (default: that of the
-            file of weights, else mobilenet).
+            file of weights unless that is a function, else mobilenet).
         width: Multiplier of mobilenet's channels (default: that of the file of weights, else 0.35 for digits and 1.0
             for other images).
         image_size: Height and width to which images are resized (default: that of the file of weights, else 224; digits
@@ -123,8 +123,14 @@ def resolve(settings: T, described: Mapping[str, Any], path: str, fixed: Collect
 
     Raises:
         TypeError: If the width is not a number.
-        ValueError: If an option differs from what the file says, or does not go with the dataset.
+        ValueError: If an option differs from what the file says, or does not go with the dataset, or only the file
+            says to call a function.
     """
+    function = described.get("arch_key")
+    if settings.arch_key is None and function is not None and ":" in function:
+        raise ValueError(
+            f"arch_key: expected --arch-key {function} to be given, because a file must not make the program run code"
+        )
     dataset = settings.dataset
     default = "digits" if described.get("image_size", DIGITS_SIZE) == DIGITS_SIZE else "imagefolder"
     of_file = described.get("dataset", default)
