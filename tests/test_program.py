@@ -317,7 +317,7 @@ def test_an_older_file_is_read_by_its_options(tmp_path, images, monkeypatch, cap
     assert torch.load(path, weights_only=True)["network"] == described
     state["network"], state["settings"] = {}, {"arch_key": "mobilenet", "dataset": "digits", "image_size": 224}
     digits = {"arch_key": "mobilenet", "dataset": "digits", "image_size": 32, "stem_stride": 1}
-    assert description(state) == digits
+    assert description(state, "checkpoint_path", path) == digits
 
 
 def test_what_export_writes_is_read_with_its_description(tmp_path, images, capsys):
@@ -345,6 +345,37 @@ def test_what_export_writes_is_read_with_its_description(tmp_path, images, capsy
         assert main(["eval", str(exported), "--dataset-path", str(folder)]) == 2
         error = f"checkpoint_path: expected a description of the network in {beside}, got "
         assert error in capsys.readouterr().err
+
+
+def test_the_fields_of_a_description_are_checked(tmp_path, capsys):
+    path, beside = tmp_path / "m.pt", tmp_path / "x" / "network.json"
+    weights = {"fc.weight": torch.zeros(3, 2)}
+    beside.parent.mkdir()
+    torch.save(weights, beside.with_name("m.pt"))
+    numbers = "3 numbers in [1e-06, 1e+06]"
+    for field, value, wanted in [
+        ("std", [0, 0, 0], numbers),
+        ("std", [1, 1, float("nan")], numbers),
+        ("mean", [0.5], "3 numbers in [-1e+06, 1e+06]"),
+        ("mean", "abc", "3 numbers in [-1e+06, 1e+06]"),
+        ("relu6", "False", "True or False"),
+        ("image_size", -5, "an int >= 1"),
+        ("width", "a", "a number > 0, at most 64,"),
+        ("width", None, "a number > 0, at most 64,"),
+        ("stem_stride", 3, "1 or 2"),
+        ("num_classes", "3", "an int >= 1"),
+        ("num_classes", True, "an int >= 1"),
+        ("dataset", "cifar", "one of digits, imagenette, imagefolder"),
+        ("arch_key", 1, "the name of a network"),
+    ]:
+        torch.save({"model": weights, "network": {field: value}}, path)
+        beside.write_text(json.dumps({field: value}))
+        for file, said_in in ((path, path), (beside.with_name("m.pt"), beside)):
+            assert main(["eval", str(file)]) == 2
+            error = f"checkpoint_path: expected {wanted} as {field} of the network in {said_in}, got {value!r}"
+            assert error in capsys.readouterr().err
+    other = {"arch_key": "net", "width": None, "stem_stride": None}
+    assert description({"network": other}, "checkpoint_path", path) == other
 
 
 def test_weights_are_trained_on_as_the_network_that_they_are_of(tmp_path, images, capsys):

@@ -4,18 +4,48 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mfac.tutorial.data import DIGITS_SIZE
-from mfac.tutorial.models import stem_stride
+from mfac.tutorial.data import DATASETS, DIGITS_SIZE
+from mfac.tutorial.models import MAX_WIDTH, stem_stride
 
 NETWORK_FILE = "network.json"  # the description beside a bare state_dict
 _OLD_SETTINGS = ("arch_key", "width", "image_size", "dataset")  # of files from before networks were described
+
+
+_OF_MOBILENET = ("width", "stem_stride")  # None for other networks
+_LARGE = 1e6  # for mean and std
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
+def _are_numbers(value: Any, low: float) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 3 and all(_is_number(v, low, _LARGE) for v in value)
+
+
+# What the fields of a description must be.
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "arch_key": ("the name of a network", lambda value: isinstance(value, str) and value != ""),
+    "num_classes": ("an int >= 1", _is_int),
+    "width": (f"a number > 0, at most {MAX_WIDTH},", lambda value: _is_number(value, 0, MAX_WIDTH) and value > 0),
+    "stem_stride": ("1 or 2", lambda value: _is_int(value) and value <= 2),
+    "relu6": ("True or False", lambda value: isinstance(value, bool)),
+    "image_size": ("an int >= 1", _is_int),
+    "mean": (f"3 numbers in [{-_LARGE:g}, {_LARGE:g}]", lambda value: _are_numbers(value, -_LARGE)),
+    "std": (f"3 numbers in [{1 / _LARGE:g}, {_LARGE:g}]", lambda value: _are_numbers(value, 1 / _LARGE)),
+    "dataset": (f"one of {', '.join(DATASETS)}", lambda value: isinstance(value, str) and value in DATASETS),
+}
 
 
 def make_folder(name: str, path: str | Path) -> Path:
@@ -98,20 +128,35 @@ def read_state(name: str, path: str | Path, wanted: str, device: torch.device | 
         ) from error
 
 
-def description(state: Any) -> dict[str, Any]:
+def description(state: Any, name: str, path: str | Path) -> dict[str, Any]:
     """Return what the content of a file says of its network: see :class:`mfac.tutorial.models.NetworkSpec`.
 
     Args:
         state: What the file holds.
+        name: Of the option that names the file, for the error.
+        path: The file.
 
     Returns:
         The description, of an older file completed by its options; empty if the file has none, as a bare state_dict.
+
+    Raises:
+        ValueError: If a field of it is not as expected.
     """
     network = state.get("network") if isinstance(state, dict) else None
     if not isinstance(network, dict):
         return {}
     settings = state.get("settings")
-    return {**_described_by_settings(settings), **network} if isinstance(settings, dict) else network
+    if isinstance(settings, dict):
+        network = {**_described_by_settings(settings), **network}
+    mobilenet = network.get("arch_key", "mobilenet") == "mobilenet"
+    for field, (wanted, is_valid) in _FIELDS.items():
+        if field not in network:
+            continue
+        value = network[field]
+        absent = value is None and field in _OF_MOBILENET and not mobilenet
+        if not absent and not is_valid(value):
+            raise ValueError(f"{name}: expected {wanted} as {field} of the network in {path}, got {value!r:.80}")
+    return network
 
 
 def _described_by_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -157,7 +202,8 @@ def read_model(
         in `network.json` beside it, if that is there, as `mfac export` writes it.
 
     Raises:
-        ValueError: If there is no such file, or no weights in it, or some that are not finite.
+        ValueError: If there is no such file, or no weights in it, or some that are not finite, or its description is
+            not as expected.
     """
     state = weights = read_state(name, path, "a state_dict", device)
     for key in ("model", "state_dict"):
@@ -171,7 +217,7 @@ def read_model(
     beside = Path(path).with_name(NETWORK_FILE)
     if weights is state and beside.is_file():
         state, path = {"network": _read_network(name, beside)}, beside
-    return weights, description(state)
+    return weights, description(state, name, path)
 
 
 def _read_network(name: str, path: Path) -> dict[str, Any]:

@@ -174,7 +174,10 @@ def prepare(
         The options with network, images and their size filled in; the images, normalised as the network expects; and
         the network: dense and trained, loaded from a file, with random weights, or of the checkpoint.
     """
-    described, path = describe_pretrained(settings) if state is None else (description(state), path)
+    if state is None:
+        described, path = describe_pretrained(settings)
+    else:
+        described = description(state, "checkpoint_path", path)
     settings = resolve(settings, described, path, fixed)
     pretrained = settings.initial_weights if state is None else "False"
     digits = settings.dataset == "digits"
