@@ -139,3 +139,17 @@ def test_a_function_of_ones_own(tmp_path, monkeypatch, capsys):
     exported = torch.load(tmp_path / "r" / "exported" / "model.pt", weights_only=True)
     assert int((exported["3.weight"] == 0).sum()) == 2560
     assert main(["train", "--recipe-path", str(tmp_path / "r.yaml"), "--arch-key", "no.such:net"]) == 1
+
+
+def test_a_file_does_not_make_the_program_import(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "evilmod.py").write_text("raise SystemExit('imported')\n")
+    path = tmp_path / "m.pt"
+    torch.save({"model": small(10).state_dict(), "network": {"arch_key": "evilmod:make", "num_classes": 10}}, path)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("modifiers:\n  - !EpochRangeModifier {end_epoch: 1}\n")
+    for command in (f"eval {path}", f"export {path}", f"train --recipe-path {recipe} --pretrained {path}"):
+        assert main(command.split()) == 2
+        error = "arch_key: expected --arch-key evilmod:make to be given, because a file must not make the program run"
+        assert error in capsys.readouterr().err
+    assert "evilmod" not in sys.modules

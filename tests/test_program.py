@@ -19,6 +19,7 @@ from PIL import Image
 import mfac
 from mfac.cli.main import main
 from mfac.tutorial.data import Batches, load_data
+from mfac.tutorial.files import description
 from mfac.tutorial.inspect import sizes
 from mfac.tutorial.loop import evaluate
 from mfac.tutorial.models import MobileNetV1
@@ -289,6 +290,92 @@ def test_a_model_file_says_which_network_it_is(tmp_path, images, capsys, one_sho
     options = f"--width 0.2 --image-size 66 --dataset-path {folder}".split()
     assert main(["eval", str(path), *options]) == 0
     assert f"loss {loss:.4f}, top-1 {top1:.2f} %" in capsys.readouterr().out
+
+
+def test_an_older_file_is_read_by_its_options(tmp_path, images, monkeypatch, capsys):
+    """Its network says only mean, std and relu6: without options, all commands take the stride and size of before."""
+    folder, command = images
+    command[command.index("66")] = "64"
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, 1)
+        assert main(command) == 130
+    path = tmp_path / "runs" / "r" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    described = state["network"]
+    state["network"] = {name: described[name] for name in ("mean", "std", "relu6")}
+    state["settings"] |= {name: described[name] for name in ("arch_key", "width", "dataset", "image_size")}
+    torch.save(state, path)
+    assert main(["export", str(path), "--output", str(tmp_path / "x")]) == 0
+    network = json.loads((tmp_path / "x" / "network.json").read_text())
+    assert (network["width"], network["stem_stride"], network["image_size"]) == (0.2, 1, 64)
+    assert main(["eval", str(path), "--dataset-path", str(folder)]) == 0
+    start = f"train --recipe-path {tmp_path / 'r.yaml'} --save-dir {tmp_path / 'runs'} --dataset-path {folder} --resume"
+    start += " --device cpu --train-batch-size 12"
+    assert main([*start.split(), "--image-size", "224"]) == 2
+    assert f"image_size: expected 64, that of the network in {path}, got 224" in capsys.readouterr().err
+    assert main(start.split()) == 0
+    assert torch.load(path, weights_only=True)["network"] == described
+    state["network"], state["settings"] = {}, {"arch_key": "mobilenet", "dataset": "digits", "image_size": 224}
+    digits = {"arch_key": "mobilenet", "dataset": "digits", "image_size": 32, "stem_stride": 1}
+    assert description(state, "checkpoint_path", path) == digits
+
+
+def test_what_export_writes_is_read_with_its_description(tmp_path, images, capsys):
+    folder, command = images
+    network = {"arch_key": "mobilenet", "num_classes": 3, "width": 0.2, "stem_stride": 1, "relu6": True}
+    network |= {"image_size": 66, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    path, exported = tmp_path / "m.pt", tmp_path / "x" / "model.pt"
+    torch.save({"model": MobileNetV1(3, 0.2, 1, True).state_dict(), "network": network}, path)
+    assert main(["export", str(path), "--output", str(exported.parent)]) == 0
+    capsys.readouterr()
+    losses = []
+    for file in (path, exported):
+        assert main(["eval", str(file), "--dataset-path", str(folder)]) == 0
+        losses.append(capsys.readouterr().out)
+    assert losses[0] == losses[1]
+    assert main(["export", str(exported), "--output", str(tmp_path / "y")]) == 0
+    assert json.loads((tmp_path / "y" / "network.json").read_text()) == network
+    command[command.index("False")] = str(exported)
+    assert main([*command, "--one-shot"]) == 0
+    trained = torch.load(tmp_path / "runs" / "r" / "model.pt", weights_only=True)["network"]
+    assert (trained["stem_stride"], trained["relu6"], trained["mean"]) == (1, True, (0.1, 0.2, 0.3))
+    beside = exported.with_name("network.json")
+    for text in ("[]", "{", "\xff"):
+        beside.write_text(text, encoding="latin-1")
+        assert main(["eval", str(exported), "--dataset-path", str(folder)]) == 2
+        error = f"checkpoint_path: expected a description of the network in {beside}, got "
+        assert error in capsys.readouterr().err
+
+
+def test_the_fields_of_a_description_are_checked(tmp_path, capsys):
+    path, beside = tmp_path / "m.pt", tmp_path / "x" / "network.json"
+    weights = {"fc.weight": torch.zeros(3, 2)}
+    beside.parent.mkdir()
+    torch.save(weights, beside.with_name("m.pt"))
+    numbers = "3 numbers in [1e-06, 1e+06]"
+    for field, value, wanted in [
+        ("std", [0, 0, 0], numbers),
+        ("std", [1, 1, float("nan")], numbers),
+        ("mean", [0.5], "3 numbers in [-1e+06, 1e+06]"),
+        ("mean", "abc", "3 numbers in [-1e+06, 1e+06]"),
+        ("relu6", "False", "True or False"),
+        ("image_size", -5, "an int >= 1"),
+        ("width", "a", "a number > 0, at most 64,"),
+        ("width", None, "a number > 0, at most 64,"),
+        ("stem_stride", 3, "1 or 2"),
+        ("num_classes", "3", "an int >= 1"),
+        ("num_classes", True, "an int >= 1"),
+        ("dataset", "cifar", "one of digits, imagenette, imagefolder"),
+        ("arch_key", 1, "the name of a network"),
+    ]:
+        torch.save({"model": weights, "network": {field: value}}, path)
+        beside.write_text(json.dumps({field: value}))
+        for file, said_in in ((path, path), (beside.with_name("m.pt"), beside)):
+            assert main(["eval", str(file)]) == 2
+            error = f"checkpoint_path: expected {wanted} as {field} of the network in {said_in}, got {value!r}"
+            assert error in capsys.readouterr().err
+    other = {"arch_key": "net", "width": None, "stem_stride": None}
+    assert description({"network": other}, "checkpoint_path", path) == other
 
 
 def test_weights_are_trained_on_as_the_network_that_they_are_of(tmp_path, images, capsys):

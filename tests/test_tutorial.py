@@ -233,6 +233,32 @@ def test_resume_under_another_tag_always_leaves_a_model(settings, tmp_path):
     assert torch.load(folder / "model.pt", weights_only=True)["epoch"] == 2
 
 
+@pytest.mark.parametrize("killed_before", ["model.pt", "model.txt", "checkpoint.pt"])
+def test_a_run_killed_between_its_last_files_repeats_the_epoch(settings, tmp_path, monkeypatch, killed_before):
+    train(TrainSettings(**settings, seed=1))
+    whole = torch.load(tmp_path / "runs" / "tag" / "model.pt", weights_only=True)
+    replace_file = Path.replace
+
+    def replace(self, target):
+        if target.name == killed_before and (
+            killed_before != "checkpoint.pt" or (target.parent / "model.txt").exists()
+        ):
+            raise KeyboardInterrupt
+        return replace_file(self, target)
+
+    options = {**settings, "seed": 1, "model_tag": "killed"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            train(TrainSettings(**options))
+    train(TrainSettings(**options, resume=True))
+    run = tmp_path / "runs" / "killed"
+    model, checkpoint = (torch.load(run / name, weights_only=True) for name in ("model.pt", "checkpoint.pt"))
+    assert (model["epoch"], checkpoint["epoch"]) == (2, 2)
+    assert all(torch.equal(model["model"][name], value) for name, value in whole["model"].items())
+    assert (run / "model.txt").read_bytes() == (tmp_path / "runs" / "tag" / "model.txt").read_bytes()
+
+
 def test_resume_in_the_middle_prunes_the_rest(settings, tmp_path):
     train(TrainSettings(**{**settings, "recipe_args": "epochs=1"}))
     checkpoint = str(tmp_path / "runs" / "tag" / "checkpoint.pt")

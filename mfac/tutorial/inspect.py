@@ -20,7 +20,7 @@ from mfac.pruning.step import prune_step
 from mfac.recipe.manager import Manager
 from mfac.tutorial.data import Data
 from mfac.tutorial.dense import load_weights
-from mfac.tutorial.files import make_folder, read_model, save
+from mfac.tutorial.files import NETWORK_FILE, make_folder, read_model, save, save_text
 from mfac.tutorial.loop import evaluate as measure
 from mfac.tutorial.models import Built, build_model
 from mfac.tutorial.settings import NETWORK, ModelSettings, TrainSettings, resolve
@@ -272,7 +272,7 @@ def export(checkpoint_path: str, output: str, settings: ModelSettings) -> None:
     folder = make_folder("output", output)
     save(model.state_dict(), folder / "model.pt")
     network = json.dumps(asdict(built.spec), indent=1)
-    (folder / "network.json").write_text(f"{network}\n", encoding="utf-8")
+    save_text(f"{network}\n", folder / NETWORK_FILE)
     tqdm.write(f"{folder / 'model.pt'}: dense state_dict with exact zeros, sparsity {100 * _sparsity(model):.2f} %")
     try:
         from safetensors.torch import save_model

@@ -19,7 +19,7 @@ from mfac.tutorial.data import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD
 
 # (blocks, output channels at width 1.0); the first block of a section has stride 2, except in the first section.
 SECTIONS = ((1, 64), (2, 128), (2, 256), (6, 512), (2, 1024))
-_MAX_WIDTH = 64  # 12 billion weights
+MAX_WIDTH = 64  # 12 billion weights
 _SMALL = 64  # images up to this size pass the first convolution with stride 1
 
 
@@ -94,7 +94,7 @@ class MobileNetV1(nn.Module):
     def __init__(self, num_classes: int = 1000, width: float = 1.0, stem_stride: int = 2, relu6: bool = False) -> None:
         super().__init__()
         self.relu6 = relu6
-        if check_number("width", width, high=_MAX_WIDTH) <= 0:
+        if check_number("width", width, high=MAX_WIDTH) <= 0:
             raise ValueError(f"width: expected > 0, got {width}")
         check_int("num_classes", num_classes)
         check_int("stem_stride", stem_stride, 1, 2)

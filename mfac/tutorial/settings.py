@@ -21,7 +21,7 @@ class ModelSettings:
 
     Args:
         arch_key: Network: mobilenet, a name of torchvision or timm, or package.module:function (default: that of the
-            file of weights, else mobilenet).
+            file of weights unless that is a function, else mobilenet).
         width: Multiplier of mobilenet's channels (default: that of the file of weights, else 0.35 for digits and 1.0
             for other images).
         image_size: Height and width to which images are resized (default: that of the file of weights, else 224; digits
@@ -123,19 +123,27 @@ def resolve(settings: T, described: Mapping[str, Any], path: str, fixed: Collect
 
     Raises:
         TypeError: If the width is not a number.
-        ValueError: If an option differs from what the file says, or does not go with the dataset.
+        ValueError: If an option differs from what the file says, or does not go with the dataset, or only the file
+            says to call a function.
     """
+    function = described.get("arch_key")
+    if settings.arch_key is None and function is not None and ":" in function:
+        raise ValueError(
+            f"arch_key: expected --arch-key {function} to be given, because a file must not make the program run code"
+        )
     dataset = settings.dataset
-    if dataset is None and settings.dataset_path is not None and described.get("dataset", "digits") == "digits":
+    default = "digits" if described.get("image_size", DIGITS_SIZE) == DIGITS_SIZE else "imagefolder"
+    of_file = described.get("dataset", default)
+    if dataset is None and settings.dataset_path is not None and of_file == "digits":
         dataset = "imagefolder"
-    digits = dataset == "digits" or (dataset is None and described.get("dataset", "digits") == "digits")
+    digits = (dataset or of_file) == "digits"
     if digits and settings.dataset_path is not None:
         raise ValueError(f"dataset_path: expected none for the digits, got {settings.dataset_path}")
     if digits and settings.image_size not in (None, DIGITS_SIZE):
         raise ValueError(f"image_size: expected {DIGITS_SIZE} for the digits, got {settings.image_size}")
     image_size = DIGITS_SIZE if digits else settings.image_size
     options = {"arch_key": settings.arch_key, "width": settings.width, "image_size": image_size, "dataset": dataset}
-    defaults = {"arch_key": "mobilenet", "image_size": IMAGE_SIZE, "dataset": "digits"}
+    defaults = {"arch_key": "mobilenet", "image_size": IMAGE_SIZE, "dataset": default}
     for name, given in options.items():
         known = described.get(name)
         if name in fixed and given is not None and known is not None and given != known:
@@ -143,6 +151,6 @@ def resolve(settings: T, described: Mapping[str, Any], path: str, fixed: Collect
             raise ValueError(f"{name}: expected {known}, that of the network in {path}, got {got}")
         options[name] = next((value for value in (given, known, defaults.get(name)) if value is not None), None)
     if options["arch_key"] == "mobilenet":
-        default = DIGITS_WIDTH if digits else 1.0
-        options["width"] = check_positive("width", default if options["width"] is None else options["width"])
+        width = DIGITS_WIDTH if digits else 1.0
+        options["width"] = check_positive("width", width if options["width"] is None else options["width"])
     return replace(settings, **options)

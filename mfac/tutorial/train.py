@@ -20,7 +20,7 @@ from mfac.recipe.manager import Manager, Session
 from mfac.tutorial.data import DIGITS_MEAN, DIGITS_STD, Data, load_data
 from mfac.tutorial.dense import dense_digits, load_weights
 from mfac.tutorial.download import fetch_imagenette
-from mfac.tutorial.files import check_finite, description, make_folder, read_model, read_state, save
+from mfac.tutorial.files import check_finite, description, make_folder, read_model, read_state, save, save_text
 from mfac.tutorial.loop import Measurement, evaluate, fit
 from mfac.tutorial.models import Built, build_model
 from mfac.tutorial.settings import NETWORK, ModelSettings, RunSettings, TrainSettings, resolve
@@ -174,7 +174,10 @@ def prepare(
         The options with network, images and their size filled in; the images, normalised as the network expects; and
         the network: dense and trained, loaded from a file, with random weights, or of the checkpoint.
     """
-    described, path = describe_pretrained(settings) if state is None else (description(state), path)
+    if state is None:
+        described, path = describe_pretrained(settings)
+    else:
+        described = description(state, "checkpoint_path", path)
     settings = resolve(settings, described, path, fixed)
     pretrained = settings.initial_weights if state is None else "False"
     digits = settings.dataset == "digits"
@@ -206,7 +209,7 @@ def prepare(
 def _write_model_text(path: Path, epoch: int, measured: Measurement, session: Session) -> None:
     lines = [f"epoch: {epoch}", f"__loss__: {measured.loss}", f"top1acc: {measured.top1}", f"top5acc: {measured.top5}"]
     lines += [f"sparsity: {session.sparsity:.6f}", *_sparsity_lines(session)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    save_text("\n".join(lines) + "\n", path)
 
 
 def _sparsity_lines(session: Session) -> list[str]:
@@ -397,13 +400,13 @@ def train(settings: TrainSettings, resume_hint: str = "with --resume") -> list[M
             "measurements": [asdict(measured) for measured in (*earlier, *measurements)],
             "settings": {name: getattr(settings, name) for name in _SAME},
         }
-        save(state, folder / "checkpoint.pt")
-        kept = epoch
-        if logs and measured is not None:
-            _write_logs(logs, folder.name, [*earlier, *measurements])
         if is_best or (epoch == final_epoch and (best is None or not (folder / "model.txt").exists())):
             save(state, folder / "model.pt")
             _write_model_text(folder / "model.txt", epoch, measured, session)
+        save(state, folder / "checkpoint.pt")  # last: a run that is killed before repeats the epoch, with the same bits
+        kept = epoch
+        if logs and measured is not None:
+            _write_logs(logs, folder.name, [*earlier, *measurements])
 
     kept = first_epoch - 1
     if state is None or settings.overwrite:
