@@ -13,6 +13,7 @@ from PIL import Image
 from mfac.tutorial.data import Digits, ImageFolder, load_data
 from mfac.tutorial.demo import METHODS, demo
 from mfac.tutorial.dense import dense_digits, load_weights
+from mfac.tutorial.files import read_model
 from mfac.tutorial.loop import evaluate
 from mfac.tutorial.models import MobileNetV1
 from mfac.tutorial.settings import TrainSettings
@@ -355,7 +356,7 @@ def test_files_that_are_not_weights(tmp_path):
         ("wide.pt", r"expected shape \[8, 3, 3, 3\] of input.conv.weight, got \[16, 3, 3, 3\] in .*wide.pt"),
     ]:
         with pytest.raises(ValueError, match=message):
-            load_weights(model, tmp_path / name, 10)
+            load_weights(model, read_model("pretrained", tmp_path / name)[0], tmp_path / name, 10)
 
 
 def test_dense_model_is_trained_once(tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ def choose_settings(
         options = {"backend": fisher.backend, "precision": fisher.precision, "device": fisher.device}
         part, rest = Fisher(fisher.grads[: m * 3 // 4], **options), fisher.grads[m * 3 // 4 :]
         tried: dict[tuple[float | str, int | None], Candidate] = {}
-        squares: dict[tuple[float | str, int | None], Tensor] = {}
+        squares: list[Tensor] = []  # (g δ)² of the candidates, the default first
 
         def compare(settings: list[tuple[float | str, int | None]]) -> tuple[float | str, int | None]:
             """Try settings, and return the best of all so far."""
@@ -95,9 +95,9 @@ def choose_settings(
                     step, trial = weights.clone(), part.replace(damping=value, block_size=size)
                     prune_vector(step, active, trial, plan)
                     step -= weights
-                    own = squares[value, size] = torch.stack([(row.to(step) @ step).square() for row in rest]).cpu()
-                    z = _signed_rank_z(squares[default], own)
-                    tried[value, size] = Candidate(trial.damping, trial.block_size, 0.5 * float(own.mean()), z)
+                    squares.append(torch.stack([(row.to(step) @ step).square() for row in rest]).cpu())
+                    score, z = 0.5 * float(squares[-1].mean()), _signed_rank_z(squares[0], squares[-1])
+                    tried[value, size] = Candidate(trial.damping, trial.block_size, score, z)
                     bar.update()
             return max(tried, key=lambda key: tried[key].z_score)
 

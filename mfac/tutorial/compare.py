@@ -18,7 +18,7 @@ from mfac.recipe.manager import Manager
 from mfac.tutorial.files import make_folder
 from mfac.tutorial.loop import Measurement
 from mfac.tutorial.settings import RunSettings, TrainSettings, resolve
-from mfac.tutorial.train import check_options, describe_pretrained, epochs_done, measure_initial, train
+from mfac.tutorial.train import check_options, epochs_done, measure_initial, read_pretrained, train
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -279,7 +279,8 @@ def compare(recipes: Sequence[str], settings: RunSettings, seeds: int = 1) -> li
         raise ValueError("recipes: expected at least one, got none")
     check_int("seeds", seeds)
     managers = [Manager.from_recipe(recipe, settings.recipe_args) for recipe in recipes]
-    settings = resolve(settings, *describe_pretrained(settings))
+    _, described, path = read_pretrained(settings)
+    settings = resolve(settings, described, path)
     common = TrainSettings(recipe_path=recipes[0], **asdict(settings))
     check_options(common)
     labels = _labels(recipes)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from mfac._build import cache_dir, make_private
 from mfac.pruning.result import PruneResult
 from mfac.tutorial.data import DIGITS_SIZE, load_data
-from mfac.tutorial.files import read_model, save
+from mfac.tutorial.files import save
 from mfac.tutorial.loop import evaluate, fit
 from mfac.tutorial.models import MobileNetV1, stem_stride
 
@@ -86,25 +86,26 @@ def dense_digits(
 
 def load_weights(
     model: nn.Module,
+    state: Mapping[str, Tensor],
     path: str | Path,
     num_classes: int | None = None,
     report: Callable[[str], None] = tqdm.write,
     name: str = "pretrained",
 ) -> None:
-    """Load weights into a model.
+    """Load the weights of a file into a model.
 
     Args:
         model: The model.
-        path: A file with a state_dict, or with one under `model` or `state_dict`.
+        state: Their names and values, from :func:`mfac.tutorial.files.read_model`.
+        path: The file, for the errors.
         num_classes: Outputs of the model: a classifier for another number of classes is left as it is, and that is
             reported. None: the weights must have the model's own number.
         report: Takes a line of text about what was left out.
         name: Of the option that names the file, for the error.
 
     Raises:
-        ValueError: If there is no such file, its weights are not finite, or they do not fit the model.
+        ValueError: If they do not fit the model.
     """
-    state, _ = read_model(name, path, next(model.parameters()).device)
     own = model.state_dict()
     unmatched = sorted(set(own) ^ set(state))
     if unmatched:

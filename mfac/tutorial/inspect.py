@@ -103,7 +103,13 @@ def _parameter_names(arch_key: str | None, checkpoint_path: str | None) -> list[
     return [name for name, _ in build_model(arch_key, 10).model.named_parameters()]
 
 
-def _load(checkpoint_path: str, settings: ModelSettings, described: dict[str, Any], num_classes: int) -> Built:
+def _load(
+    state: dict[str, Tensor],
+    checkpoint_path: str,
+    settings: ModelSettings,
+    described: dict[str, Any],
+    num_classes: int,
+) -> Built:
     built = build_model(
         settings.arch_key,
         num_classes,
@@ -112,7 +118,7 @@ def _load(checkpoint_path: str, settings: ModelSettings, described: dict[str, An
         described=described,
     )
     built.model.to(find_device(settings.device), memory_format=torch.channels_last)
-    load_weights(built.model, checkpoint_path, name="checkpoint_path")
+    load_weights(built.model, state, checkpoint_path, name="checkpoint_path")
     built.model.eval()
     return built
 
@@ -131,7 +137,7 @@ def evaluate(checkpoint_path: str, settings: ModelSettings) -> tuple[float, floa
         ValueError: If it is no such file, its weights are not finite, or an option or the images do not go with its
             network.
     """
-    _, described = read_model("checkpoint_path", checkpoint_path)
+    state, described = read_model("checkpoint_path", checkpoint_path)
     settings = resolve(settings, described, checkpoint_path, (*NETWORK, "image_size"))
     data = load_images(settings, find_device(settings.device), train_batch_size=1)
     classes = described.get("num_classes", data.num_classes)
@@ -140,7 +146,7 @@ def evaluate(checkpoint_path: str, settings: ModelSettings) -> tuple[float, floa
             f"dataset: expected images of {classes} classes, those of {checkpoint_path}, got {data.num_classes} in "
             f"{settings.dataset_path or settings.dataset}"
         )
-    built = _load(checkpoint_path, settings, described, data.num_classes)
+    built = _load(state, checkpoint_path, settings, described, data.num_classes)
     data.normalize(built.spec.mean, built.spec.std)
     model = built.model
     loss, top1, top5 = measure(model, data.validation)
@@ -267,7 +273,7 @@ def export(checkpoint_path: str, output: str, settings: ModelSettings) -> None:
     if "num_classes" not in described and not matrices:
         raise ValueError(f"checkpoint_path: expected a model of `mfac train`, got {checkpoint_path}")
     classes = described.get("num_classes") or len(matrices[-1])  # the last is the classifier
-    built = _load(checkpoint_path, settings, described, classes)
+    built = _load(state, checkpoint_path, settings, described, classes)
     model, size = built.model.cpu(), settings.image_size
     folder = make_folder("output", output)
     save(model.state_dict(), folder / "model.pt")

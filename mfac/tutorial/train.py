@@ -143,17 +143,17 @@ def _checkpoint(settings: TrainSettings, folder: Path, device: torch.device, rec
     return state
 
 
-def describe_pretrained(settings: RunSettings) -> tuple[dict[str, Any], str]:
-    """Return what the file of the initial weights says of its network; nothing if there is no such file.
+def read_pretrained(settings: RunSettings) -> tuple[dict[str, torch.Tensor], dict[str, Any], str]:
+    """Return what the file of the initial weights holds; nothing if the options name none.
 
     Args:
         settings: The options.
 
     Returns:
-        The description, and the file's path.
+        The weights, what the file says of their network, and its path.
     """
     path = settings.initial_weights
-    return ({}, "") if path in ("True", "False") else (read_model("pretrained", path)[1], path)
+    return ({}, {}, "") if path in ("True", "False") else (*read_model("pretrained", path), path)
 
 
 def prepare(
@@ -175,9 +175,9 @@ def prepare(
         the network: dense and trained, loaded from a file, with random weights, or of the checkpoint.
     """
     if state is None:
-        described, path = describe_pretrained(settings)
+        weights, described, path = read_pretrained(settings)
     else:
-        described = description(state, "checkpoint_path", path)
+        weights, described = state["model"], description(state, "checkpoint_path", path)
     settings = resolve(settings, described, path, fixed)
     pretrained = settings.initial_weights if state is None else "False"
     digits = settings.dataset == "digits"
@@ -198,11 +198,11 @@ def prepare(
     built.model.to(device, memory_format=torch.channels_last)
     data.normalize(built.spec.mean, built.spec.std)
     if state is not None:
-        _load_state(built.model, state["model"], path)
+        _load_state(built.model, weights, path)
     elif dense:
         built.model.load_state_dict(dense_digits(settings.width, device).state_dict())
-    elif pretrained not in ("True", "False"):
-        load_weights(built.model, pretrained, data.num_classes)
+    elif weights:
+        load_weights(built.model, weights, path, data.num_classes)
     return settings, data, built
 
 
