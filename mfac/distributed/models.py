@@ -82,6 +82,6 @@ def _classes(value: object) -> set[str]:
 
 def _sharded(got: str) -> str:
     return (
-        f"model: expected a model that each process holds whole, got {got}, of which each rank holds only a part; prune "
-        "before sharding it, or gather the full weights on one rank, prune them there and shard the result"
+        f"model: expected a model that each process holds whole, got {got}, of which each rank holds only a part; "
+        "prune before sharding it, or gather the full weights on one rank, prune them there and shard the result"
     )

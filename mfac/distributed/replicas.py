@@ -163,9 +163,9 @@ class Replicas:
         return out.to(own.device)
 
     def exchange_rows(self, row: Tensor | None, senders: Sequence[int], edges: Sequence[int], like: Tensor) -> Tensor:
-        """Turn rows by rank into columns by rank: each rank of ``senders`` has a row, each rank gets its columns of all.
+        """Turn rows by rank into columns by rank: a rank of ``senders`` has a row, every rank gets its columns of all.
 
-        (d - d_r) numbers leave each sender.
+        Of d numbers d - d_r leave each sender.
 
         Args:
             row: [d], of a sender; None on the others.
