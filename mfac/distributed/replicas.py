@@ -43,11 +43,11 @@ class Replicas:
         """Return rank and size."""
         return f"Replicas(rank {self.rank} of {self.size})"
 
-    def together(self, work: Callable[[], Sequence[float] | None], count: int = 0) -> list[tuple[float, ...]]:
+    def together(self, work: Callable[[], Any], count: int = 0) -> list[tuple[float, ...]]:
         """Do some work on every rank, and give each rank's numbers to all.
 
         Args:
-            work: Of this rank; returns ``count`` numbers.
+            work: Of this rank; returns ``count`` numbers, or anything if that is 0.
             count: How many numbers.
 
         Returns:
@@ -59,10 +59,12 @@ class Replicas:
             RuntimeError: If a rank cannot be reached.
         """
         if self.size == 1:
-            return [tuple(work() or ())]
+            result = work()
+            return [tuple(result) if count else ()]
         error, numbers = None, [0.0] * count
         try:
-            numbers = list(work() or ())
+            result = work()
+            numbers = list(result) if count else []
         except BaseException as raised:  # the others must hear of it
             error = raised
         status = torch.tensor([float(error is not None), *numbers], dtype=torch.float64)

@@ -426,11 +426,6 @@ class Engine:
     def _shard_unit(self) -> int:
         """Columns of the Fisher that have to be on one rank: those of a block."""
         block_size = self.settings["block_size"]
-        if block_size is None and self.replicas.size > 1:
-            raise ValueError(
-                f"block_size: expected a number or 'auto' for {self.replicas.size} processes, got None, one block for "
-                "all weights"
-            )
         return max(BLOCK_SIZES) if block_size == "auto" else block_size or 1
 
     def resize(self, source: GradientSource) -> None:
