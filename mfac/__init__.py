@@ -3,6 +3,7 @@
 Importing compiles nothing; the kernels are built at first use.
 """
 
+from mfac.export.compressed import load_compressed, save_compressed
 from mfac.fisher import Fisher
 from mfac.gradients.buffer import GradientBuffer
 from mfac.gradients.collect import collect_gradients
@@ -29,9 +30,11 @@ __all__ = [
     "apply_masks",
     "collect_gradients",
     "frontier",
+    "load_compressed",
     "prunable_parameters",
     "prune",
     "prune_step",
     "reestimate_batchnorm",
     "register_layer",
+    "save_compressed",
 ]

@@ -20,6 +20,7 @@ LAYERS = [
     {"gradients"},
     {"fisher"},
     {"pruning"},
+    {"export"},
     {"recipe"},
     {"integrations"},
     {"tutorial"},
