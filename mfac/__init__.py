@@ -4,6 +4,7 @@ Importing compiles nothing; the kernels are built at first use.
 """
 
 from mfac.export.compressed import load_compressed, save_compressed
+from mfac.export.verify import Verification, verify
 from mfac.fisher import Fisher
 from mfac.gradients.buffer import GradientBuffer
 from mfac.gradients.collect import collect_gradients
@@ -27,6 +28,7 @@ __all__ = [
     "PruneResult",
     "Pruner",
     "Schedule",
+    "Verification",
     "apply_masks",
     "collect_gradients",
     "frontier",
@@ -37,4 +39,5 @@ __all__ = [
     "reestimate_batchnorm",
     "register_layer",
     "save_compressed",
+    "verify",
 ]

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfac.checks import check_instance
+from mfac.checks import check_instance, warn
 from mfac.export.codes import CODES, SHAPE, VALUES, Plan, decode, encode, plan
 from mfac.export.container import Entry, SafetensorsFile, is_storable, write_order, write_safetensors
 
 MARKER = "mfac"  # of the metadata: what is compressed, as JSON
 _VERSION = 1
+_NEGATIVE = 0.01  # share of elements that may be -0.0 without a warning
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def save_compressed(
         >>> import tempfile
         >>> model = nn.Linear(512, 512)
         >>> with torch.no_grad():
-        ...     _ = model.weight.masked_fill_(torch.rand(512, 512) < 0.95, 0)
+        ...     _ = model.weight.masked_fill_(torch.rand(512, 512) < 0.97, 0)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     written = save_compressed(model, f"{folder}/model.safetensors")
         ...     state = load_compressed(f"{folder}/model.safetensors")
@@ -83,13 +84,17 @@ def save_compressed(
     plans: dict[str, Plan] = {}
     stored: dict[str, Entry] = {}
     sources: dict[str, tuple[str, str]] = {}
+    negative = 0
     for key in (key for key in state if key not in aliases):
         chosen = plan(state[key])
+        negative += _negative_zeros(state[key])
         if any(_joined(key, part) in state for part in chosen.parts if part):
             chosen = Plan("dense", {"": Entry(state[key].dtype, tuple(state[key].shape))})
         plans[key] = chosen
         stored |= {_joined(key, part): entry for part, entry in chosen.parts.items()}
         sources |= {_joined(key, part): (key, part) for part in chosen.parts}
+    if negative > _NEGATIVE * sum(tensor.numel() for tensor in state.values()):
+        warn(f"model: {negative} elements are -0.0, which are stored as values are; tensor.add_(0) makes them zeros")
     about: dict[str, Any] = {
         "version": _VERSION,
         "codes": {key: chosen.code for key, chosen in plans.items() if chosen.code != "dense"},
@@ -120,6 +125,13 @@ def _check_tensor(key: Any, tensor: Any) -> None:
     if tensor.layout is not torch.strided or tensor.is_meta or not is_storable(tensor.dtype):
         kind = "on the meta device" if tensor.is_meta else f"of {tensor.dtype} and {tensor.layout}"
         raise TypeError(f"model: expected dense tensors of a dtype that safetensors has, got {key!r} {kind}")
+
+
+def _negative_zeros(tensor: Tensor) -> int:
+    """Elements -0.0, as a product of a negative weight and a mask has them."""
+    if not tensor.is_floating_point() or tensor.itemsize == 1:
+        return 0
+    return int(((tensor == 0) & tensor.signbit()).sum())
 
 
 def _joined(key: str, part: str) -> str:
@@ -241,6 +253,19 @@ class CompressedFile:
         parts = ("",) if code == "dense" else (VALUES, SHAPE, *CODES[code])
         return sum(self._file.entries[_joined(key, part)].nbytes for part in parts)
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return the shape of a tensor.
+
+        Args:
+            key: Its name.
+
+        Returns:
+            The shape, of a compressed one as the file says it; :meth:`read` checks that.
+        """
+        if self.codes[key] == "dense":
+            return self._file.entries[key].shape
+        return tuple(self._file.read(_joined(key, SHAPE)).flatten().tolist())
+
     def read(self, key: str) -> Tensor:
         """Read one tensor.
 
@@ -262,6 +287,18 @@ class CompressedFile:
         except ValueError as error:
             raise self._wrong(key, str(error)) from error
 
+    def state_dict(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Read all tensors.
+
+        Args:
+            device: Where they go.
+
+        Returns:
+            The state_dict, in which names of one tensor have one tensor.
+        """
+        state = {key: self.read(key).to(device) for key in self.codes}
+        return state | {alias: state[key] for alias, key in self.aliases.items()}
+
 
 def load_compressed(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Read a file of :func:`save_compressed`, or any safetensors file.
@@ -276,18 +313,4 @@ def load_compressed(path: str | Path, device: torch.device | str = "cpu") -> dic
     Raises:
         ValueError: If it is no such file, or what it says of its tensors is contradictory.
     """
-    file = CompressedFile(path)
-    state = {key: file.read(key).to(device) for key in file.codes}
-    return state | {alias: state[key] for alias, key in file.aliases.items()}
-
-
-def compressed_nbytes(tensor: Tensor) -> int:
-    """Return the bytes that a tensor takes in a file of :func:`save_compressed`, without the file's header.
-
-    Args:
-        tensor: Of a dtype that safetensors has.
-
-    Returns:
-        The number of bytes.
-    """
-    return plan(tensor).nbytes
+    return CompressedFile(path).state_dict(device)
