@@ -201,8 +201,9 @@ def verify(
 ) -> int:  # fmt: skip
     """Show the zeros and sizes of a file of weights, and check what is asked of them.
 
-    The exit status is 0 if all that is asked holds, 1 if something does not, 2 if the file cannot be read. The file alone is looked at, not what it should be: a checkpoint or state_dict of torch, safetensors, compressed or
-    not, or ONNX, quantized or not. NaN and infinity always fail.
+    The exit status is 0 if all that is asked holds, 1 if something does not, 2 if the file cannot be read. The file
+    alone is looked at, not what it should be: a checkpoint or state_dict of torch, safetensors, compressed or not, or
+    ONNX, quantized or not. NaN and infinity always fail.
 
     `mfac verify exported/model.compressed.safetensors --sparsity 0.95 --max-size 0.08`
 

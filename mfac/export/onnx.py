@@ -52,9 +52,9 @@ def export_onnx(
     """Write a model as ONNX, in evaluation mode, and prove that the file is the model.
 
     The exporter of torch (``dynamo=True``) and the optimizer of onnxscript fold BatchNorm into the convolution,
-    transposed convolution or linear layer before it. A negative scale turns zeros into -0.0; in the file they are +0.0. Weights
-    have their names in the model, also where the file has them transposed. The file appears only after all checks. The
-    model is not changed; a copy of it is exported from the CPU.
+    transposed convolution or linear layer before it. A negative scale turns zeros into -0.0; in the file they are +0.0.
+    Weights have their names in the model, also where the file has them transposed. The file appears only after all
+    checks. The model is not changed; a copy of it is exported from the CPU.
 
     Args:
         model: Any module that torch exports.
