@@ -4,6 +4,8 @@ Importing compiles nothing; the kernels are built at first use.
 """
 
 from mfac.export.compressed import load_compressed, save_compressed
+from mfac.export.onnx import export_onnx
+from mfac.export.semi_structured import to_semi_structured
 from mfac.export.verify import Verification, verify
 from mfac.fisher import Fisher
 from mfac.gradients.buffer import GradientBuffer
@@ -31,6 +33,7 @@ __all__ = [
     "Verification",
     "apply_masks",
     "collect_gradients",
+    "export_onnx",
     "frontier",
     "load_compressed",
     "prunable_parameters",
@@ -39,5 +42,6 @@ __all__ = [
     "reestimate_batchnorm",
     "register_layer",
     "save_compressed",
+    "to_semi_structured",
     "verify",
 ]

@@ -22,6 +22,7 @@ from mfac.extras import install_hint
 from mfac.model.layers import LayerWeight, layer_weights
 
 TOLERANCE = 1e-4
+_LEAST_SCALE = 1e-2  # outputs that are all smaller are compared with this
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class OnnxExport:
 
     Attributes:
         path: The file.
-        error: Largest difference between the outputs of ONNX Runtime and torch, as a share of the largest output, or
-            of 1 if that is larger; None if it was not measured.
+        error: Largest difference between the outputs of ONNX Runtime and torch, as a share of the largest output (at
+            least 0.01); None if it was not measured.
         batchnorms: BatchNormalization nodes that are left because none of the layers before takes them in.
     """
 
@@ -62,7 +63,7 @@ def export_onnx(
         path: The file.
         dynamic_batch: Leave the size of the first axis of every input open. The inputs then hold two samples or more.
         check: Compare ONNX Runtime's outputs with torch's.
-        tolerance: The largest difference, as a share of the largest output, or of 1 if that is larger.
+        tolerance: The largest difference, as a share of the largest output.
 
     Returns:
         The file and how exact it is.
@@ -101,7 +102,7 @@ def export_onnx(
         error = _difference(runtime, model, arguments, partial) if runtime is not None else None
         if error is not None and not error <= tolerance:
             raise RuntimeError(
-                f"model: expected outputs of ONNX Runtime within {tolerance:g} of torch, got {error:.3g}"
+                f"model: expected ONNX Runtime's outputs within {tolerance:g} of torch's, got {error:.3g}"
             )
         if data.is_file():  # weights of 2 GB or more: their file is named in the other
             _write(model, arguments, shapes, path)
@@ -212,5 +213,5 @@ def _difference(runtime: Any, model: nn.Module, arguments: tuple[Any, ...], path
             f"model: expected outputs of the shapes {[list(value.shape) for value in wanted]} from ONNX Runtime, got "
             f"{[list(value.shape) for value in got]}"
         )
-    scale = max([1.0, *(float(value.abs().max()) for value in wanted if value.numel())])
+    scale = max([_LEAST_SCALE, *(float(value.abs().max()) for value in wanted if value.numel())])
     return max([0.0, *(float((a - b).abs().max()) / scale for a, b in zip(got, wanted, strict=True) if a.numel())])

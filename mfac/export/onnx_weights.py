@@ -65,8 +65,8 @@ def of_onnx(path: Path, name: str) -> WeightsFile:
     except ImportError as error:
         raise ImportError(install_hint("onnx", "onnx")) from error
     try:
+        onnx.checker.check_model(str(path))
         model = onnx.load(path)
-        onnx.checker.check_model(model)
     except Exception as error:  # of protobuf, of external data, of the checker
         raise ValueError(f"{name}: expected an ONNX file, got {path}: {type(error).__name__}: {error}") from error
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
