@@ -136,6 +136,56 @@ def test_quantized_and_sparse_tensors(tmp_path):
     assert [layer.dtype for layer in result.layers[:2]] == [torch.int8, torch.uint8]
 
 
+def sliced(weight):
+    """A matrix in slices of four rows, as a converted model has it, computed row by row."""
+    rows, inputs = weight.shape
+    lists = [[(c, float(v)) for c, v in enumerate(row) if v] for row in weight]
+    order = torch.arange(-(-rows // 4) * 4).view(-1, 4).flip(0).flatten()
+    order = torch.where(order < rows, order, -1)
+    values, columns, pointers = [], [], [0]
+    for group in order.view(-1, 4).tolist():
+        entries = [lists[row] if row >= 0 else [] for row in group]
+        for step in range(max(map(len, entries))):
+            entry = [e[step] if step < len(e) else (inputs, 0.0) for e in entries]
+            columns.append([c for c, _ in entry])
+            values.append([v for _, v in entry])
+        pointers.append(len(values))
+    shape = torch.tensor([rows, inputs // 4, 2, 2])
+    parts = {"values": torch.tensor(values), "columns": torch.tensor(columns, dtype=torch.int16), "shape": shape}
+    return parts | {"pointers": torch.tensor(pointers, dtype=torch.int32), "order": order.int()}
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_a_converted_model(tmp_path, suffix):
+    weight = torch.randn(10, 32).masked_fill(torch.rand(10, 32) < 0.7, 0)
+    parts = sliced(weight)
+    path = tmp_path / f"m.{suffix}"
+
+    def save(parts):
+        state = {f"conv.{part}": tensor for part, tensor in parts.items()} | {"fc.weight": torch.ones(2, 2)}
+        save_compressed(state, path) if suffix == "safetensors" else torch.save({"state_dict": state}, path)
+        torch.save({"conv.weight": weight.view(10, 8, 2, 2), "fc.weight": torch.ones(2, 2)}, tmp_path / "dense.pt")
+
+    save(parts)
+    result = verify(path, zeros_of=tmp_path / "dense.pt")
+    assert result.ok and result.format.endswith("of a converted model")
+    assert [(layer.name, layer.shape) for layer in result.layers] == [
+        ("conv.weight", (10, 8, 2, 2)),
+        ("fc.weight", (2, 2)),
+    ]
+    assert result.layers[0].zeros == int((weight == 0).sum())
+    for change, error in (
+        ({"shape": torch.tensor([10, 7])}, "it has columns beyond 7"),
+        ({"shape": torch.tensor([20, 32])}, "12 rows in 3 slices are not those of the shape"),
+        ({"values": parts["values"][1:]}, "do not fit the pointers"),
+        ({"order": parts["order"].flip(0).clamp(max=5)}, "the order of its rows has gaps"),
+        ({"shape": torch.tensor(3)}, "it does not say the shape of the weight"),
+    ):
+        save(parts | change)
+        with pytest.raises(ValueError, match=f"path: expected a converted model, got .*, whose layer 'conv' .*{error}"):
+            verify(path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mfac.export.compressed import CompressedFile
 from mfac.export.container import is_safetensors
+from mfac.export.converted import PARTS, converted_layers, dense_weight
 from mfac.export.onnx_weights import of_onnx
 from mfac.export.stored import StoredTensor, WeightsFile, along
 from mfac.model.layers import Axes
@@ -50,14 +51,35 @@ def _of_safetensors(path: Path, name: str) -> WeightsFile:
     file = CompressedFile(path, name)
     kind = "compressed safetensors" if set(file.codes.values()) - {"dense"} else "safetensors"
 
-    def reader(key: str) -> Callable[[], Tensor]:
-        return lambda: file.read(key)
+    def stored(key: str) -> StoredTensor:
+        return StoredTensor(key, _AXES if len(file.shape(key)) > 1 else None, lambda: file.read(key))
 
-    tensors = []
-    for key in file.codes:
-        is_matrix = len(file.shape(key)) > 1
-        tensors.append(StoredTensor(key, _AXES if is_matrix else None, reader(key)))
-    return WeightsFile(path, kind, tensors, path.stat().st_size)
+    return _with_converted(path, name, kind, {key: stored(key) for key in file.codes})
+
+
+def _with_converted(path: Path, name: str, kind: str, tensors: dict[str, StoredTensor]) -> WeightsFile:
+    """Take the tensors of a converted layer together."""
+    layers = converted_layers(tensors)
+
+    def weight(layer: str) -> StoredTensor:
+        start = f"{layer}." if layer else ""
+        parts = {part: tensors.pop(start + part) for part in PARTS}
+        shape = tensors.pop(f"{start}shape", None)
+
+        def read() -> Tensor:
+            try:
+                values = {part: tensor.read() for part, tensor in parts.items()}
+                return dense_weight(values, None if shape is None else shape.read())
+            except ValueError as error:
+                raise ValueError(
+                    f"{name}: expected a converted model, got {path}, whose layer {layer!r:.80} is wrong: {error}"
+                ) from error
+
+        return StoredTensor(f"{start}weight", _AXES, read)
+
+    found = [weight(layer) for layer in layers]
+    kind = f"{kind} of a converted model" if found else kind
+    return WeightsFile(path, kind, [*found, *tensors.values()], path.stat().st_size)
 
 
 def read_state(
@@ -98,18 +120,18 @@ def _of_torch(path: Path, name: str) -> WeightsFile:
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    tensors, seen = [], set()
-    for key, value in _converted(state):
+    tensors: dict[str, StoredTensor] = {}
+    seen = set()
+    for key, value in _named_tensors(state):
         identity = value.data_ptr() if value.layout is torch.strided and not value.is_quantized else 0
         if identity and (identity, value.shape, value.dtype) in seen:
             continue  # a further name of a tensor
         seen.add((identity, value.shape, value.dtype))
-        tensors.append(_stored(key, value))
-    return WeightsFile(path, "checkpoint", tensors, path.stat().st_size)
+        tensors[key] = _stored(key, value)
+    return _with_converted(path, name, "checkpoint", tensors)
 
 
-def _converted(state: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a state_dict; the place for formats that keep a weight in several of them."""
+def _named_tensors(state: Any) -> Iterator[tuple[str, Tensor]]:
     for key, value in state.items() if isinstance(state, dict) else ():
         for part in value if isinstance(value, tuple) else (value,):  # (weight, bias) of torch's quantized layers
             if isinstance(part, Tensor):
