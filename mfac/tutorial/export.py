@@ -28,7 +28,7 @@ _ONNX = ("onnx", "onnxscript", "onnxruntime")
 _SAMPLES = 2  # images on which ONNX Runtime and torch are compared; one would fix the size of a batch
 _SPEED = (
     "Zeros at any place make a model smaller, not faster, where a dense kernel multiplies by them too: "
-    "docs/guides/where-zeros-pay.md"
+    "see docs/guides/where-zeros-pay.md"
 )
 
 
