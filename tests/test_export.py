@@ -86,6 +86,21 @@ def test_a_recurrent_model_whose_weights_are_renamed(tmp_path):
     assert mfac.verify(tmp_path / "m.onnx", sparsity=0.8).ok
 
 
+def test_tied_weights_fixed_batches_and_bfloat16(tmp_path):
+    tied = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    tied[2].weight = tied[0].weight
+    mfac.export_onnx(trained(tied), torch.randn(2, 3, 16), tmp_path / "tied.onnx")
+    assert [layer.name for layer in mfac.verify(tmp_path / "tied.onnx", sparsity=0.8).layers] == ["0.weight"]
+    fixed = nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (2, 8)), nn.Linear(8, 4))
+    assert mfac.export_onnx(fixed, torch.randn(2, 8), tmp_path / "fixed.onnx").error < 1e-5
+    model, inputs = trained(nn.Sequential(nn.Linear(64, 64))).bfloat16(), torch.randn(2, 64).bfloat16()
+    with pytest.raises(ValueError, match=r"check: expected False for bfloat16, .*, got True and 0.weight"):
+        mfac.export_onnx(model, inputs, tmp_path / "bf16.onnx")
+    mfac.export_onnx(model, inputs, tmp_path / "bf16.onnx", check=False)
+    (layer,) = mfac.verify(tmp_path / "bf16.onnx", sparsity=0.8).layers
+    assert layer.dtype == torch.bfloat16 and layer.zeros == int((model[0].weight == 0).sum())
+
+
 def test_what_is_not_exported(tmp_path, monkeypatch):
     model, inputs, path = nn.Linear(4, 4), torch.randn(2, 4), tmp_path / "m.onnx"
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got dict"):

@@ -176,6 +176,7 @@ def test_a_converted_model(tmp_path, suffix):
     assert result.layers[0].zeros == int((weight == 0).sum())
     for change, error in (
         ({"shape": torch.tensor([10, 7])}, "it has columns beyond 7"),
+        ({"shape": torch.tensor([10, 2**40])}, "columns of torch.int16 do not number 1099511627776 inputs"),
         ({"shape": torch.tensor([20, 32])}, "12 rows in 3 slices are not those of the shape"),
         ({"values": parts["values"][1:]}, "do not fit the pointers"),
         ({"order": parts["order"].flip(0).clamp(max=5)}, "the order of its rows has gaps"),

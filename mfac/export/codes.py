@@ -129,8 +129,9 @@ def encode(tensor: Tensor, code: str) -> dict[str, Tensor]:
     digits[np.cumsum(gaps // largest + 1) - 1] = gaps % largest
     if width == 4:
         padded = np.append(digits, np.full(len(digits) % 2, largest, dtype=np.uint8))
-        digits = padded[::2] | padded[1::2] << 4
-    parts[code] = torch.from_numpy(digits)
+        parts[code] = torch.from_numpy(padded[::2] | padded[1::2] << 4)
+    else:
+        parts[code] = torch.from_numpy(digits)
     return parts
 
 
@@ -183,7 +184,7 @@ def _of_gaps(code: str, shape: tuple[int, ...], packed: Tensor) -> np.ndarray:
         digits = np.stack([digits & largest, digits >> 4], axis=1).reshape(-1)
         digits = digits[: len(digits) - int(len(digits) > 0 and digits[-1] == largest)]
     ends = digits < largest
-    places = np.cumsum(digits.astype(np.int64) + ends)[ends] - 1
+    places: np.ndarray = np.cumsum(digits.astype(np.int64) + ends)[ends] - 1
     if len(digits) == 0 or not ends[-1] or places[-1] != math.prod(shape):
         raise ValueError(f"{code} does not describe the {math.prod(shape)} elements of the shape {list(shape)}")
     return places[:-1]

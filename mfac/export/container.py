@@ -137,7 +137,7 @@ class SafetensorsFile:
         raw = torch.empty(entry.nbytes, dtype=torch.uint8)
         with self.path.open("rb") as file:
             file.seek(entry.begin)
-            if file.readinto(memoryview(raw.numpy())) != entry.nbytes:
+            if file.readinto(raw.numpy().data) != entry.nbytes:
                 raise self._wrong(f"{key!r:.80} is cut off")
         return raw.view(entry.dtype).view(entry.shape)
 
@@ -203,7 +203,7 @@ def write_safetensors(
                         f"{key}: expected {entries[key].dtype} {entries[key].shape}, got {tensor.dtype} {tensor.shape}"
                     )
                 raw = tensor.detach().resolve_neg().cpu().contiguous().view(-1).view(torch.uint8)
-                file.write(memoryview(raw.numpy()))
+                file.write(raw.numpy().data)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -50,6 +50,8 @@ def dense_weight(parts: Mapping[str, Tensor], shape: Tensor | None) -> Tensor:
     rows, inputs = sizes[0], math.prod(sizes[1:])
     values, columns, pointers, order = (parts[part] for part in PARTS)
     lengths = pointers.long().diff()
+    if columns.dtype != torch.int16 or inputs > torch.iinfo(torch.int16).max:
+        raise ValueError(f"columns of {columns.dtype} do not number {inputs} inputs")
     if min(sizes) < 0 or len(order) != _ROWS * len(lengths) or -(-rows // _ROWS) != len(lengths):
         raise ValueError(f"{len(order)} rows in {len(lengths)} slices are not those of the shape {list(sizes)}")
     if values.dim() != 2 or values.shape[1] != _ROWS or int(lengths.sum()) != len(values) or bool((lengths < 0).any()):

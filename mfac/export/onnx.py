@@ -61,7 +61,8 @@ def export_onnx(
         model: Any module that torch exports.
         inputs: Its positional arguments; the outputs are compared on them, so give typical values.
         path: The file.
-        dynamic_batch: Leave the size of the first axis of every input open. The inputs then hold two samples or more.
+        dynamic_batch: Leave the size of the first axis of every input open, unless the model fixes it. The inputs then
+            hold two samples or more.
         check: Compare ONNX Runtime's outputs with torch's.
         tolerance: The largest difference, as a share of the largest output.
 
@@ -70,8 +71,8 @@ def export_onnx(
 
     Raises:
         TypeError: If the model is no module.
-        ValueError: If an input has fewer than two samples and ``dynamic_batch``, a weight is not finite, or there is no
-            such folder.
+        ValueError: If an input has fewer than two samples and ``dynamic_batch``, a weight is not finite, or bfloat16 is
+            to be checked, or there is no such folder.
         RuntimeError: If torch cannot export the model, zeros got lost, or the outputs differ by more.
         ImportError: If onnx, onnxscript or, to check, onnxruntime is not installed.
     """
@@ -83,8 +84,12 @@ def export_onnx(
             got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"inputs: expected tensors of two samples or more, got {got} as number {index}")
     for key, value in model.state_dict().items():
-        if isinstance(value, Tensor) and not bool(value.isfinite().all()):
+        if not isinstance(value, Tensor):
+            continue
+        if not bool(value.isfinite().all()):
             raise ValueError(f"model: expected finite weights, got NaN or infinity in {key}")
+        if check and value.dtype is torch.bfloat16:
+            raise ValueError(f"check: expected False for bfloat16, which ONNX Runtime's CPU lacks, got True and {key}")
     _import("onnx")
     _import("onnxscript")
     runtime = _import("onnxruntime") if check else None
@@ -93,7 +98,7 @@ def export_onnx(
         raise ValueError(f"path: expected a file in an existing folder, got {path}")
     model = copy.deepcopy(model).cpu().eval()
     arguments = tuple(value.detach().cpu() if isinstance(value, Tensor) else value for value in arguments)
-    shapes = tuple({0: torch.export.Dim.DYNAMIC} for _ in arguments) if dynamic_batch else None
+    shapes = tuple({0: torch.export.Dim.AUTO} for _ in arguments) if dynamic_batch else None
     partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.onnx")
     data = partial.with_name(f"{partial.name}.data")
     try:
@@ -129,9 +134,10 @@ def _write(model: nn.Module, arguments: tuple[Any, ...], shapes: Any, path: Path
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(model, arguments, dynamo=True, verbose=False, dynamic_shapes=shapes)
     except Exception as error:  # of the exporter, of many kinds
-        lines = str(error).strip().splitlines()
+        cause = error.__cause__ or error  # torch wraps it into advice
+        first = next(iter(str(cause).strip().splitlines()), "")
         raise RuntimeError(
-            f"model: expected one that torch.onnx exports, got {type(error).__name__}: {lines[0]}"
+            f"model: expected one that torch.onnx exports, got {type(cause).__name__}: {first}"
         ) from error
     assert program is not None
     graph = program.model.graph
@@ -183,11 +189,12 @@ def _check_zeros(model: nn.Module, path: Path) -> None:
     if not weights:
         return
     stored = open_weights(path).weights
+    found_as = {id(weight.parameter) for name, weight in weights.items() if name in stored}
     renamed = 0  # zeros of weights that have other names in the file, such as those of an LSTM
     for name, weight in weights.items():
         zeros = weight.parameter.detach() == 0
         if name not in stored:
-            renamed += int(zeros.sum())
+            renamed += 0 if id(weight.parameter) in found_as else int(zeros.sum())
             continue
         tensor = stored.pop(name)
         found = tensor.read() == 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,13 @@ _OPERATORS: dict[str, tuple[tuple[int, int | None, int, int], ...]] = {
     "QLinearMatMul": ((3, 5, -1, -2),),
 }
 _MAX_STEPS = 8  # between an operator and the constant that is its weight
+# Types that onnx has from ml_dtypes -> those of torch; integers of 2 and 4 bits widen.
+_EXTENSIONS = {
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+    **dict.fromkeys(("int2", "uint2", "int4", "uint4"), torch.int8),
+}
 _BETWEEN = ("DequantizeLinear", "Transpose", "Identity")
 
 
@@ -73,7 +81,7 @@ def of_onnx(path: Path, name: str) -> WeightsFile:
     producers = {output: node for node in model.graph.node for output in node.output}
 
     def reader(key: str) -> Callable[[], Tensor]:
-        return lambda: torch.from_numpy(numpy_helper.to_array(constants[key]).copy())
+        return lambda: _tensor(numpy_helper.to_array(constants[key]))
 
     tensors = {}
     operands = [(node, operand) for node in model.graph.node for operand in _OPERATORS.get(node.op_type, ())]
@@ -88,12 +96,22 @@ def of_onnx(path: Path, name: str) -> WeightsFile:
             axis = axes.outputs if found.axis is None else found.axis % rank
             points = along(axis, reader(found.zero_point)(), rank)
         tensors[found.key] = StoredTensor(found.key, axes, reader(found.key), points)
-    for key in constants:
+    for key in (key for key, constant in constants.items() if constant.data_type != onnx.TensorProto.STRING):
         tensors.setdefault(key, StoredTensor(key, None, reader(key)))
     places = {entry.value for t in constants.values() for entry in t.external_data if entry.key == "location"}
     beside = [path.parent / place for place in places]
     nbytes = path.stat().st_size + sum(file.stat().st_size for file in beside if file.is_file())
     return WeightsFile(path, "ONNX", list(tensors.values()), nbytes)
+
+
+def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    """Return an array of a type that numpy has or not."""
+    kind = _EXTENSIONS.get(array.dtype.name)
+    if kind is None:
+        return torch.from_numpy(array.copy())
+    if kind is torch.int8:
+        return torch.from_numpy(array.astype(np.int8))
+    return torch.from_numpy(array.copy().view(f"u{array.itemsize}")).view(kind)
 
 
 def _find(

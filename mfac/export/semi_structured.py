@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.sparse import to_sparse_semi_structured
 
 from mfac.checks import check_module
 from mfac.model.names import NameTable, named_parameters, shorten
@@ -69,9 +70,9 @@ def to_semi_structured(model: nn.Module, params: str | Iterable[str] | None = No
             raise ValueError(f"params: expected a weight that can be semi-structured, got {name}: {reason}")
     swapped = {}
     for name in (name for name in chosen if not why[name]):
-        weight = linear[name][0].weight.detach().contiguous()
+        weight = linear[name][0].get_parameter("weight").detach().contiguous()
         try:
-            sparse = torch.sparse.to_sparse_semi_structured(weight)
+            sparse = to_sparse_semi_structured(weight)
             exact = bool(torch.equal(sparse.to_dense(), weight))
             reason = "" if exact else "expected the same weight back from torch, got another"
         except RuntimeError as error:  # shape, dtype or capability
@@ -100,6 +101,7 @@ def _find(params: str | Iterable[str], names: list[str]) -> list[str]:
 def _unfit(layers: list[nn.Module]) -> str:
     """Why the weight of these layers cannot be swapped; empty if it can, as far as is seen without trying."""
     weight = layers[0].weight
+    assert isinstance(weight, Tensor)
     if len(layers) > 1:
         return f"expected a weight of one layer, got one that {len(layers)} layers share"
     if not weight.is_cuda:

@@ -13,7 +13,8 @@ from torch import Tensor
 from mfac.checks import check_positive, check_sparsity, suggestion
 from mfac.export.codes import plan
 from mfac.export.container import is_storable
-from mfac.export.weights import StoredTensor, WeightsFile, open_weights
+from mfac.export.stored import StoredTensor, WeightsFile
+from mfac.export.weights import open_weights
 from mfac.model.names import NameTable, shorten
 from mfac.pruning.patterns import Pattern, parse_pattern
 
@@ -165,8 +166,8 @@ def verify(
     zeros, count = sum(layer.zeros for layer in layers), sum(layer.numel for layer in layers)
     if wanted is not None and zeros < wanted * count - slack * len(layers):
         failures.append(f"sparsity: expected >= {100 * wanted:.2f} %, got {100 * found.sparsity:.2f} %")
-    for layer in layers if wanted_each is not None else ():
-        if layer.zeros < wanted_each * layer.numel - slack:
+    for layer in layers:
+        if wanted_each is not None and layer.zeros < wanted_each * layer.numel - slack:
             got = f"{100 * layer.sparsity:.2f} % in {layer.name}"
             failures.append(f"layer_sparsity: expected >= {100 * wanted_each:.2f} %, got {got}")
     if limit is not None and file.nbytes > limit * sizes["dense"]:
