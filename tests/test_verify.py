@@ -98,6 +98,11 @@ def test_blocks_count_as_a_whole(tmp_path):
 
 
 def test_what_is_not_finite(tmp_path):
+    large = torch.full((4, 4), 1e300, dtype=torch.float64)
+    torch.save({"w": large}, tmp_path / "m.pt")
+    assert verify(tmp_path / "m.pt").ok
+    save_compressed({"w": torch.ones(4, 4).to(torch.float8_e5m2)}, tmp_path / "m.safetensors")
+    assert verify(tmp_path / "m.safetensors").ok
     state = pruned().state_dict()
     state["1.running_var"][3] = torch.nan
     torch.save(state, tmp_path / "m.pt")
@@ -119,6 +124,10 @@ def test_zeros_of_another_file(files, tmp_path):
         f"zeros_of: expected its zeros in 3.weight, got 1 other values, the first at {place}",
         "zeros_of: expected new.weight in the other file too, got 0.weight, 3.weight",
     ]
+    torch.save({"0.weight": torch.load(files[0], weights_only=True)["0.weight"]}, tmp_path / "part.pt")
+    missing = "zeros_of: expected 3.weight in this file too, got 0.weight"
+    assert verify(tmp_path / "part.pt", zeros_of=files[0]).failures == [missing]
+    assert verify(tmp_path / "part.pt", zeros_of=files[0], params="0.weight").ok
     with pytest.raises(ValueError, match=r"zeros_of: expected an existing file, got none.pt"):
         verify(files[0], zeros_of="none.pt")
 

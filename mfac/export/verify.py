@@ -146,17 +146,21 @@ def verify(
     file = open_weights(path)
     chosen = _choose(file, params, exclude)
     other = None if zeros_of is None else open_weights(zeros_of, "zeros_of").weights
+    same = {} if other is None else _same_names(file.weights, other)
     layers, failures, sizes = [], [], dict.fromkeys(("file", "dense", "zipped", "compressed"), 0)
     for tensor in file.tensors:
         value = tensor.read()
         for name, count in _sizes(value).items():
             sizes[name] += count
-        if value.is_floating_point() and not bool(value.to(torch.float32).isfinite().all()):
+        if not _is_finite(value):
             failures.append(f"weights: expected finite values, got NaN or infinity in {tensor.name}")
         if tensor.name in chosen:
             layers.append(_layer(tensor, value, kept))
             if other is not None:
-                failures += _zeros_kept(tensor, value, other)
+                failures += _zeros_kept(tensor, value, other.get(same[tensor.name]), other)
+    for name, before in (other or {}).items():
+        if params is None and name not in same.values() and bool(before.zeros(before.read()).any()):
+            failures.append(f"zeros_of: expected {name} in this file too, got {shorten(same)}")
     sizes["file"] = file.nbytes
     slack = kept.size / 2  # what rounding to whole groups changes in a layer
     found = Verification(file.path, file.format, layers, sizes, failures)
@@ -227,14 +231,25 @@ def _place(index: int, shape: Sequence[int]) -> list[int]:
     return place[::-1]
 
 
-def _zeros_kept(tensor: StoredTensor, value: Tensor, other: dict[str, StoredTensor]) -> list[str]:
-    """What is wrong with the zeros of a weight, compared with another file."""
+def _is_finite(value: Tensor) -> bool:
+    """Whether all elements are, which torch does not say of 8-bit types."""
+    if not value.is_floating_point():
+        return True
+    return bool((value.float() if value.itemsize == 1 else value).isfinite().all())
+
+
+def _same_names(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
+    """Name of a weight -> its name in another file, empty if it is not there."""
+    table = NameTable(others)
+    return {name: next(iter(table.find(name.removesuffix(_QUANTIZED))), "") for name in names}
+
+
+def _zeros_kept(tensor: StoredTensor, value: Tensor, before: StoredTensor | None, other: Iterable[str]) -> list[str]:
+    """What is wrong with the zeros of a weight, compared with the same weight of another file."""
     name = tensor.name
     assert tensor.axes is not None
-    match = NameTable(other).find(name.removesuffix(_QUANTIZED))
-    if not match:
+    if before is None:
         return [f"zeros_of: expected {name} in the other file too, got {shorten(other)}"]
-    before = other[match[0]]
     zeros = before.zeros(before.read())
     if zeros.dim() == 2 and before.axes is not None and before.axes.outputs != tensor.axes.outputs:
         zeros = zeros.T  # of a matrix product in ONNX
