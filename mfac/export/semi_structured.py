@@ -33,9 +33,9 @@ class SemiStructured:
 def to_semi_structured(model: nn.Module, params: str | Iterable[str] | None = None) -> SemiStructured:
     """Swap the 2:4 weights of the linear layers of a model on a GPU for ``torch.sparse.SparseSemiStructuredTensor``.
 
-    It is for inference, in half precision or int8, from compute capability 8.0 on. torch's own function drops the third
-    and fourth value of a group of four without a word; here a weight is swapped only if it keeps 2:4 and comes back
-    with the same values. torch supports no convolutions. On an H200 (torch 2.11) it pays from about 16,000 rows of
+    It is for inference, in half precision or int8, from compute capability 8.0 on. torch's own function takes it for
+    granted that a weight is 2:4; here a weight is swapped only if it keeps 2:4 and comes back with the same values.
+    torch supports no convolutions. On an H200 (torch 2.11) it pays from about 16,000 rows of
     inputs on.
 
     Args:
