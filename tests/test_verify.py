@@ -137,7 +137,12 @@ def test_quantized_and_sparse_tensors(tmp_path):
     weight = pruned()[3].weight.detach()
     symmetric = torch.quantize_per_tensor(weight, 0.01, 0, torch.qint8)
     channel = torch.quantize_per_channel(weight, torch.full((32,), 0.01), torch.arange(32), 0, torch.quint8)
-    state = {"s.weight": symmetric, "packed": (channel, None), "csr": weight.to_sparse_csr(), "coo": weight.to_sparse()}
+    state = {
+        "s.weight": symmetric,
+        "packed": (channel, torch.ones(32)),
+        "csr": weight.to_sparse_csr(),
+        "coo": weight.to_sparse(),
+    }
     torch.save(state, tmp_path / "m.pt")
     result = verify(tmp_path / "m.pt", sparsity=0.85)
     assert result.ok and [layer.name for layer in result.layers] == list(state)

@@ -133,9 +133,10 @@ def _of_torch(path: Path, name: str) -> WeightsFile:
 
 def _named_tensors(state: Any) -> Iterator[tuple[str, Tensor]]:
     for key, value in state.items() if isinstance(state, dict) else ():
-        for part in value if isinstance(value, tuple) else (value,):  # (weight, bias) of torch's quantized layers
+        parts = value if isinstance(value, tuple) else (value,)  # (weight, bias) of torch's quantized layers
+        for index, part in enumerate(parts):
             if isinstance(part, Tensor):
-                yield str(key), part
+                yield f"{key}.{index}" if index else str(key), part
 
 
 def _stored(name: str, value: Tensor) -> StoredTensor:
