@@ -1,5 +1,6 @@
 """mfac.verify: zeros, patterns and sizes of files of every format, and what is asked but does not hold."""
 
+import json
 import os
 
 import pytest
@@ -188,6 +189,13 @@ def test_a_converted_model(tmp_path, suffix):
         ("fc.weight", (2, 2)),
     ]
     assert result.layers[0].zeros == int((weight == 0).sum())
+    state = {f"conv.{part}": tensor for part, tensor in parts.items() if part != "shape"}
+    described = {"layers": {"conv": "rows"}, "shapes": {"conv": [10, 8, 2, 2]}}
+    if suffix == "pt":
+        torch.save({"state_dict": state, "mfac.sparse": described}, path)
+    else:
+        save_compressed(state, path, metadata={"mfac.sparse": json.dumps(described)})
+    assert verify(path).layers[0] == result.layers[0]
     for change, error in (
         ({"shape": torch.tensor([10, 7])}, "it has columns beyond 7"),
         ({"shape": torch.tensor([10, 2**40])}, "columns of torch.int16 do not number 1099511627776 inputs"),

@@ -3,17 +3,20 @@
 A layer of a converted model has four tensors in the place of its weight, seen as a matrix W [N, K]: ``values``
 [steps, 4], ``columns`` [steps, 4], or [steps] where four rows share each column, ``pointers`` [slices + 1], the first
 step of each slice, and ``order`` [4 slices], the row of W of each row of a slice, -1 for none. Column K stands for no
-weight. The file must say the shape of the weight too, as ``shape`` beside them: zeros cannot be counted without.
+weight. The file must say the shape of the weight too, without which zeros cannot be counted: as ``shape`` beside them,
+or under ``shapes`` of what the file says of its layers, layer -> shape.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+CONVERTED = "mfac.sparse"  # key of what a file says of its layers
 PARTS = ("values", "columns", "pointers", "order")
 _ROWS = 4  # of a slice
 
@@ -31,12 +34,12 @@ def converted_layers(names: Collection[str]) -> list[str]:
     return [end.removesuffix(".") for end in ends if all(end + part in names for part in PARTS)]
 
 
-def dense_weight(parts: Mapping[str, Tensor], shape: Tensor | None) -> Tensor:
+def dense_weight(parts: Mapping[str, Tensor], shape: Any) -> Tensor:
     """Return the weight of a converted layer.
 
     Args:
         parts: The four tensors by their names.
-        shape: Of the weight, [axes] int64.
+        shape: Of the weight, as the file says it: a list of integers if it is right.
 
     Returns:
         The dense weight.
@@ -44,9 +47,9 @@ def dense_weight(parts: Mapping[str, Tensor], shape: Tensor | None) -> Tensor:
     Raises:
         ValueError: If the shape is not there, or the tensors contradict it or each other; the text says how.
     """
-    if shape is None or shape.dim() != 1 or len(shape) < 2:
+    if not isinstance(shape, (list, tuple)) or len(shape) < 2 or not all(type(size) is int for size in shape):
         raise ValueError("it does not say the shape of the weight")
-    sizes = tuple(shape.tolist())
+    sizes = tuple(shape)
     rows, inputs = sizes[0], math.prod(sizes[1:])
     values, columns, pointers, order = (parts[part] for part in PARTS)
     lengths = pointers.long().diff()

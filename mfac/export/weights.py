@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from mfac.export.compressed import CompressedFile
 from mfac.export.container import is_safetensors
-from mfac.export.converted import PARTS, converted_layers, dense_weight
+from mfac.export.converted import CONVERTED, PARTS, converted_layers, dense_weight
 from mfac.export.onnx_weights import of_onnx
 from mfac.export.stored import StoredTensor, WeightsFile, along
 from mfac.model.layers import Axes
@@ -54,22 +55,28 @@ def _of_safetensors(path: Path, name: str) -> WeightsFile:
     def stored(key: str) -> StoredTensor:
         return StoredTensor(key, _AXES if len(file.shape(key)) > 1 else None, lambda: file.read(key))
 
-    return _with_converted(path, name, kind, {key: stored(key) for key in file.codes})
+    try:
+        described = json.loads(file.metadata.get(CONVERTED, "null"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: expected JSON as {CONVERTED} in {path}, got {error}") from error
+    return _with_converted(path, name, kind, {key: stored(key) for key in file.codes}, described)
 
 
-def _with_converted(path: Path, name: str, kind: str, tensors: dict[str, StoredTensor]) -> WeightsFile:
-    """Take the tensors of a converted layer together."""
+def _with_converted(path: Path, name: str, kind: str, tensors: dict[str, StoredTensor], described: Any) -> WeightsFile:
+    """Take the tensors of a converted layer together; ``described`` is what the file says of them."""
     layers = converted_layers(tensors)
+    shapes = described.get("shapes") if isinstance(described, dict) else None
 
     def weight(layer: str) -> StoredTensor:
         start = f"{layer}." if layer else ""
         parts = {part: tensors.pop(start + part) for part in PARTS}
-        shape = tensors.pop(f"{start}shape", None)
+        inside = tensors.pop(f"{start}shape", None)
+        shape = shapes.get(layer) if isinstance(shapes, dict) else None
 
         def read() -> Tensor:
             try:
                 values = {part: tensor.read() for part, tensor in parts.items()}
-                return dense_weight(values, None if shape is None else shape.read())
+                return dense_weight(values, shape if inside is None else inside.read().tolist())
             except ValueError as error:
                 raise ValueError(
                     f"{name}: expected a converted model, got {path}, whose layer {layer!r:.80} is wrong: {error}"
@@ -117,6 +124,7 @@ def read_state(
 
 def _of_torch(path: Path, name: str) -> WeightsFile:
     state = read_state(name, path, "a checkpoint, a safetensors file or an ONNX file (FILE.onnx)", mmap=True)
+    described = state.get(CONVERTED) if isinstance(state, dict) else None
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -128,7 +136,7 @@ def _of_torch(path: Path, name: str) -> WeightsFile:
             continue  # a further name of a tensor
         seen.add((identity, value.shape, value.dtype))
         tensors[key] = _stored(key, value)
-    return _with_converted(path, name, "checkpoint", tensors)
+    return _with_converted(path, name, "checkpoint", tensors, described)
 
 
 def _named_tensors(state: Any) -> Iterator[tuple[str, Tensor]]:
