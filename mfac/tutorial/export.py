@@ -57,13 +57,13 @@ def _safetensors(source: _Source, path: Path) -> str:
     entries = {key: Entry(value.dtype, tuple(value.shape)) for key, value in state.items()}
     tensors = (state[key] for key in write_order(entries))
     write_safetensors(path, entries, tensors, source.metadata)
-    return f"{path}: the same"
+    return f"{path}: the state_dict as safetensors"
 
 
 def _compressed(source: _Source, path: Path) -> str:
     written = save_compressed(source.model, path, metadata=source.metadata)
     size = f"{written.nbytes / 1e6:.2f} MB, {100 * written.ratio:.2f} % of dense"
-    return f"{path}: the same without its zeros, {size}; mfac.load_compressed reads it"
+    return f"{path}: the state_dict without its zeros, {size}; mfac.load_compressed reads it"
 
 
 def _onnx(source: _Source, path: Path) -> str:
