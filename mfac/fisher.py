@@ -109,6 +109,41 @@ class Fisher:
         other._set(**{"active": self._active, "damping": self.damping, "block_size": self.block_size, **changes})
         return other
 
+    def rows(self, begin: int, end: int) -> Fisher:
+        """Return the Fisher of some of the gradients, with all settings as they are.
+
+        Args:
+            begin: The first row.
+            end: The row after the last.
+
+        Returns:
+            A new object; λ stays the number that it is.
+        """
+        options = {"backend": self.backend, "precision": self.precision, "device": self.device}
+        return Fisher(self.grads[begin:end], self.damping, self.block_size, active=self._active, **options)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return the product of every gradient with a vector.
+
+        Args:
+            x: [d] float32.
+
+        Returns:
+            G x, [m] float32.
+        """
+        return torch.stack([row.to(x) @ x for row in self.grads])
+
+    def accepts(self, block_size: int) -> bool:
+        """Return whether the Fisher can have blocks of a size.
+
+        Args:
+            block_size: B.
+
+        Returns:
+            True.
+        """
+        return True
+
     def _set(
         self, active: Tensor | None, damping: float | str, block_size: int | None, memory: StepMemory | None = None
     ) -> None:

@@ -1,9 +1,12 @@
-"""A CIFAR ResNet-20, its images, and its accuracy."""
+"""A CIFAR ResNet-20, its images, its accuracy, and runs of it side by side."""
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 
 class Block(nn.Module):
@@ -53,11 +57,11 @@ class ResNet20(nn.Module):
         return self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
 
 
-def load_model(checkpoint: Path) -> ResNet20:
+def load_model(checkpoint: Path, device: str = "cpu") -> ResNet20:
     """Return the network with the weights of a state_dict, in eval mode."""
     model = ResNet20()
     model.load_state_dict(torch.load(checkpoint, weights_only=True))
-    return model.to(memory_format=torch.channels_last).eval()
+    return model.to(device, memory_format=torch.channels_last).eval()
 
 
 def load_images(data: Path, train: bool) -> tuple[Tensor, Tensor]:
@@ -125,6 +129,52 @@ def endless_batches(
 def accuracy(model: nn.Module, images: Tensor, targets: Tensor) -> float:
     """Return the top-1 accuracy in per cent, in eval mode."""
     model.eval()
+    device = next(model.parameters()).device
     pairs = zip(images.split(500), targets.split(500), strict=True)
-    hits = sum(int((model(normalize(x)).argmax(1) == y).sum()) for x, y in pairs)
+    hits = sum(int((model(normalize(x.to(device))).argmax(1) == y.to(device)).sum()) for x, y in pairs)
     return 100 * hits / len(targets)
+
+
+def run_all(plan: list[dict], log: Path, load: Callable, arguments: tuple, jobs: int) -> list[dict]:
+    """Run what the log does not have yet, and append each run's row as it ends.
+
+    Args:
+        plan: The keys of the runs: what a row must hold to be one of them.
+        log: A row of JSON per run.
+        load: `load(*arguments)` returns a function of a key that returns the row; once per process.
+        arguments: Its arguments.
+        jobs: Processes.
+
+    Returns:
+        All rows of the log.
+    """
+
+    def done() -> list[dict]:
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    log.parent.mkdir(parents=True, exist_ok=True)
+    rows = done()
+    todo = [key for key in plan if not any(key.items() <= row.items() for row in rows)]
+    if todo:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, context, _prepare, (load, arguments)) as pool, log.open("a") as file:
+            futures = [pool.submit(_run, key) for key in todo]
+            for future in tqdm(as_completed(futures), total=len(todo), desc="runs"):
+                file.write(json.dumps(future.result()) + "\n")
+                file.flush()
+                tqdm.write(json.dumps(future.result()))
+    return done()
+
+
+_runner: Callable | None = None  # of this process
+
+
+def _prepare(load: Callable, arguments: tuple) -> None:
+    global _runner
+    torch.backends.cudnn.allow_tf32 = False  # float32, as on the CPU
+    torch.backends.cudnn.deterministic = True
+    _runner = load(*arguments)
+
+
+def _run(key: dict) -> dict:
+    return _runner(key)

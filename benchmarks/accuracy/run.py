@@ -7,14 +7,13 @@
 and CHITA hold. Gradients come from the training images, accuracy from all validation images; nothing is chosen by the
 latter. Every run is written to results/runs.jsonl as it ends, and what stands there is not run again: stop it and go
 on as you like, delete the file to start anew. The table and the plot are made from that file (`--seeds 0` makes them
-without running anything).
+without running anything). `--jobs` runs several at a time, which one GPU serves well.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from dataclasses import dataclass
@@ -22,9 +21,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from resnet20 import accuracy, endless_batches, load_images, load_model
+from resnet20 import accuracy, endless_batches, load_images, load_model, run_all
 from torch import nn
-from tqdm import tqdm
 
 import mfac
 from mfac.pruning.patterns import parse_pattern
@@ -70,15 +68,23 @@ class Bench:
     train: tuple
     validation: tuple
     checkpoint: Path
+    device: str
     cached_seed: int | None = None
-    cached: list | None = None
+    cached: mfac.GradientBuffer | None = None
+
+    @classmethod
+    def load(cls, data: Path, checkpoint: Path, device: str) -> Bench:
+        """Read the images."""
+        return cls(load_images(data, True), load_images(data, False), checkpoint, device)
+
+    def model(self) -> nn.Module:
+        """Return the dense network."""
+        return load_model(self.checkpoint, self.device)
 
     def gradients(self, seed: int) -> mfac.GradientBuffer:
         """Return the M gradients that a run of this seed collects first."""
         if self.cached_seed != seed:
-            self.cached = mfac.collect_gradients(
-                load_model(self.checkpoint), self.batches(seed), F.cross_entropy, M, progress=False
-            )
+            self.cached = mfac.collect_gradients(self.model(), self.batches(seed), F.cross_entropy, M, progress=False)
             self.cached_seed = seed
         return self.cached
 
@@ -86,9 +92,14 @@ class Bench:
         """Return endless batches of 32 training images."""
         return endless_batches(*self.train, seed, augment=augment)
 
+    def __call__(self, key: dict) -> dict:
+        """Return what a run of the plan gives."""
+        measured = self.run(**key) if "method" in key else self.run_pattern(**key)
+        return {**key, **measured, "device": torch.device(self.device).type}
+
     def run(self, method: str, sparsity: float, seed: int) -> dict:
         """Prune and measure."""
-        model = load_model(self.checkpoint)
+        model = self.model()
         grads = self.gradients(seed) if method in ("published", "step", "corrected") else None
         began = time.perf_counter()
         if method == "magnitude":
@@ -111,7 +122,7 @@ class Bench:
 
     def run_pattern(self, pattern: str, rule: str, sparsity: float, seed: int) -> dict:
         """Prune by a pattern, and measure."""
-        model = load_model(self.checkpoint)
+        model = self.model()
         began = time.perf_counter()
         if rule.endswith("`prune`"):
             mfac.prune(
@@ -134,7 +145,8 @@ def single_saliencies(model: nn.Module, grads: mfac.GradientBuffer, sparsity: fl
     for name, p in chosen.items():
         groups.append(parse_pattern(pattern).groups(p.shape, chosen.targets[name].axes) + start)
         start += p.numel()
-    groups, kept = torch.cat(groups), torch.ones(len(weights), dtype=torch.bool)
+    groups = torch.cat(groups).to(weights.device)
+    kept = torch.ones(len(weights), dtype=torch.bool, device=weights.device)
     if pattern == "2:4":
         kept[groups.gather(1, saliency[groups].argsort(1)[:, :2])] = False
     else:
@@ -161,16 +173,20 @@ def table(rows: list[dict], key: str) -> str:
     """Return the Markdown table of one of the two accuracies."""
     mine = [row for row in rows if "method" in row]
     sparsities = sorted({row["sparsity"] for row in mine})
-    lines = ["| method | " + " | ".join(f"{s:.0%}" for s in sparsities) + " | seconds |"]
-    lines.append("|---|" + "---:|" * (len(sparsities) + 1))
+    devices = sorted({row.get("device", "cpu") for row in mine})
+    lines = ["| method | " + " | ".join([f"{s:.0%}" for s in sparsities] + [f"seconds, {d}" for d in devices]) + " |"]
+    lines.append("|---|" + "---:|" * (len(sparsities) + len(devices)))
     for method, label in LABELS.items():
         found = [row for row in mine if row["method"] == method]
         cells = [spread([row[key] for row in found if row["sparsity"] == s]) for s in sparsities]
+        for device in devices:
+            seconds = [row["seconds"] for row in found if row.get("device", "cpu") == device]
+            cells.append(f"{statistics.mean(seconds):.0f}" if seconds else "")
         if found:
-            seconds = statistics.mean(row["seconds"] for row in found)
-            lines.append(f"| {label} | " + " | ".join(cells) + f" | {seconds:.0f} |")
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
     for label, values in CITED.items() if key == "top1" else ():
-        lines.append(f"| {label} | " + " | ".join(str(values.get(s, "")) for s in sparsities) + " | |")
+        cells = [str(values.get(s, "")) for s in sparsities] + [""] * len(devices)
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -225,15 +241,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--patterns", nargs="*", choices=list(PATTERNS), default=list(PATTERNS))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
-    bench = Bench(load_images(options.data, True), load_images(options.data, False), options.checkpoint)
-    dense = accuracy(load_model(options.checkpoint), *bench.validation)
-    log = options.output / "runs.jsonl"
-
-    def done() -> list[dict]:
-        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-
     plan = []
     for seed in range(options.seeds):  # the gradients of a seed are collected once
         for method, sparsity in itertools.product(options.methods, options.sparsities):
@@ -242,28 +252,19 @@ def main() -> None:
         for pattern in options.patterns:
             sparsity, rules = PATTERNS[pattern]
             plan += [{"pattern": pattern, "rule": rule, "sparsity": sparsity, "seed": seed} for rule in rules]
-    for key in tqdm(plan, desc="runs"):
-        if any(key.items() <= row.items() for row in done()):  # by this process or one beside it
-            continue
-        if "method" in key:
-            measured = bench.run(key["method"], key["sparsity"], key["seed"])
-        else:
-            measured = bench.run_pattern(key["pattern"], key["rule"], key["sparsity"], key["seed"])
-        row = json.dumps({**key, **measured})
-        tqdm.write(row)
-        with log.open("a") as file:
-            file.write(row + "\n")
-
-    rows = done()
+    log = options.output / "runs.jsonl"
+    rows = run_all(plan, log, Bench.load, (options.data, options.checkpoint, options.device), options.jobs)
+    images = load_images(options.data, False)
+    dense = accuracy(load_model(options.checkpoint, options.device), *images)
     text = [
         "# ResNet-20 on CIFAR-10, pruned without a training loop",
         "",
         f"    python benchmarks/accuracy/run.py --data {options.data.name} --checkpoint {options.checkpoint.name}",
         "",
-        f"top-1 in per cent on {len(bench.validation[1]):,} test images (dense: {dense:.2f}), mean ± standard "
+        f"top-1 in per cent on {len(images[1]):,} test images (dense: {dense:.2f}), mean ± standard "
         f"deviation of the seeds (without ±: one seed; empty: not run). {M} gradients of 32 training images; "
-        "seconds: wall time of pruning and measuring, beside other work; single steps share their gradients, which "
-        "are not counted.",
+        "seconds: wall time of pruning and measuring, beside other work (cuda: several runs at a time on one H200); "
+        "single steps share their gradients, which are not counted.",
         "",
         table(rows, "top1"),
         "",
@@ -278,7 +279,7 @@ def main() -> None:
     ]
     (options.output / "table.md").write_text("\n".join(text))
     plot(rows, dense, options.output / "accuracy.png")
-    tqdm.write("\n".join(text))
+    print("\n".join(text))
 
 
 if __name__ == "__main__":

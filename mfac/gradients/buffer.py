@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -86,11 +86,15 @@ class GradientBuffer:
         self._shapes = [p.shape for p in params.values()]
         self._sizes = [p.numel() for p in params.values()]
         self._pinned = home.type == "cuda" and self.storage == torch.device("cpu")
-        self._rows = allocate_rows(num_grads, sum(self._sizes), dtype, self.storage, self._pinned)
+        self._rows = allocate_rows(num_grads, self._width(), dtype, self.storage, self._pinned)
         with torch.inference_mode(False):
             self._norms = torch.zeros(num_grads, dtype=torch.float64, device=self._rows.device)
         self.version = 0
         self.clear()
+
+    def _width(self) -> int:
+        """Columns that are kept here."""
+        return sum(self._sizes)
 
     @property
     def tensor(self) -> Tensor:
@@ -105,7 +109,7 @@ class GradientBuffer:
     @property
     def shape(self) -> tuple[int, int]:
         """(rows filled so far, d)."""
-        return self._filled, self._rows.shape[1]
+        return self._filled, sum(self._sizes)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -127,7 +131,7 @@ class GradientBuffer:
         """Mean of the squares of all gradients, from norms that are kept row by row; NaN without rows."""
         if not self._filled:
             return math.nan
-        return float(self._norms[: self._filled].square().sum() / self.tensor.numel())
+        return float(self._norms[: self._filled].square().sum() / (self._filled * sum(self._sizes)))
 
     def mean(self, newest: int | None = None) -> Tensor:
         """Return the mean of the newest rows.
@@ -142,7 +146,7 @@ class GradientBuffer:
             ValueError: If there are fewer.
         """
         count = check_int("newest", self._filled if newest is None else newest, 1, self._filled)
-        total = torch.zeros(self.shape[1], device=self.device)
+        total = torch.zeros(self._rows.shape[1], device=self.device)
         for back in range(1, count + 1):
             total += self._rows[(self._next - back) % self.num_grads]
         return total / count
@@ -159,7 +163,7 @@ class GradientBuffer:
     def __repr__(self) -> str:
         """Return shape, type and memory."""
         return (
-            f"GradientBuffer({self._filled} of {self.num_grads} gradients, d={self._rows.shape[1]}, {self.dtype}, "
+            f"{type(self).__name__}({self._filled} of {self.num_grads} gradients, d={self.shape[1]}, {self.dtype}, "
             f"{self.nbytes / 2**20:.1f} MiB, {self.skipped} skipped)"
         )
 
@@ -264,7 +268,33 @@ class GradientBuffer:
             ValueError: If the number of tensors or a shape is wrong, or ``scale`` is not finite or not > 0.
             KeyboardInterrupt: If it comes in between; the row is complete or untouched.
         """
-        scale = check_scale(scale)
+        parts = self._checked(grads, check_scale(scale))
+        if parts is None:
+            self.skipped += 1
+            return False
+        write_whole(partial(self._store, self._next, parts))  # half of a copy would mix two gradients
+        return True
+
+    def append_round(
+        self, compute: Callable[[], tuple[Sequence[Tensor | None], float, float]], wanted: int
+    ) -> list[tuple[float, float]]:
+        """Append the gradient of a batch; of several processes, that of one batch of each.
+
+        Args:
+            compute: Returns a gradient as for :meth:`append_gradients`, and two numbers that come with it.
+            wanted: At most so many rows, at least 1.
+
+        Returns:
+            The two numbers of each row that was stored.
+        """
+        grads, *numbers = compute()
+        return [tuple(numbers)] if self.append_gradients(grads) else []
+
+    def agree(self) -> None:
+        """Share with other processes which parameters have had a gradient; nothing to do in one process."""
+
+    def _checked(self, grads: Sequence[Tensor | None], scale: float = 1.0) -> list[Tensor | None] | None:
+        """Return a gradient as it is stored, or None if it is not finite."""
         if len(grads) != len(self.names):
             raise ValueError(f"grads: expected {len(self.names)} tensors, got {len(grads)}")
         for name, shape, grad in zip(self.names, self._shapes, grads, strict=True):
@@ -277,11 +307,7 @@ class GradientBuffer:
                 raise ValueError(f"grads: expected shape {list(shape)} for {name!r}, got {list(grad.shape)}")
         self.reached.update(name for name, grad in zip(self.names, grads, strict=True) if grad is not None)
         parts = [None if grad is None else _converted(grad, scale, self.dtype) for grad in grads]
-        if not _finite([part for part in parts if part is not None]):
-            self.skipped += 1
-            return False
-        write_whole(partial(self._store, self._next, parts))  # half of a copy would mix two gradients
-        return True
+        return parts if _finite([part for part in parts if part is not None]) else None
 
     def _store(self, index: int, parts: Sequence[Tensor | None]) -> None:
         row = self._rows[index]
@@ -290,7 +316,11 @@ class GradientBuffer:
                 target.zero_()
             else:
                 target.copy_(part.reshape(-1))
-        self._norms[index] = row_norm(row)
+        self._count(index, row_norm(row))
+
+    def _count(self, index: int, norm: Tensor | float) -> None:
+        """Take note of a row that was written."""
+        self._norms[index] = norm
         self._next, self._filled = (index + 1) % self.num_grads, max(self._filled, index + 1)
         self.version += 1
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mfac.checks import check_instance, check_int, warn
+from mfac.distributed.models import find_replicas
+from mfac.distributed.replicas import Replicas
 from mfac.gradients.arguments import check_grads_device, check_real
 from mfac.gradients.backward import Differentiator
 from mfac.gradients.batches import (
@@ -24,8 +26,8 @@ from mfac.gradients.batches import (
 from mfac.gradients.buffer import GradientBuffer
 from mfac.gradients.seeds import current_seed
 from mfac.gradients.settings import CollectSettings
+from mfac.gradients.sharded import ShardedBuffer
 from mfac.gradients.stream import BatchStream
-from mfac.model.distributed import refuse_distributed
 from mfac.model.names import shorten
 from mfac.model.targets import prunable_parameters
 from mfac.progress import progress_bar
@@ -33,6 +35,9 @@ from mfac.settings import accepts, definitions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+SHARD_UNIT = 512  # columns that stay on one rank where nothing is known of the block size
 
 
 @accepts(CollectSettings)
@@ -88,17 +93,18 @@ def collect_gradients(
         >>> collect_gradients(model, batches, torch.nn.functional.cross_entropy, 16, progress=False).shape
         (16, 8)
     """
-    refuse_distributed(model)
+    model, replicas = find_replicas(model, settings["process_group"])
     mode, forward = settings["mode"], settings["forward"]
     check_functions(loss_fn, forward)
     num_grads = check_int("num_grads", num_grads)
-    stream = BatchStream(batches, current_seed(), announce=num_grads)
+    stream = BatchStream(batches, current_seed(), -(-num_grads // replicas.size), replicas.rank)
     if buffer is None:
         chosen = prunable_parameters(model, settings["params"], settings["exclude"])
         check_grads_device("grads_device", settings["grads_device"], next(iter(chosen.values())).device)
-        buffer = GradientBuffer(num_grads, chosen, settings["dtype"], settings["grads_device"])
+        buffer = make_buffer(num_grads, chosen, settings["dtype"], settings["grads_device"], replicas)
     else:
         check_instance("buffer", buffer, GradientBuffer, "a GradientBuffer")
+        _check_ranks(buffer, replicas)
         if num_grads > buffer.num_grads:
             raise ValueError(f"num_grads: expected at most the {buffer.num_grads} rows of the buffer, got {num_grads}")
         chosen = prunable_parameters(model, buffer.names)
@@ -109,11 +115,41 @@ def collect_gradients(
     try:
         append_batches(
             buffer, model, stream, loss_fn, num_grads, chosen, mode=mode, forward=forward,
-            progress=settings["progress"],
+            progress=settings["progress"] and replicas.rank == 0,
         )  # fmt: skip
     finally:
         stream.close()
     return buffer
+
+
+def make_buffer(
+    num_grads: int, chosen: Mapping[str, Tensor], dtype: Any, device: Any, replicas: Replicas, unit: int = SHARD_UNIT
+) -> GradientBuffer:
+    """Return an empty buffer, spread over the ranks if there are several.
+
+    Args:
+        num_grads: See :class:`GradientBuffer`.
+        chosen: See there.
+        dtype: See there.
+        device: See there.
+        replicas: The ranks.
+        unit: See :class:`~mfac.gradients.sharded.ShardedBuffer`.
+
+    Returns:
+        The buffer.
+    """
+    if replicas.size == 1:
+        return GradientBuffer(num_grads, chosen, dtype, device)
+    return ShardedBuffer(num_grads, chosen, replicas, unit, dtype, device)
+
+
+def _check_ranks(buffer: GradientBuffer, replicas: Replicas) -> None:
+    """Check that a buffer is spread over the processes that fill it."""
+    ranks = buffer.replicas.size if isinstance(buffer, ShardedBuffer) else 1
+    if ranks != replicas.size:
+        raise ValueError(
+            f"buffer: expected one that collect_gradients made for {replicas.size} processes, got one of {ranks}"
+        )
 
 
 def _check_no_conflict(buffer: GradientBuffer, settings: Mapping[str, Any], home: torch.device) -> None:
@@ -160,28 +196,46 @@ def append_batches(
             parameters of an empty buffer.
     """
     params, device = [chosen[name] for name in buffer.names], model_device(model)
-    losses, samples, skipped, first = [], [], buffer.skipped, not buffer.reached
+    rows: list[tuple[float, float]] = []
+    skipped, first, compared = buffer.skipped, not buffer.reached, False
     differentiate = Differentiator(model, params)
+
+    def gradient() -> tuple[Sequence[Tensor | None], float, float]:
+        nonlocal first
+        batch = move_batch(next(batches), device)
+        loss, grads = differentiate(partial(_checked_loss, model, batch, loss_fn, forward))
+        if first:
+            _check_reached([name for name, grad in zip(buffer.names, grads, strict=True) if grad is None], buffer)
+            first = False
+        return grads, float(loss.detach()), num_samples(batch)
+
     with (
         evaluation(model, params, mode, seed),
         progress_bar(progress, "gradients", num_grads) as bar,
     ):
-        while len(losses) < num_grads:
-            batch = move_batch(next(batches), device)
-            loss, grads = differentiate(partial(_checked_loss, model, batch, loss_fn, forward))
-            if first:
-                _check_reached([name for name, grad in zip(buffer.names, grads, strict=True) if grad is None], buffer)
-                first = False
-            if buffer.append_gradients(grads):
-                losses.append(float(loss.detach()))
-                samples.append(num_samples(batch))
-                bar.update()
-            elif buffer.skipped - skipped >= max(num_grads, 16):
+        while len(rows) < num_grads:
+            new = buffer.append_round(gradient, num_grads - len(rows))
+            rows += new
+            bar.update(len(new))
+            if not compared and len(new) > 1:
+                compared = True
+                _warn_of_equal_batches([loss for loss, _ in new])
+            if not new and buffer.skipped - skipped >= max(num_grads, 16):
                 raise ValueError(
                     f"batches: expected finite gradients, got {buffer.skipped - skipped} with NaN or infinity and "
-                    f"{len(losses)} finite ones; is the model or its input NaN?"
+                    f"{len(rows)} finite ones; is the model or its input NaN?"
                 )
-    buffer.loss, buffer.samples = sum(losses) / num_grads, sum(samples) / num_grads
+    buffer.agree()
+    buffer.loss, buffer.samples = (sum(column) / num_grads for column in zip(*rows, strict=True))
+
+
+def _warn_of_equal_batches(losses: Sequence[float]) -> None:
+    """Warn if the first batch of every rank has the same loss, which is no chance."""
+    if len(set(losses)) == 1:
+        warn(
+            f"batches: the first batches of {len(losses)} ranks have the same loss, so each rank seems to get the same "
+            "batches, which makes no more of them; use a DistributedSampler"
+        )
 
 
 def _checked_loss(

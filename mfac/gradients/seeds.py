@@ -22,6 +22,7 @@ class SeedKind(enum.IntEnum):
     INDEX = 13  # an index is drawn from a sampler
     COLLECT = 20  # the model draws while gradients are collected
     MEASURE = 21  # the model draws while the loss is measured
+    RANK = 30  # the root of another process than the first
 
 
 def derive_seed(seed: int, kind: SeedKind, passes: int = 0, index: int = 0) -> int:

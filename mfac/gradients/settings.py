@@ -5,6 +5,7 @@ from typing import Annotated, Any, TypedDict
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from mfac.checks import check_function
 from mfac.gradients.arguments import check_dtype
@@ -28,7 +29,16 @@ class CommonSettings(TypedDict, total=False):
     exclude: Annotated[
         str | Iterable[str] | None, Setting(None, names_of, "Parameters to leave out, written as in ``params``.")
     ]
-    progress: Annotated[bool, Setting(True, check_flag, "Show progress bars.")]
+    progress: Annotated[bool, Setting(True, check_flag, "Show progress bars; of several processes, the first one's.")]
+    process_group: Annotated[
+        ProcessGroup | None,
+        Setting(
+            None,
+            checked_later,
+            "Processes that hold copies of the model and prune them alike, each with batches of its own; see "
+            "docs/guides/distributed.md. None: those of a DistributedDataParallel model, else this process by itself.",
+        ),
+    ]
 
 
 class ForwardSettings(TypedDict, total=False):

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from mfac.checks import check_choice, check_int
+from mfac.distributed.replicas import ALONE, Replicas
 from mfac.gradients.arguments import check_dtype
 from mfac.gradients.batches import MODES, Forward, check_functions, model_device, move_batch
 from mfac.gradients.buffer import GradientBuffer
-from mfac.gradients.collect import append_batches, batch_losses
+from mfac.gradients.collect import append_batches, batch_losses, make_buffer
 from mfac.gradients.seeds import SeedKind, derive_seed
 from mfac.gradients.stream import BatchStream
 from mfac.model.targets import prunable_parameters
@@ -41,6 +42,8 @@ class GradientSource:
         mode: ``"eval"``, or ``"train"``: modules are in training mode while gradients are collected.
         forward: Function of (model, batch) that returns (outputs, targets), or the loss if ``loss_fn`` is None.
         announce: Warn, once, if there are fewer batches than ``num_grads``.
+        replicas: Processes that each compute gradients of batches of their own, ``num_grads`` in all.
+        unit: Columns of the buffer that stay on one rank; see :class:`~mfac.gradients.sharded.ShardedBuffer`.
 
     Attributes:
         batches: The endless iterator, a :class:`BatchStream`.
@@ -72,13 +75,17 @@ class GradientSource:
         mode: str = "eval",
         forward: Forward | None = None,
         announce: bool = False,
+        replicas: Replicas = ALONE,
+        unit: int = 1,
     ) -> None:
         """Check the arguments."""
         check_functions(loss_fn, forward)
         self.resize(num_grads, num_grads if refresh is None else refresh)
         self.dtype, self.device = check_dtype("dtype", dtype), device
         self._loss_fn, self._forward, self._mode = loss_fn, forward, check_choice("mode", mode, MODES)
-        self.batches = BatchStream(batches, torch.initial_seed(), self.num_grads if announce else None)
+        self._replicas, self._unit = replicas, unit
+        share = -(-self.num_grads // replicas.size)
+        self.batches = BatchStream(batches, torch.initial_seed(), share if announce else None, replicas.rank)
         self.seconds: float | None = None
 
     def resize(self, num_grads: int, refresh: int) -> None:
@@ -112,7 +119,7 @@ class GradientSource:
         chosen = prunable_parameters(model, params)
         count = self.refresh if count is None else count
         if self._buffer is None:
-            self._buffer = GradientBuffer(self.num_grads, chosen, self.dtype, self.device)
+            self._buffer = make_buffer(self.num_grads, chosen, self.dtype, self.device, self._replicas, self._unit)
         if self._buffer.names != list(chosen):
             raise ValueError(f"params: expected those of the buffer, {self._buffer.names}, got {list(chosen)}")
         if len(self._buffer) < self.num_grads:  # new, or a collection was interrupted
@@ -138,12 +145,15 @@ class GradientSource:
         Returns:
             The mean.
         """
+        settings = {"seed": self._seed(SeedKind.MEASURE), "mode": self._mode, "forward": self._forward}
+        own = self._share(num_batches)
+
+        def measured() -> tuple[float]:
+            return (sum(batch_losses(model, self.batches, self._loss_fn, own, **settings)),)
+
         try:
-            losses = batch_losses(
-                model, self.batches, self._loss_fn, num_batches,
-                seed=self._seed(SeedKind.MEASURE), mode=self._mode, forward=self._forward,
-            )  # fmt: skip
-            return sum(losses) / num_batches
+            (total,) = self._replicas.sums(measured, 1)
+            return total / num_batches
         finally:
             self.batches.close()
 
@@ -157,25 +167,39 @@ class GradientSource:
         Returns:
             The function: NaN if no batch has a finite loss; those that have none at the first call do not count.
         """
+        held: list[Any] = []
+        own = self._share(num_batches)
+
+        def draw() -> None:
+            held.extend(move_batch(next(self.batches), model_device(model), copies=True) for _ in range(own))
+
         try:
-            held = [move_batch(next(self.batches), model_device(model), copies=True) for _ in range(num_batches)]
+            self._replicas.together(draw)
         finally:
             self.batches.close()
         settings = {"seed": self._seed(SeedKind.MEASURE), "mode": self._mode, "forward": self._forward}
-        judges: list[int] = []  # those of finite loss at first, as gradients that are not finite are left out
+        judges: list[int] | None = None  # those of finite loss at first, as gradients that are not finite are left out
+
+        def losses_here() -> tuple[float, float]:
+            nonlocal judges
+            copies = (move_batch(batch, model_device(model), copies=True) for batch in held)  # models may write to them
+            losses = batch_losses(model, copies, self._loss_fn, own, **settings)
+            judges = judges or [i for i, loss in enumerate(losses) if math.isfinite(loss)]
+            return sum(losses[i] for i in judges), len(judges)
 
         def measure() -> float:
-            copies = (move_batch(batch, model_device(model), copies=True) for batch in held)  # models may write to them
-            losses = batch_losses(model, copies, self._loss_fn, num_batches, **settings)
-            if not judges:
-                judges.extend(i for i, loss in enumerate(losses) if math.isfinite(loss))
-            return sum(losses[i] for i in judges) / len(judges) if judges else math.nan
+            total, count = self._replicas.sums(losses_here, 2)
+            return total / count if count else math.nan
 
         return measure
 
+    def _share(self, count: int) -> int:
+        """This rank's part of a number of batches."""
+        return len(range(self._replicas.rank, count, self._replicas.size))
+
     def _seed(self, kind: SeedKind) -> int:
         state = self.batches.state_dict()
-        return derive_seed(state["seed"], kind, state["passes"], state["taken"])
+        return derive_seed(self.batches.root, kind, state["passes"], state["taken"])
 
     def release(self) -> None:
         """Free the buffer: all rows are new at the next collection."""

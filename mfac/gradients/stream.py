@@ -32,8 +32,10 @@ class BatchStream:
         batches: Any iterable of batches.
         seed: All seeds are derived from it.
         announce: Number of batches that was asked for: warn, once, if a pass has fewer.
+        rank: Of this process: other ranks than 0 draw other random numbers. It is no part of a saved position.
 
     Attributes:
+        root: What seeds are derived from: ``seed``, but for other ranks than 0.
         passes: Passes started so far.
         taken: Batches taken in this one.
 
@@ -50,7 +52,7 @@ class BatchStream:
         3
     """
 
-    def __init__(self, batches: Iterable[Any], seed: int, announce: int | None = None) -> None:
+    def __init__(self, batches: Iterable[Any], seed: int, announce: int | None = None, rank: int = 0) -> None:
         """Start nothing yet."""
         check_instance("batches", batches, Iterable, "an iterable of batches")
         self._batches = LoaderClone(batches) if can_clone(batches) else batches
@@ -61,10 +63,15 @@ class BatchStream:
                 "persistent_workers"
             )
         self._once = isinstance(batches, Iterator)
-        self._seed, self._announce = seed % 2**64, announce
+        self._seed, self._announce, self._rank = seed % 2**64, announce, rank
         self.passes = self.taken = 0
         self._served = 0  # of an iterator, by this object
         self._iterator: Iterator[Any] | None = None
+
+    @property
+    def root(self) -> int:
+        """See the class."""
+        return derive_seed(self._seed, SeedKind.RANK, index=self._rank) if self._rank else self._seed
 
     def __iter__(self) -> BatchStream:
         return self
@@ -85,7 +92,7 @@ class BatchStream:
             self._end_pass()
 
     def _fetch(self, iterator: Iterator[Any], index: int) -> Any:
-        with seeded(derive_seed(self._seed, SeedKind.BATCH, self.passes, index)):
+        with seeded(derive_seed(self.root, SeedKind.BATCH, self.passes, index)):
             return next(iterator, _END)
 
     def _open(self) -> Iterator[Any]:
@@ -94,9 +101,9 @@ class BatchStream:
         if self._once:
             return self._batches
         skip = self.taken
-        with seeded(derive_seed(self._seed, SeedKind.START, self.passes)):
+        with seeded(derive_seed(self.root, SeedKind.START, self.passes)):
             if isinstance(self._batches, LoaderClone):
-                iterator = self._batches.iterate(self._seed, self.passes, skip)
+                iterator = self._batches.iterate(self.root, self.passes, skip)
                 skip = 0 if self._batches.by_index else skip
             else:
                 iterator = iter(self._batches)

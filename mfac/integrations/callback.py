@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from mfac.checks import check_choice, warn
 from mfac.pruning.criteria import CRITERIA
@@ -30,12 +30,17 @@ def needs_batches(settings: Mapping[str, Any]) -> bool:
     return settings.get("buffer") is None and (criterion is None or criterion.needs_gradients)
 
 
+def all_processes(count: int) -> dict[str, Any]:
+    """Return the setting ``process_group`` of a trainer with so many processes; nothing for one."""
+    return {"process_group": distributed.group.WORLD} if count > 1 else {}
+
+
 def masks_so_far(pruner: Pruner | Session | None, model: nn.Module) -> dict[str, Any]:
     """Return the setting ``masks`` for a model that an earlier Pruner has pruned; nothing for another model."""
     return {"masks": pruner.masks} if pruner is not None and pruner.model is model and pruner.masks else {}
 
 
-_BESIDE_A_RECIPE = ("forward", "progress")  # settings that no recipe has
+_BESIDE_A_RECIPE = ("forward", "progress", "process_group")  # settings that no recipe has
 
 
 def check_recipe(recipe: Any, settings: Mapping[str, Any]) -> None:
@@ -65,7 +70,7 @@ def apply_recipe(
         optimizer: Its optimizer.
         batches: Where gradients come from.
         loss_fn: Loss of (outputs, targets), or None.
-        settings: ``forward`` and ``progress``.
+        settings: ``forward``, ``progress`` and ``process_group``.
 
     Returns:
         The session.

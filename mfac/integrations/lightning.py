@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from mfac.checks import warn
 from mfac.extras import install_hint
 from mfac.integrations.callback import (
+    all_processes,
     apply_recipe,
     check_recipe,
     check_unit,
@@ -102,7 +103,7 @@ class PrunerCallback(Callback):
         if self._unit == "epoch" and math.isinf(trainer.num_training_batches):
             raise ValueError("unit: expected 'step' with a dataloader of unknown length, got 'epoch'")
         so_far = {} if self._recipe is not None else masks_so_far(self.pruner, pl_module)
-        settings = {**so_far, **self._settings}
+        settings = {**all_processes(trainer.world_size), **so_far, **self._settings}
         if self._recipe is None and self._state is not None and self._state["masks"]:
             settings["masks"] = self._state["masks"]
         batches = self._batches

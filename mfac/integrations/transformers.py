@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mfac.checks import warn
 from mfac.extras import install_hint
 from mfac.integrations.callback import (
+    all_processes,
     apply_recipe,
     check_recipe,
     check_unit,
@@ -98,17 +99,14 @@ class PrunerCallback(TrainerCallback):
             objects: The model, dataloader and optimizer.
 
         Raises:
-            ValueError: If an argument is wrong, there are several processes or GPUs, or training is resumed from a
-                checkpoint without the Pruner's state.
+            ValueError: If an argument is wrong, the process has several GPUs, or training is resumed from a checkpoint
+                without the Pruner's state.
         """
-        workers = max(args.world_size, args.n_gpu)
-        if workers > 1:
-            raise ValueError(
-                f"args: expected one process and GPU, got {workers}, which would prune by different gradients"
-            )
+        if args.n_gpu > 1:
+            raise ValueError(f"args: expected one GPU per process (torchrun), got {args.n_gpu}")
         model, batches, saved = objects["model"], self._batches, None
         so_far = {} if self._recipe is not None else masks_so_far(self.pruner, model)
-        settings = {**so_far, **self._settings}
+        settings = {**all_processes(args.world_size), **so_far, **self._settings}
         if state.global_step > 0:
             saved = self._saved(args, state, model)
             if self._recipe is None and saved["masks"]:

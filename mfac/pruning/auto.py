@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from mfac.checks import warn
@@ -78,13 +77,13 @@ def choose_settings(
             raise ValueError(f"grads: expected at least 4 gradients for 'auto', got {m}")
         fisher = fisher.replace(**({} if damping == "auto" else {"damping": damping}))
         dampings, first = (DAMPINGS, _FIRST_DAMPING) if damping == "auto" else ([fisher.damping], fisher.damping)
-        sizes = [b for b in BLOCK_SIZES if b < d] or [d] if block_size == "auto" else [block_size]
+        possible = [b for b in BLOCK_SIZES if b < d and fisher.accepts(b)]
+        sizes = possible or [d] if block_size == "auto" else [block_size]
         default = (
             DEFAULT_DAMPING if damping == "auto" else fisher.damping,
             min(DEFAULT_BLOCK_SIZE, d) if block_size == "auto" else block_size,
         )
-        options = {"backend": fisher.backend, "precision": fisher.precision, "device": fisher.device}
-        part, rest = Fisher(fisher.grads[: m * 3 // 4], **options), fisher.grads[m * 3 // 4 :]
+        part, rest = fisher.rows(0, m * 3 // 4), fisher.rows(m * 3 // 4, m)
         tried: dict[tuple[float | str, int | None], Candidate] = {}
         squares: list[Tensor] = []  # (g δ)² of the candidates, the default first
 
@@ -95,7 +94,7 @@ def choose_settings(
                     step, trial = weights.clone(), part.replace(damping=value, block_size=size)
                     prune_vector(step, active, trial, plan)
                     step -= weights
-                    squares.append(torch.stack([(row.to(step) @ step).square() for row in rest]).cpu())
+                    squares.append(rest.project(step).square().cpu())
                     score, z = 0.5 * float(squares[-1].mean()), _signed_rank_z(squares[0], squares[-1])
                     tried[value, size] = Candidate(trial.damping, trial.block_size, score, z)
                     bar.update()

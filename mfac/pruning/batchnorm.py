@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from mfac.checks import check_int, warn
+from mfac.distributed.models import find_replicas
+from mfac.distributed.replicas import ALONE, Replicas
 from mfac.gradients.batches import Forward, check_functions, evaluation, model_device, move_batch, run_model
 from mfac.gradients.seeds import current_seed
 from mfac.gradients.stream import BatchStream
@@ -19,7 +22,12 @@ _NORMS = torch.nn.modules.batchnorm._BatchNorm
 
 
 def reestimate_batchnorm(
-    model: nn.Module, batches: Iterable[Any], num_batches: int = 64, *, forward: Forward | None = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    num_batches: int = 64,
+    *,
+    forward: Forward | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> None:
     """Set the running mean and variance of every BatchNorm layer to those of some batches.
 
@@ -32,6 +40,8 @@ def reestimate_batchnorm(
         batches: As for :func:`collect_gradients`; targets are not used.
         num_batches: How many; each counts the same. Some thousand samples in all are enough.
         forward: A function of (model, batch) that runs the model, for batches that are neither pairs nor mappings.
+        process_group: Processes that hold copies of the model, each with ``num_batches`` batches of its own: all get
+            the mean of their statistics. None: those of a DistributedDataParallel model, else this process by itself.
 
     Raises:
         TypeError: If ``batches`` cannot be iterated, ``num_batches`` is not an int, ``forward`` not a function, or a
@@ -47,21 +57,33 @@ def reestimate_batchnorm(
     """
     check_functions(None, forward)
     num_batches = check_int("num_batches", num_batches)
-    stream = BatchStream(batches, current_seed())
+    model, replicas = find_replicas(model, process_group)
+    stream = BatchStream(batches, current_seed(), rank=replicas.rank)
+    _reestimate(model, stream, num_batches, forward, replicas)
+
+
+def _reestimate(
+    model: nn.Module, stream: BatchStream, num_batches: int, forward: Forward | None, replicas: Replicas
+) -> None:
     layers = _layers(model)
     if not layers:
         return
     momenta = [layer.momentum for layer in layers]
     before = [{name: x.clone() for name, x in layer.named_buffers(recurse=False)} for layer in layers]
     device = model_device(model)
+
+    def run() -> None:
+        for _ in range(num_batches):
+            run_model(model, move_batch(next(stream), device), forward)
+
     with evaluation(model, keep=layers), torch.no_grad():
         try:
             for layer in layers:
                 layer.train()
                 layer.reset_running_stats()
                 layer.momentum = None  # the mean of all batches
-            for _ in range(num_batches):
-                run_model(model, move_batch(next(stream), device), forward)
+            replicas.together(run)
+            _average(layers, replicas)
             if not all(torch.isfinite(layer.running_var).all() for layer in layers):
                 raise RuntimeError("model: the statistics of BatchNorm are not finite; is the model or its input NaN?")
             for layer, state in zip(layers, before, strict=True):
@@ -82,10 +104,11 @@ def reestimate_batchnorm(
 
 def improve_batchnorm(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: BatchStream,
     num_batches: int,
     measure: Callable[[], float],
     forward: Forward | None = None,
+    replicas: Replicas = ALONE,
 ) -> float:
     """Re-estimate the statistics, and keep the new ones if they do not raise a loss.
 
@@ -95,6 +118,7 @@ def improve_batchnorm(
         num_batches: See there.
         measure: Returns the loss of the model as it is.
         forward: See there.
+        replicas: Processes that hold copies of the model.
 
     Returns:
         The loss with the statistics that stay. After an error they are as before.
@@ -108,7 +132,7 @@ def improve_batchnorm(
 
     kept = False
     try:
-        reestimate_batchnorm(model, batches, num_batches, forward=forward)
+        _reestimate(model, batches, num_batches, forward, replicas)
         after = measure()
         kept = math.isfinite(after) and not after > before
     finally:
@@ -119,6 +143,13 @@ def improve_batchnorm(
         return after
     warn(f"batchnorm_batches: new statistics raise the loss from {before:.4g} to {after:.4g}; the old ones stay")
     return before
+
+
+def _average(layers: Sequence[nn.Module], replicas: Replicas) -> None:
+    """Give all ranks the mean of their statistics."""
+    for layer in layers if replicas.size > 1 else ():
+        for x in (layer.running_mean, layer.running_var):
+            x.copy_(replicas.add(x) / replicas.size)
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from mfac.checks import warn
+from mfac.distributed.models import find_replicas
 from mfac.fisher import Fisher
 from mfac.gradients.buffer import GradientBuffer, check_grads_device
+from mfac.gradients.sharded import ShardedBuffer
 from mfac.gradients.source import GradientSource
 from mfac.interrupts import write_whole
-from mfac.model.distributed import refuse_distributed, refuse_sharded
 from mfac.model.names import NameTable, named_parameters, shorten
 from mfac.model.targets import prunable_parameters
 from mfac.ops.backend import backend_name, select_backend
-from mfac.pruning.auto import Candidate, choose_settings
+from mfac.pruning.auto import BLOCK_SIZES, Candidate, choose_settings
 from mfac.pruning.correction import FIRST_LENGTH, MOMENTUM, Correction, Descent, correct
 from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.gradients import Gradients, check_grads
@@ -33,6 +34,7 @@ from mfac.pruning.quadratic import Plan, prune_vector, timed
 from mfac.pruning.result import PruneResult, PruneStep
 from mfac.pruning.selection import Selection, Sparsities, parse_sparsity
 from mfac.pruning.settings import num_grads_at
+from mfac.sharded_fisher import ShardedFisher, fisher_of
 
 
 def split_evenly(count: int, parts: int) -> list[int]:
@@ -81,9 +83,11 @@ class Engine:
         only_keys: bool = False,
     ) -> None:
         """Check the arguments; the model is not touched."""
-        refuse_sharded(model)
         given, masks = settings["params"], settings["masks"]
-        self.model, self.settings = model, {name: x for name, x in settings.items() if name not in ("masks", "buffer")}
+        self.model, self.replicas = find_replicas(model, settings["process_group"])
+        self.settings = {name: x for name, x in settings.items() if name not in ("masks", "buffer")}
+        self.settings["progress"] = settings["progress"] and self.replicas.rank == 0
+        model = self.model
         chosen = prunable_parameters(model, names if given is None else given, settings["exclude"])
         table = NameTable.of_model(model)
         self.sparsities, members = parse_sparsity(sparsity, list(chosen), table, settings["scope"])
@@ -104,7 +108,10 @@ class Engine:
         self.zeros = 0.0 if self.masks else _sparsity_of_weights(chosen)
         self.reached: Sparsities = self.selection.reached(flatten_masks(self.masks, chosen))
         self.result: PruneResult | None = None
-        self._fisher: tuple[Any, int | None, Fisher] | None = None  # gradients, their version, their Fisher
+        self.replicas.check_same("model: expected the same weights on all ranks, got others", chosen)
+        self._fisher: tuple[Any, int | None, Fisher | ShardedFisher] | None = (
+            None  # gradients, their version, their Fisher
+        )
 
     def selection_for(self, pattern: str | Sequence[int]) -> Selection:
         """Return how the parameters are selected under a pattern.
@@ -196,7 +203,7 @@ class Engine:
                 self.masks[name] = self.masks[name].to(p.device)
                 p.masked_fill_(~self.masks[name], 0)
 
-    def fisher(self, grads: Gradients) -> Fisher:
+    def fisher(self, grads: Gradients) -> Fisher | ShardedFisher:
         """Return the Fisher of gradients, which are checked once for each version of a buffer.
 
         Args:
@@ -204,12 +211,20 @@ class Engine:
 
         Returns:
             It, with a damping of 1 for the whole vector; :meth:`choose` sets the real one.
+
+        Raises:
+            ValueError: If the gradients are spread over other processes than the model.
         """
         version = grads.version if isinstance(grads, GradientBuffer) else None
         if self._fisher is None or self._fisher[0] is not grads or self._fisher[1] != version:
             checked, settings = check_grads(grads, self.params, self.device), self.settings
+            if isinstance(checked, ShardedBuffer) and checked.replicas.size != self.replicas.size:
+                raise ValueError(
+                    f"grads: expected gradients of the {self.replicas.size} processes that prune, got those of "
+                    f"{checked.replicas.size}; pass process_group=, or the DistributedDataParallel model"
+                )
             options = {"backend": settings["backend"], "precision": settings["precision"], "device": self.device}
-            self._fisher = grads, version, Fisher(checked, 1.0, **options)
+            self._fisher = grads, version, fisher_of(checked, **options)
         return self._fisher[2]
 
     def _prepare(
@@ -325,6 +340,10 @@ class Engine:
                 seconds=seconds,
                 backend=backend_name(plan.kernels),
             )
+            self.replicas.check_same(
+                "grads: expected the same gradients on all ranks, or those of collect_gradients with their process "
+                "group, got new weights", {"weights": weights, "mask": kept},
+            )  # fmt: skip
             self._commit(params, weights.split(sizes), result, sparsities, advice)
         self._warn_of_empty_layers(result.layers, sparsities)
         return result
@@ -387,7 +406,6 @@ class Engine:
             TypeError: If an argument is of the wrong type.
             ValueError: If a value is wrong, or the model is one of several processes.
         """
-        refuse_distributed(self.model)
         settings = self.settings
         check_grads_device("grads_device", settings["grads_device"], self.device)
         count = num_grads_at(settings["num_grads"], self.selection.overall(self.reached))
@@ -401,7 +419,19 @@ class Engine:
             mode=settings["mode"],
             forward=settings["forward"],
             announce=announce,
+            replicas=self.replicas,
+            unit=self._shard_unit(),
         )
+
+    def _shard_unit(self) -> int:
+        """Columns of the Fisher that have to be on one rank: those of a block."""
+        block_size = self.settings["block_size"]
+        if block_size is None and self.replicas.size > 1:
+            raise ValueError(
+                f"block_size: expected a number or 'auto' for {self.replicas.size} processes, got None, one block for "
+                "all weights"
+            )
+        return max(BLOCK_SIZES) if block_size == "auto" else block_size or 1
 
     def resize(self, source: GradientSource) -> None:
         """Let a source collect as many gradients as the settings say for the sparsity now; all are new then."""
@@ -455,7 +485,8 @@ class Engine:
             params, result = self.params, self.result
             kept = flatten_masks(self.masks, params)
             fisher = self.fisher(grads).replace(active=kept, damping=result.damping, block_size=result.block_size)
-            mean = fisher.grads.mean(0, dtype=torch.float32) if newest is None else grads.mean(newest)
+            buffered = isinstance(grads, GradientBuffer)
+            mean = grads.mean(newest) if buffered else fisher.grads.mean(0, dtype=torch.float32)
             direction = fisher.inverse_product(mean.to(self.device)).masked_fill_(~kept, 0)
             descent = descent or Descent()
             if descent.direction is not None:

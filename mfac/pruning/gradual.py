@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # What a resumed run must have in common with the saved one: all but the schedule and where things are computed.
 _SCHEDULED = ("initial_sparsity", "start", "frequency", "schedule")
-_HERE = ("masks", "buffer", "backend", "precision", "dtype", "grads_device", "forward", "progress")
+_HERE = ("masks", "buffer", "backend", "precision", "dtype", "grads_device", "forward", "progress", "process_group")
 _SAVED_SETTINGS = [name for name in definitions(PrunerSettings) if name not in (*_SCHEDULED, *_HERE)]
 
 _STEPPED: weakref.WeakSet[Pruner] = weakref.WeakSet()  # looked at when the program ends

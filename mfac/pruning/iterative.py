@@ -82,20 +82,26 @@ def prune(
     source = engine.source(batches, loss_fn, announce=True)
 
     def finish() -> float:
-        return _finish(model, source, settings["batchnorm_batches"], settings["forward"])
+        return _finish(engine, source, settings["batchnorm_batches"], settings["forward"])
 
     return run(
-        engine, source, engine.sparsities, settings["recomputations"], finish=finish, progress=settings["progress"]
+        engine,
+        source,
+        engine.sparsities,
+        settings["recomputations"],
+        finish=finish,
+        progress=engine.settings["progress"],
     )
 
 
-def _finish(model: nn.Module, source: GradientSource, batchnorm_batches: int, forward: Any) -> float:
+def _finish(engine: Engine, source: GradientSource, batchnorm_batches: int, forward: Any) -> float:
     """Re-estimate BatchNorm if asked for and measure the loss; what has been pruned is not lost if the batches end."""
+    model = engine.model
     try:
         if not batchnorm_batches:
             return source.loss(model, source.refresh)
         measure = source.hold(model, source.refresh)
-        return improve_batchnorm(model, source.batches, batchnorm_batches, measure, forward)
+        return improve_batchnorm(model, source.batches, batchnorm_batches, measure, forward, engine.replicas)
     except ValueError as error:
         warn(f"pruned, but not measured or without new BatchNorm statistics: {error}")
         return math.nan

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from mfac.gradients.buffer import GradientBuffer
 from mfac.gradients.source import GradientSource
-from mfac.model.distributed import refuse_distributed
 from mfac.pruning.engine import Engine
 from mfac.pruning.quadratic import timed
 from mfac.pruning.result import PruneResult
@@ -77,14 +76,21 @@ def prune_step(
     if batches is not None:
         if grads is None:
             raise ValueError("batches: expected None without gradients, which a correction needs, got batches")
-        refuse_distributed(model)
-        judges = GradientSource(batches, loss_fn, num_grads=1, mode=settings["mode"], forward=settings["forward"])
+        judges = GradientSource(
+            batches,
+            loss_fn,
+            num_grads=1,
+            mode=settings["mode"],
+            forward=settings["forward"],
+            replicas=engine.replicas,
+        )
     try:
-        result = engine.step(grads, engine.sparsities, settings["progress"])
+        progress = engine.settings["progress"]
+        result = engine.step(grads, engine.sparsities, progress)
         if judges is not None:
             with timed(result.seconds, "correction"):
-                measure = judges.hold(model, settings["correction_batches"])
-                result.step_length = engine.correct(grads, measure, progress=settings["progress"]).step_length
+                measure = judges.hold(engine.model, settings["correction_batches"])
+                result.step_length = engine.correct(grads, measure, progress=progress).step_length
         return result
     except BaseException as error:
         engine.leave_result(error)

@@ -125,6 +125,7 @@ class Manager:
         *,
         forward: Callable | None = None,
         progress: bool = False,
+        process_group: Any = None,
     ) -> Session:
         """Bind the recipe to a model and its optimizer; set the learning rate and weight decay of epoch 0.
 
@@ -136,6 +137,8 @@ class Manager:
             loss_fn: `loss_fn(outputs, targets)`, a scalar. Only M-FAC modifiers need it.
             forward: `forward(model, batch)`, for batches that are not (inputs, targets); see :class:`mfac.Pruner`.
             progress: Show progress bars while gradients are collected.
+            process_group: Processes that hold copies of the model and prune them alike; None: those of a
+                DistributedDataParallel model, else this process by itself.
 
         Returns:
             The session; call its `step` after every optimizer step.
@@ -147,7 +150,17 @@ class Manager:
         if not self.modifiers or any(modifier.needs_end for modifier in self.modifiers):
             self.check_epochs()
         return self._bind(
-            Target(model, optimizer, batches, loss_fn, self.epochs, progress, one_shot=False, forward=forward)
+            Target(
+                model,
+                optimizer,
+                batches,
+                loss_fn,
+                self.epochs,
+                progress,
+                one_shot=False,
+                forward=forward,
+                process_group=process_group,
+            )
         )
 
     def _bind(self, target: Target) -> Session:
@@ -168,6 +181,7 @@ class Manager:
         loss_fn: Callable | None = None,
         *,
         progress: bool = False,
+        process_group: Any = None,
     ) -> Session:
         """Prune the model to the recipe's final sparsity at once, without training.
 
@@ -178,6 +192,7 @@ class Manager:
             batches: Iterable of (inputs, targets), as in :meth:`apply`.
             loss_fn: `loss_fn(outputs, targets)`, as in :meth:`apply`.
             progress: Show progress bars while gradients are collected.
+            process_group: As in :meth:`apply`.
 
         Returns:
             The session, which gives access to masks and sparsity.
@@ -187,7 +202,9 @@ class Manager:
         """
         if not self.prunes:
             raise ValueError("recipe: expected a pruning modifier for one-shot pruning, got none")
-        session = self._bind(Target(model, None, batches, loss_fn, 0.0, progress, one_shot=True))
+        session = self._bind(
+            Target(model, None, batches, loss_fn, 0.0, progress, one_shot=True, process_group=process_group)
+        )
         session.step(0.0)
         return session
 

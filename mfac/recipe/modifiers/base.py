@@ -152,6 +152,7 @@ class Target:
         progress: Show progress bars while gradients are collected.
         one_shot: Everything is due at once, at epoch 0; initial sparsities do not count.
         forward: ``forward(model, batch)``, for batches of another form; see :class:`mfac.Pruner`.
+        process_group: Processes that hold copies of the model; see :class:`mfac.Pruner`.
     """
 
     model: nn.Module
@@ -162,6 +163,7 @@ class Target:
     progress: bool
     one_shot: bool
     forward: Callable | None = None
+    process_group: Any = None
 
 
 class Action:

@@ -28,7 +28,7 @@ FROM_PARAM = "__FROM_PARAM__"  # an initial sparsity: what the parameters have w
 # Settings that the format gives in its own way, or that whoever applies the recipe gives.
 _BY_THE_FORMAT = (
     "params", "pattern", "scope", "criterion", "initial_sparsity", "start", "frequency", "schedule", "masks", "buffer",
-    "forward", "progress",
+    "forward", "progress", "process_group",
 )  # fmt: skip
 _NAMES = {  # of the Pruner -> of the format
     "sparsity": "final_sparsity", "initial_sparsity": "init_sparsity", "start": "start_epoch", "end": "end_epoch",
@@ -224,6 +224,7 @@ class MagnitudePruning(Modifier):
             masks="nonzero" if from_param else None,
             progress=target.progress,
             forward=target.forward,
+            process_group=target.process_group,
             **self.settings,
         )
         return Pruning(pruner, self.leave_enabled or target.one_shot)

@@ -1,0 +1,197 @@
+"""ResNet-20 on CIFAR-10, pruned while it is trained for ten epochs: magnitude, M-FAC as published, M-FAC as here.
+
+    python benchmarks/accuracy/gradual.py --data cifar10 --checkpoint resnet20.pt --device cuda --jobs 9
+
+All start from one dense checkpoint, on the same images in the same order. They prune from 50 % on along a cubic curve
+in the first seven epochs; three epochs of training are left. Learning rate and frequency of updates are chosen per
+method (M-FAC as published takes those of this package's) by runs to 95 % in which the last 5,000 training images,
+shuffled, are held out. Test images serve for the table alone. Rows are appended to results/gradual.jsonl as they are
+measured, and what stands there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from resnet20 import accuracy, endless_batches, load_images, load_model, run_all
+from torch import Tensor
+
+from mfac.recipe.manager import Manager
+
+EPOCHS, BATCH = 10, 128
+SPARSITIES = (0.9, 0.95, 0.98)
+RATES, FREQUENCIES = (0.01, 0.03, 0.1), (0.5, 1.0)  # to choose from; of updates, in epochs
+METHODS = {  # label, modifier, its arguments
+    "magnitude": ("magnitude", "MagnitudePruningModifier", ""),
+    "published": (
+        "M-FAC as published",
+        "MFACPruningModifier",
+        "num_grads: {0.0: 64, 0.5: 128, 0.75: 256, 0.85: 512}, damping: 1e-5, block_size: 2000, update: independent, "
+        "substeps: 1, recomputations: 1, corrections: 0",
+    ),
+    "mfac": ("M-FAC, this package's defaults", "MFACPruningModifier", ""),
+}
+RECIPE = """
+modifiers:
+  - !EpochRangeModifier {{start_epoch: 0.0, end_epoch: {epochs}}}
+  - !{modifier}
+    {{params: __ALL_PRUNABLE__, init_sparsity: 0.5, final_sparsity: {sparsity}, start_epoch: 0.0, end_epoch: 7.0,
+     update_frequency: {frequency}, inter_func: cubic, mask_type: unstructured, {arguments}}}
+"""
+
+
+@dataclass
+class Bench:
+    """Images on the device, and the checkpoint."""
+
+    images: Tensor  # [n, 3, 32, 32] uint8, padded by 4
+    targets: Tensor
+    train: tuple
+    validation: tuple
+    checkpoint: Path
+    device: str
+
+    @classmethod
+    def load(cls, data: Path, checkpoint: Path, device: str, hold_out: bool) -> Bench:
+        """Read the images; held-out training images take the place of the test images."""
+        torch.set_num_threads(1)
+        train, validation = load_images(data, True), load_images(data, False)
+        if hold_out:
+            order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0))
+            images, targets = train[0][order], train[1][order]
+            train, validation = (images[:-5000], targets[:-5000]), (images[-5000:], targets[-5000:])
+        padded = F.pad(train[0], (4, 4, 4, 4)).to(device)
+        return cls(padded, train[1].to(device), train, validation, checkpoint, device)
+
+    def epoch(self, generator: torch.Generator):
+        """Yield the batches of an epoch, shifted by up to 4 pixels, half of them mirrored."""
+        order = torch.randperm(len(self.images), generator=generator).to(self.device)
+        rows = torch.arange(32, device=self.device)
+        for batch in order[: len(order) // BATCH * BATCH].split(BATCH):
+            y, x, mirrored = torch.randint(0, 1 << 20, (3, BATCH), generator=generator).to(self.device)
+            columns = x[:, None] % 9 + torch.where(mirrored[:, None] % 2 == 0, rows, 31 - rows)
+            chosen = self.images[
+                batch[:, None, None], :, (y[:, None] % 9 + rows)[:, :, None], columns[:, None, :]
+            ]  # [n, 32, 32, 3]
+            yield chosen.permute(0, 3, 1, 2).float().div(127.5).sub(1), self.targets[batch]
+
+    def __call__(self, key: dict) -> dict:
+        """Train under a recipe; return accuracy after the last epoch and right after the last update."""
+        _, modifier, arguments = METHODS[key["method"]]
+        rate, frequency = key["rate"], key["frequency"]
+        model = load_model(self.checkpoint, self.device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4, nesterov=True)
+        text = RECIPE.format(
+            epochs=EPOCHS, modifier=modifier, sparsity=key["sparsity"], frequency=frequency, arguments=arguments
+        )
+        manager = Manager.from_recipe(text)
+        gradients = endless_batches(*self.train, 1000 + key["seed"], 32, augment=False)
+        session = manager.apply(model, optimizer, gradients, F.cross_entropy)
+        generator = torch.Generator().manual_seed(key["seed"])
+        steps, done, pruning, after = len(self.images) // BATCH, 0, 0.0, math.nan
+        began = time.perf_counter()
+        for _ in range(EPOCHS):
+            model.train()
+            for images, targets in self.epoch(generator):
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * (1 + math.cos(math.pi * done / (EPOCHS * steps))) / 2
+                loss = F.cross_entropy(model(images), targets)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                done += 1
+                start = time.perf_counter()
+                if session.step(done / steps):
+                    pruning += time.perf_counter() - start
+                    if done / steps >= 7 - frequency / 2:
+                        after = accuracy(model, *self.validation)
+                        model.train()
+        return {
+            **key,
+            "top1": accuracy(model, *self.validation),
+            "after": after,
+            "sparsity_reached": session.sparsity,
+            "seconds": time.perf_counter() - began,
+            "pruning_seconds": pruning,
+            "device": torch.device(self.device).type,
+        }
+
+
+def spread(values: list[float]) -> str:
+    """Return mean ± standard deviation."""
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def choose(log: Path, arguments: tuple, jobs: int) -> dict[str, dict]:
+    """Return each method's best learning rate and frequency by held-out training images."""
+    plan = [
+        {"method": method, "sparsity": 0.95, "seed": 0, "rate": rate, "frequency": frequency, "held_out": True}
+        for method, rate, frequency in itertools.product(("mfac", "magnitude"), RATES, FREQUENCIES)
+    ]
+    rows = [row for row in run_all(plan, log, Bench.load, (*arguments, True), jobs) if row["held_out"]]
+    chosen = {}
+    for method in METHODS:
+        tried = [row for row in rows if row["method"] == ("mfac" if method == "published" else method)]
+        best = max(tried, key=lambda row: row["top1"])
+        chosen[method] = {"rate": best["rate"], "frequency": best["frequency"]}
+    return chosen
+
+
+def main() -> None:
+    """Run what is not there yet; write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with train/ and val/")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="state_dict of the dense ResNet-20")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
+    parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    log, common = options.output / "gradual.jsonl", (options.data, options.checkpoint, options.device)
+    chosen = choose(log, common, options.jobs)
+    plan = [
+        {"method": method, "sparsity": sparsity, "seed": seed, **chosen[method], "held_out": False}
+        for seed, sparsity, method in itertools.product(range(options.seeds), options.sparsities, options.methods)
+    ]
+    rows = [row for row in run_all(plan, log, Bench.load, (*common, False), options.jobs) if not row["held_out"]]
+    lines = [
+        "# ResNet-20 on CIFAR-10, pruned during ten epochs of training",
+        "",
+        "top-1 in per cent on the 10,000 test images (dense: 91.43), mean ± standard deviation of the seeds; in "
+        "brackets right after the last update, three epochs before the end; seconds: of training and of pruning.",
+        "",
+        "; ".join(
+            f"{METHODS[method][0]}: learning rate {c['rate']}, an update every {c['frequency']} epochs"
+            for method, c in chosen.items()
+        )
+        + ".",
+        "",
+        "| method | " + " | ".join(f"{s:.0%}" for s in options.sparsities) + " | seconds | of pruning |",
+        "|---|" + "---:|" * (len(options.sparsities) + 2),
+    ]
+    for method, (label, *_) in METHODS.items():
+        found = [row for row in rows if row["method"] == method]
+        cells = []
+        for sparsity in options.sparsities:
+            some = [row for row in found if row["sparsity"] == sparsity]
+            texts = [spread([row[name] for row in some]) for name in ("top1", "after")] if some else []
+            cells.append(f"{texts[0]} ({texts[1]})" if texts else "")
+        if found:
+            cells += [f"{statistics.mean(row[name] for row in found):.0f}" for name in ("seconds", "pruning_seconds")]
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    (options.output / "gradual.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
