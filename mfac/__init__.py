@@ -3,6 +3,10 @@
 Importing compiles nothing; the kernels are built at first use.
 """
 
+from mfac.export.compressed import load_compressed, save_compressed
+from mfac.export.onnx import export_onnx
+from mfac.export.semi_structured import to_semi_structured
+from mfac.export.verify import Verification, verify
 from mfac.fisher import Fisher
 from mfac.gradients.buffer import GradientBuffer
 from mfac.gradients.collect import collect_gradients
@@ -26,12 +30,18 @@ __all__ = [
     "PruneResult",
     "Pruner",
     "Schedule",
+    "Verification",
     "apply_masks",
     "collect_gradients",
+    "export_onnx",
     "frontier",
+    "load_compressed",
     "prunable_parameters",
     "prune",
     "prune_step",
     "reestimate_batchnorm",
     "register_layer",
+    "save_compressed",
+    "to_semi_structured",
+    "verify",
 ]

@@ -22,6 +22,7 @@ LAYERS = [
     {"fisher"},
     {"sharded_fisher"},
     {"pruning"},
+    {"export"},
     {"recipe"},
     {"integrations"},
     {"tutorial"},
