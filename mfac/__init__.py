@@ -3,6 +3,7 @@
 Importing compiles nothing; the kernels are built at first use.
 """
 
+from mfac.distributed.cost import Cost, cost
 from mfac.export.compressed import load_compressed, save_compressed
 from mfac.export.onnx import export_onnx
 from mfac.export.semi_structured import to_semi_structured
@@ -24,6 +25,7 @@ from mfac.pruning.step import prune_step
 __version__ = "0.1.0"
 
 __all__ = [
+    "Cost",
     "Fisher",
     "Frontier",
     "GradientBuffer",
@@ -33,6 +35,7 @@ __all__ = [
     "Verification",
     "apply_masks",
     "collect_gradients",
+    "cost",
     "export_onnx",
     "frontier",
     "load_compressed",

@@ -94,8 +94,8 @@ def by_pruner(model, batches, **group):
 
 def by_recipe(model, batches, **group):
     manager = Manager.from_recipe(
-        "modifiers: [!MFACPruningModifier {params: __ALL_PRUNABLE__, final_sparsity: 0.8, start_epoch: 0, end_epoch: 1, "
-        "num_grads: 12, refresh: 3, block_size: 64, corrections: 0, update_frequency: 1.0}]"
+        "modifiers: [!MFACPruningModifier {params: __ALL_PRUNABLE__, final_sparsity: 0.8, start_epoch: 0, "
+        "end_epoch: 1, num_grads: 12, refresh: 3, block_size: 64, corrections: 0, update_frequency: 1.0}]"
     )
     return manager.one_shot(model, batches, F.cross_entropy, **group)
 

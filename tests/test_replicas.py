@@ -1,5 +1,6 @@
 """Processes that do things together; each test runs in real ones."""
 
+import itertools
 import os
 
 import pytest
@@ -90,5 +91,5 @@ def test_edges(d, unit, size):
     assert edges == sorted(edges)
     assert edges[0] == 0 and edges[-1] == d
     assert all(edge % unit == 0 for edge in edges[:-1])
-    widths = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    widths = [b - a for a, b in itertools.pairwise(edges)]
     assert max(widths) - min(widths) <= 2 * unit

@@ -45,7 +45,7 @@ def check_buffer():
     assert torch.equal(buffer.mean(), whole.mean())
     assert buffer.skipped == -(-len(rows) // buffer.replicas.size)
     for call in (lambda: buffer.append_gradients([rows[0]]), buffer.state_dict):
-        with pytest.raises(ValueError, match="buffer: expected .*, got one that is spread over ranks"):
+        with pytest.raises(ValueError, match=r"buffer: expected .*, got one that is spread over ranks"):
             call()
 
 
@@ -117,7 +117,7 @@ def test_one_block(size, m, d, unit):
 def check_refusals():
     rows = problem(4, 200)[0]
     fisher = ShardedFisher(sharded(rows, 64), 1e-3, 64)
-    with pytest.raises(ValueError, match="block_size: expected a divisor of 64, .* parts of 2 ranks, or None, got 48"):
+    with pytest.raises(ValueError, match=r"block_size: expected a divisor of 64, .* parts of 2 ranks, or None, got 48"):
         fisher.replace(block_size=48)
     assert (fisher.accepts(32), fisher.accepts(48)) == (True, False)
     groups = torch.arange(200).view(-1, 4)

@@ -27,6 +27,8 @@ class Replicas:
     Attributes:
         rank: Of this process in the group.
         size: Number of processes.
+        sent: Bytes that this process has given to the others: one copy for each of them, and what a ring sends for a
+            sum; errors not counted.
 
     Example:
         >>> Replicas(None).together(lambda: (1.0, 2.0), 2)
@@ -38,6 +40,7 @@ class Replicas:
         self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
+        self.sent = 0
 
     def __repr__(self) -> str:
         """Return rank and size."""
@@ -160,6 +163,7 @@ class Replicas:
         if self.size == 1:
             return own
         out = own.to(self._home(own), copy=True)
+        self.sent += 2 * (self.size - 1) * out.nbytes // self.size
         with self._reachable():
             dist.all_reduce(out, group=self.group)
         return out.to(own.device)
@@ -186,6 +190,7 @@ class Replicas:
         sent = torch.empty(0, dtype=like.dtype, device=home) if row is None else row.to(home)
         sizes_in = [width * (b - a) * (row is not None) for a, b in itertools.pairwise(edges)]
         sizes_out = [width * (end - begin) * (rank in senders) for rank in range(self.size)]
+        self.sent += sum(sizes_in) - sizes_in[self.rank]
         with self._reachable():  # as bytes: not every backend has bfloat16
             dist.all_to_all_single(
                 out.view(torch.uint8), sent.contiguous().view(torch.uint8), sizes_out, sizes_in, self.group
@@ -196,6 +201,7 @@ class Replicas:
         """[size, *shape of own]."""
         sent = own.to(self._home(own)).contiguous()
         parts = [torch.empty_like(sent) for _ in range(self.size)]
+        self.sent += (self.size - 1) * sent.nbytes
         with self._reachable():
             dist.all_gather(parts, sent, self.group)
         return torch.stack(parts).to(device)
