@@ -1,5 +1,7 @@
 """The formulas of mfac.cost against what processes really send and keep."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -56,3 +58,17 @@ def test_refusals():
         mfac.cost(1000, 10, 0)
     with pytest.raises(TypeError, match="d: expected an int"):
         mfac.cost(1e6)
+
+
+def table():
+    """The table of docs/guides/distributed.md."""
+    for name, d in (("ResNet-50, 25.5 M", 25.5e6), ("ViT-L, 304 M", 304e6), ("7 B", 7e9), ("70 B", 70e9)):
+        for size in (1, 8, 64, 512):
+            found = mfac.cost(int(d), 256, size, gradient_itemsize=2)
+            sent = found.sent_collecting + found.sent_stepping
+            yield f"| {name} | {size} | {found.bytes / 1e9:,.1f} | {sent / 1e9:,.1f} | {sum(found.seconds):,.1f} |"
+
+
+def test_table_of_the_guide():
+    page = (Path(__file__).parents[1] / "docs" / "guides" / "distributed.md").read_text()
+    assert "\n".join(table()) in page

@@ -85,7 +85,8 @@ def cost(
     block = d if block_size is None else min(check_int("block_size", block_size), d)
     seconds_per_gradient = check_number("seconds_per_gradient", seconds_per_gradient, 0)
     bandwidth, rate = check_number("bandwidth", bandwidth, 1), check_number("flops_per_second", flops_per_second, 1)
-    columns = min(d, -(-d // size) if block == d else block * -(-(-(-d // block)) // size))
+    blocks = -(-d // block)
+    columns = min(d, -(-d // size) if block == d else block * -(-blocks // size))
     rounds, others = -(-m // size), size - 1
     collecting = rounds * (itemsize * (d - d // size) + others * _STATUS)
     collecting = collecting if others else 0
