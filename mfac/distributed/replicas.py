@@ -23,8 +23,10 @@ class Replicas:
 
     Args:
         group: A process group that this process belongs to; None: this process by itself.
+        lockstep: The model itself is one for all ranks (``fully_shard``), so that they run it together.
 
     Attributes:
+        lockstep: See above.
         rank: Of this process in the group.
         size: Number of processes.
         sent: Bytes that this process has given to the others: one copy for each of them, and what a ring sends for a
@@ -35,9 +37,9 @@ class Replicas:
         [(1.0, 2.0)]
     """
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, lockstep: bool = False) -> None:
         """Nothing is sent yet."""
-        self.group = group
+        self.group, self.lockstep = group, lockstep
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
         self.sent = 0
@@ -101,6 +103,10 @@ class Replicas:
             The sums, the same bits on all ranks.
         """
         return [sum(column) for column in zip(*self.together(work, count), strict=True)]
+
+    def share(self, count: int) -> int:
+        """Return this rank's part of a number of batches; the same on all ranks if they run the model together."""
+        return -(-count // self.size) if self.lockstep else len(range(self.rank, count, self.size))
 
     def gather(self, own: Tensor) -> Tensor:
         """Return a tensor of every rank, on the device of this rank's.

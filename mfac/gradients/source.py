@@ -146,14 +146,14 @@ class GradientSource:
             The mean.
         """
         settings = {"seed": self._seed(SeedKind.MEASURE), "mode": self._mode, "forward": self._forward}
-        own = self._share(num_batches)
+        own = self._replicas.share(num_batches)
 
         def measured() -> tuple[float]:
             return (sum(batch_losses(model, self.batches, self._loss_fn, own, **settings)),)
 
         try:
             (total,) = self._replicas.sums(measured, 1)
-            return total / num_batches
+            return total / max(num_batches, own * self._replicas.size * self._replicas.lockstep)
         finally:
             self.batches.close()
 
@@ -168,7 +168,7 @@ class GradientSource:
             The function: NaN if no batch has a finite loss; those that have none at the first call do not count.
         """
         held: list[Any] = []
-        own = self._share(num_batches)
+        own = self._replicas.share(num_batches)
 
         def draw() -> None:
             held.extend(move_batch(next(self.batches), model_device(model), copies=True) for _ in range(own))
@@ -192,10 +192,6 @@ class GradientSource:
             return total / count if count else math.nan
 
         return measure
-
-    def _share(self, count: int) -> int:
-        """This rank's part of a number of batches."""
-        return len(range(self._replicas.rank, count, self._replicas.size))
 
     def _seed(self, kind: SeedKind) -> int:
         state = self.batches.state_dict()
