@@ -100,7 +100,7 @@ class ShardedBuffer(GradientBuffer):
             parts = self._checked(grads)
             if parts is None:
                 return _SKIPPED, 0.0, *numbers
-            like = next(part for part in parts if part is not None)
+            like = next((part for part in parts if part is not None), self._rows)
             sized = zip(parts, self._sizes, strict=True)
             row = torch.cat([like.new_zeros(n) if part is None else part.reshape(-1) for part, n in sized])
             return _STORED, float(row_norm(row)), *numbers
@@ -152,4 +152,4 @@ class ShardedBuffer(GradientBuffer):
         Raises:
             ValueError: Always.
         """
-        raise ValueError("buffer: expected one of a single process to save or copy, got one that is spread over ranks")
+        raise ValueError("buffer: expected one of a single process to save, got one that is spread over ranks")
