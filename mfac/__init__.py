@@ -3,6 +3,7 @@
 Importing compiles nothing; the kernels are built at first use.
 """
 
+from mfac import sparse
 from mfac.fisher import Fisher
 from mfac.gradients.buffer import GradientBuffer
 from mfac.gradients.collect import collect_gradients
@@ -34,4 +35,5 @@ __all__ = [
     "prune_step",
     "reestimate_batchnorm",
     "register_layer",
+    "sparse",
 ]
