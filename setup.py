@@ -1,4 +1,4 @@
-"""Packaging. Needs no torch, except with MFAC_AOT=1, which compiles the kernels ahead of time as mfac._C and mfac._sparse."""
+"""Packaging. Needs no torch, except with MFAC_AOT=1, which compiles mfac._C and mfac._sparse ahead of time."""
 
 import importlib
 import os

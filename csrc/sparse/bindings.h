@@ -24,14 +24,14 @@ Epilogue<T> epilogue_of(const OptionalTensor& bias, c10::string_view activation)
 
 template <typename T>
 Weights<T> weights_of(const Tensor& values, const Tensor& columns, const Tensor& pointers, const Tensor& order,
-                      int64_t outputs, int64_t inputs) {
+                      at::IntArrayRef shape) {
   return {static_cast<const T*>(values.const_data_ptr()),
           columns.const_data_ptr<int16_t>(),
           pointers.const_data_ptr<int32_t>(),
           order.const_data_ptr<int32_t>(),
           columns.dim() == 1,
-          outputs,
-          inputs};
+          shape[0],
+          shape[1]};
 }
 
 // Calls f with a value of the type of x.
@@ -44,41 +44,40 @@ void dispatch(const Tensor& x, const F& f) {
 }
 
 Tensor linear_op(const Tensor& x, const Tensor& values, const Tensor& columns, const Tensor& pointers,
-                 const Tensor& order, const OptionalTensor& bias, int64_t outputs, c10::string_view activation) {
-  check_linear(x, values, columns, pointers, order, bias, outputs, activation);
+                 const Tensor& order, const OptionalTensor& bias, at::IntArrayRef shape, c10::string_view activation) {
+  check_linear(x, values, columns, pointers, order, bias, shape, activation);
   const Tensor input = x.contiguous();
   const OptionalTensor b = bias ? OptionalTensor(bias->contiguous()) : bias;
   std::vector<int64_t> sizes = x.sizes().vec();
-  sizes.back() = outputs;
+  sizes.back() = shape[0];
   Tensor y = at::empty(sizes, x.options());
   if (y.numel() == 0) return y;
   dispatch(x, [&]<typename T>(T) {
-    const bool right =
-        linear(weights_of<T>(values, columns, pointers, order, outputs, x.size(-1)), epilogue_of<T>(b, activation),
-               static_cast<const T*>(input.const_data_ptr()), y.numel() / outputs, static_cast<T*>(y.mutable_data_ptr()));
+    const bool right = linear(weights_of<T>(values, columns, pointers, order, shape), epilogue_of<T>(b, activation),
+                              static_cast<const T*>(input.const_data_ptr()), y.numel() / shape[0],
+                              static_cast<T*>(y.mutable_data_ptr()));
     if (!right) check_columns(columns, x.size(-1));
   });
   return y;
 }
 
 Tensor conv2d_op(const Tensor& x, const Tensor& values, const Tensor& columns, const Tensor& pointers,
-                 const Tensor& order, const OptionalTensor& bias, int64_t outputs, at::IntArrayRef kernel,
+                 const Tensor& order, const OptionalTensor& bias, at::IntArrayRef shape, at::IntArrayRef kernel,
                  at::IntArrayRef stride, at::IntArrayRef padding, c10::string_view activation) {
-  check_conv2d(x, values, columns, pointers, order, bias, outputs, kernel, stride, padding, activation);
+  check_conv2d(x, values, columns, pointers, order, bias, shape, kernel, stride, padding, activation);
   const Tensor input = x.contiguous();
   const OptionalTensor b = bias ? OptionalTensor(bias->contiguous()) : bias;
-  const Convolution shape{x.size(0),
-                          x.size(1),
-                          x.size(2),
-                          x.size(3),
-                          {kernel[0], kernel[1]},
-                          {stride[0], stride[1]},
-                          {padding[0], padding[1]}};
-  Tensor y = at::empty({x.size(0), outputs, shape.out_height(), shape.out_width()}, x.options());
+  const Convolution size{x.size(0),
+                         x.size(1),
+                         x.size(2),
+                         x.size(3),
+                         {kernel[0], kernel[1]},
+                         {stride[0], stride[1]},
+                         {padding[0], padding[1]}};
+  Tensor y = at::empty({x.size(0), shape[0], size.out_height(), size.out_width()}, x.options());
   if (y.numel() == 0) return y;
-  const int64_t inputs = x.size(1) * kernel[0] * kernel[1];
   dispatch(x, [&]<typename T>(T) {
-    conv2d(weights_of<T>(values, columns, pointers, order, outputs, inputs), epilogue_of<T>(b, activation), shape,
+    conv2d(weights_of<T>(values, columns, pointers, order, shape), epilogue_of<T>(b, activation), size,
            static_cast<const T*>(input.const_data_ptr()), static_cast<T*>(y.mutable_data_ptr()));
   });
   return y;
@@ -89,11 +88,11 @@ Tensor depthwise_conv2d_op(const Tensor& x, const Tensor& weight, const Optional
   check_depthwise_conv2d(x, weight, bias, stride, activation);
   const Tensor input = x.contiguous();
   const OptionalTensor b = bias ? OptionalTensor(bias->contiguous()) : bias;
-  const Convolution shape{x.size(0), x.size(1), x.size(2), x.size(3), {3, 3}, {stride, stride}, {1, 1}};
-  Tensor y = at::empty({x.size(0), x.size(1), shape.out_height(), shape.out_width()}, x.options());
+  const Convolution size{x.size(0), x.size(1), x.size(2), x.size(3), {3, 3}, {stride, stride}, {1, 1}};
+  Tensor y = at::empty({x.size(0), x.size(1), size.out_height(), size.out_width()}, x.options());
   if (y.numel() == 0) return y;
   dispatch(x, [&]<typename T>(T) {
-    depthwise_conv2d(static_cast<const T*>(weight.const_data_ptr()), epilogue_of<T>(b, activation), shape,
+    depthwise_conv2d(static_cast<const T*>(weight.const_data_ptr()), epilogue_of<T>(b, activation), size,
                      static_cast<const T*>(input.const_data_ptr()), static_cast<T*>(y.mutable_data_ptr()));
   });
   return y;

@@ -31,15 +31,17 @@ inline void check_type(const at::Tensor& t, const char* name, at::ScalarType typ
   TORCH_CHECK_VALUE(t.device().is_cpu() && t.is_contiguous(), name, ": expected a contiguous tensor on the CPU");
 }
 
-// All of a sparse W [outputs, inputs] (schemas.h) but the numbers in columns.
+// All of a sparse W of this shape (schemas.h) but the numbers in columns; x has `given` inputs per output.
 inline void check_weights(const at::Tensor& values, const at::Tensor& columns, const at::Tensor& pointers,
-                          const at::Tensor& order, int64_t outputs, int64_t inputs, at::ScalarType type) {
+                          const at::Tensor& order, at::IntArrayRef shape, int64_t given, at::ScalarType type) {
   check_type(values, "values", type);
   check_type(columns, "columns", at::kShort);
   check_type(pointers, "pointers", at::kInt);
   check_type(order, "order", at::kInt);
-  TORCH_CHECK_VALUE(outputs >= 0 && outputs <= INT32_MAX, "outputs: expected 0 to 2^31 - 1, got ", outputs);
-  TORCH_CHECK_VALUE(inputs < INT16_MAX, "x: expected fewer than ", INT16_MAX, " inputs per output, got ", inputs);
+  const int64_t outputs = shape[0], inputs = shape[1];
+  TORCH_CHECK_VALUE(0 <= outputs && outputs <= INT32_MAX && 0 <= inputs && inputs < INT16_MAX,
+                    "shape: expected [N, K] with N < 2^31 and K < ", INT16_MAX, ", got ", shape);
+  TORCH_CHECK_VALUE(given == inputs, "x: expected ", inputs, " inputs per output, got ", given);
   const int64_t slices = (outputs + kSliceRows - 1) / kSliceRows;
   TORCH_CHECK_VALUE(values.dim() == 2 && values.size(1) == kSliceRows, "values: expected shape [steps, ", kSliceRows,
                     "], got ", values.sizes());
@@ -83,28 +85,28 @@ inline void check_images(const at::Tensor& x) {
 
 inline void check_linear(const at::Tensor& x, const at::Tensor& values, const at::Tensor& columns,
                          const at::Tensor& pointers, const at::Tensor& order, const std::optional<at::Tensor>& bias,
-                         int64_t outputs, c10::string_view activation) {
+                         at::IntArrayRef shape, c10::string_view activation) {
   TORCH_CHECK_VALUE(x.dim() >= 1, "x: expected shape [..., inputs], got a scalar");
-  check_input(x, bias, outputs);
-  check_weights(values, columns, pointers, order, outputs, x.size(-1), x.scalar_type());
+  check_input(x, bias, shape[0]);
+  check_weights(values, columns, pointers, order, shape, x.size(-1), x.scalar_type());
   if (x.numel() != x.size(-1)) check_columns(columns, x.size(-1));  // for one sample the kernel does
   check_activation(activation);
 }
 
 inline void check_conv2d(const at::Tensor& x, const at::Tensor& values, const at::Tensor& columns,
                          const at::Tensor& pointers, const at::Tensor& order, const std::optional<at::Tensor>& bias,
-                         int64_t outputs, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+                         at::IntArrayRef shape, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
                          c10::string_view activation) {
   check_images(x);
-  check_input(x, bias, outputs);
+  check_input(x, bias, shape[0]);
   for (int i = 0; i < 2; ++i) {
     TORCH_CHECK_VALUE(kernel[i] >= 1, "kernel: expected numbers >= 1, got ", kernel);
     TORCH_CHECK_VALUE(stride[i] >= 1, "stride: expected numbers >= 1, got ", stride);
     TORCH_CHECK_VALUE(padding[i] >= 0, "padding: expected numbers >= 0, got ", padding);
-    TORCH_CHECK_VALUE(x.size(2 + i) + 2 * padding[i] >= kernel[i], "x: expected height and width of at least the kernel's ",
-                      kernel, ", got ", x.sizes());
+    TORCH_CHECK_VALUE(x.size(2 + i) + 2 * padding[i] >= kernel[i],
+                      "x: expected height and width of at least the kernel's ", kernel, ", got ", x.sizes());
   }
-  check_weights(values, columns, pointers, order, outputs, x.size(1) * kernel[0] * kernel[1], x.scalar_type());
+  check_weights(values, columns, pointers, order, shape, x.size(1) * kernel[0] * kernel[1], x.scalar_type());
   check_columns(columns, x.size(1) * kernel[0] * kernel[1]);
   check_activation(activation);
 }

@@ -2,104 +2,104 @@
 //
 //   y[n][c][i][j] = activation(Σ_a Σ_b weight[c][a][b] · x[n][c][stride·i + a - 1][stride·j + b - 1] + bias[c])
 //
-// A task is one plane. Bands of its rows are copied to L1 with their border, so that the loop over pixels has no special
-// cases; with stride 2 even and odd columns go apart, so that neighbouring outputs read neighbouring inputs. kBandRows
-// rows of outputs are summed at once, each vector of inputs being loaded once for the up to three rows that it is part
-// of. Traffic: x is read once and y written once, which is what bounds it: 9 multiply-adds per output are few.
+// A task is one plane. kBandRows rows of outputs, a vector wide, are summed at once: each of their inputs is loaded once
+// for all of them, 3 loads and up to 9 multiply-adds per row of inputs; stride 2 takes 4 loads and 3 shuffles, which part
+// even from odd columns. Lanes in the border are masked in the first and the last vector of a row. Traffic: x is read
+// once and y written once, which bounds large planes: 9 multiply-adds per output are few.
 #include "../cpu/parallel.h"
-#include "../cpu/scratch.h"
 #include "partial.h"
 
 namespace mfac::sparse {
 
 namespace {
 
-constexpr int64_t kBandBytes = 16 * 1024;  // of a band of x: a third of an L1 cache
-constexpr int kBandRows = 4;               // rows of outputs at once; their sums, and nine weights, are in registers
+constexpr int kBandRows = 4;  // rows of outputs at once; their sums, three inputs and nine weights are in registers
 
-// One row of x with its border. Stride 1: to[0 .. width + 2). Stride 2: even places to to[0 ..), odd ones to to[half ..).
-template <typename T>
-void copy_row(const T* from, int64_t width, int64_t stride, int64_t half, float* to) {
-  if (stride == 1) {
-    to[0] = 0;
-    widen_row(from, width, to + 1);
-    to[width + 1] = 0;
-    return;
-  }
-  float *even = to, *odd = to + half;
-  even[0] = 0;
-  for (int64_t j = 0; j < width / 2; ++j) {
-    odd[j] = from[2 * j];
-    even[j + 1] = from[2 * j + 1];
-  }
-  if (width % 2) odd[width / 2] = from[width - 1];
-  (width % 2 ? even : odd)[width / 2 + width % 2] = 0;
+constexpr int64_t kCost = 36;  // multiply-adds of a dense product that take as long as an output, for parallel_for
+
+// The places of even (odd = 0) or odd (odd = 1) elements of (a, b).
+template <int odd, int... i>
+inline Floats every_second(std::integer_sequence<int, i...>, Floats a, Floats b) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, (2 * i + odd)...);
+#else  // GCC 11
+  return __builtin_shuffle(a, b, cpu::VectorN<int32_t, kFloats>{(2 * i + odd)...});
+#endif
 }
 
-// kRows rows of outputs, `width` wide, from the band at `from`, whose rows have `pitch` elements; to rows y + r · out_pitch.
+// taps[b][lane] = row[stride · lane + b - 1] for a row of which the columns [-before, after) lie in the plane.
+template <int kStride, typename T>
+inline void load_taps(const T* row, int64_t before, int64_t after, Floats (&taps)[3]) {
+  if constexpr (kStride == 1) {
+    for (int b = 0; b < 3; ++b) taps[b] = load_lanes(row + b - 1, 1 - b - before, after + 1 - b);
+  } else {
+    constexpr auto lanes = std::make_integer_sequence<int, kFloats>();
+    const Floats a = load_lanes(row - 1, 1 - before, after + 1),
+                 b = load_lanes(row + kFloats - 1, 0, after + 1 - kFloats);
+    const Floats c = load_lanes(row + 1, 0, after - 1), d = load_lanes(row + kFloats + 1, 0, after - 1 - kFloats);
+    taps[0] = every_second<0>(lanes, a, b);
+    taps[1] = every_second<1>(lanes, a, b);
+    taps[2] = every_second<0>(lanes, c, d);
+  }
+}
+
+template <typename T>
+struct Plane {
+  const T* x;
+  int64_t height, width, out_height, out_width;
+  float weight[9], bias, low, high;
+  T* y;
+};
+
+// Rows i to i + kRows of outputs.
 template <int kRows, int kStride, typename T>
-[[gnu::noinline]] void sum_rows(const float* from, int64_t pitch, int64_t half, const float* weight, float bias,
-                                float low, float high, int64_t width, T* y, int64_t out_pitch) {
-  for (int64_t j = 0; j < width; j += kFloats) {
+void sum_rows(const Plane<T>& p, int64_t i) {
+  for (int64_t j = 0; j < p.out_width; j += kFloats) {
     Floats acc[kRows] = {};
+    const int64_t column = j * kStride, before = std::min<int64_t>(column, 1), after = p.width - column;
 #pragma GCC unroll 9
-    for (int i = 0; i < kStride * (kRows - 1) + 3; ++i) {
-      const float* row = from + i * pitch + j;
-      const Floats x[3] = {cpu::load<float>(row), cpu::load<float>(kStride == 1 ? row + 1 : row + half),
-                           cpu::load<float>(kStride == 1 ? row + 2 : row + 1)};
+    for (int k = 0; k < kStride * (kRows - 1) + 3; ++k) {
+      const int64_t row = i * kStride - 1 + k;
+      if (row < 0 || row >= p.height) continue;
+      Floats x[3];
+      load_taps<kStride>(p.x + row * p.width + column, before, after, x);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r)
-        if (const int a = i - r * kStride; a >= 0 && a < 3)
-          for (int b = 0; b < 3; ++b) acc[r] += weight[3 * a + b] * x[b];
+        if (const int a = k - r * kStride; a >= 0 && a < 3)
+          for (int b = 0; b < 3; ++b) acc[r] += p.weight[3 * a + b] * x[b];
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
-      store_partial(y + r * out_pitch + j, finish(acc[r], bias, low, high), width - j);
+      store_partial(p.y + (i + r) * p.out_width + j, finish(acc[r], p.bias, p.low, p.high), p.out_width - j);
   }
 }
 
 template <int kStride, typename T>
-void convolve_plane(const T* x, int64_t height, int64_t width, const float* weight, float bias, float low, float high,
-                    T* y) {
-  const int64_t out_height = (height - 1) / kStride + 1, out_width = (width - 1) / kStride + 1;
-  // Rows of the band; loads run over their ends by up to a vector.
-  const int64_t half = kStride == 1 ? 0 : (width + 2) / 2 + kFloats, pitch = kStride * (width / kStride + 3 + kFloats);
-  const int64_t fitting = (kBandBytes / static_cast<int64_t>(pitch * sizeof(float)) - 3 + kStride) / kStride;
-  const int64_t band = std::min(out_height, std::max<int64_t>(kBandRows, fitting / kBandRows * kBandRows));
-  const int64_t band_rows = kStride * (band - 1) + 3;
-  cpu::Buffer<float> rows(band_rows * pitch + kFloats);
-  std::fill_n(static_cast<float*>(rows), band_rows * pitch + kFloats, 0.0f);
-  for (int64_t first = 0; first < out_height; first += band) {
-    const int64_t count = std::min(band, out_height - first);
-    for (int64_t i = 0; i < kStride * (count - 1) + 3; ++i) {
-      const int64_t source = first * kStride - 1 + i;
-      if (source < 0 || source >= height)
-        std::fill_n(rows + i * pitch, pitch, 0.0f);
-      else
-        copy_row(x + source * width, width, kStride, half, rows + i * pitch);
-    }
-    int64_t i = 0;
-    for (; i + kBandRows <= count; i += kBandRows)
-      sum_rows<kBandRows, kStride>(rows + i * kStride * pitch, pitch, half, weight, bias, low, high, out_width,
-                                   y + (first + i) * out_width, out_width);
-    for (; i < count; ++i)
-      sum_rows<1, kStride>(rows + i * kStride * pitch, pitch, half, weight, bias, low, high, out_width,
-                           y + (first + i) * out_width, out_width);
-  }
+void convolve(const Plane<T>& p) {
+  int64_t i = 0;
+  for (; i + kBandRows <= p.out_height; i += kBandRows) sum_rows<kBandRows, kStride>(p, i);
+  for (; i < p.out_height; ++i) sum_rows<1, kStride>(p, i);
 }
 
 }  // namespace
 
 template <typename T>
 void depthwise_conv2d(const T* weight, const Epilogue<T>& epilogue, const Convolution& c, const T* x, T* y) {
-  const int64_t plane = c.out_height() * c.out_width();
-  cpu::parallel_for(c.images * c.channels, 9 * plane, [&](int64_t i) {
+  const int64_t out_height = c.out_height(), out_width = c.out_width();
+  cpu::parallel_for(c.images * c.channels, kCost * out_height * out_width, [&](int64_t i) {
     const int64_t channel = i % c.channels;
-    float own[9];
-    for (int k = 0; k < 9; ++k) own[k] = weight[9 * channel + k];
-    const float bias = epilogue.bias ? static_cast<float>(epilogue.bias[channel]) : 0.0f;
-    const auto convolve = c.stride[0] == 1 ? convolve_plane<1, T> : convolve_plane<2, T>;
-    convolve(x + i * c.height * c.width, c.height, c.width, own, bias, epilogue.low, epilogue.high, y + i * plane);
+    Plane<T> plane{x + i * c.height * c.width,
+                   c.height,
+                   c.width,
+                   out_height,
+                   out_width,
+                   {},
+                   epilogue.bias ? static_cast<float>(epilogue.bias[channel]) : 0.0f,
+                   epilogue.low,
+                   epilogue.high,
+                   y + i * out_height * out_width};
+    for (int k = 0; k < 9; ++k) plane.weight[k] = weight[9 * channel + k];
+    c.stride[0] == 1 ? convolve<1>(plane) : convolve<2>(plane);
   });
 }
 

@@ -10,25 +10,53 @@ namespace mfac::sparse {
 using Floats = cpu::Vector<float>;
 constexpr int kFloats = cpu::kLanes<float>;
 
+// The same bits as another type of that size.
+template <typename To, typename From>
+inline To cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
 // The nearest bfloat16, ties to even; NaN stays NaN.
 inline cpu::VectorN<uint16_t, kFloats> round_bfloat16(Floats x) {
-  cpu::VectorN<uint32_t, kFloats> bits;
-  std::memcpy(&bits, &x, sizeof bits);
+  const auto bits = cast<cpu::VectorN<uint32_t, kFloats>>(x);
   const auto rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
   const auto nan = (bits & 0x7FFFFFFF) > 0x7F800000;
   return __builtin_convertvector(nan ? (bits >> 16 | 0x40) : rounded, cpu::VectorN<uint16_t, kFloats>);
 }
 
+// The elements at p whose places are in [low, high), and zeros; only these are read.
+template <typename T>
+inline Floats load_lanes(const T* p, int64_t low, int64_t high) {
+  if (low <= 0 && high >= kFloats) return cpu::load<float>(p);
+  low = std::clamp<int64_t>(low, 0, kFloats), high = std::clamp<int64_t>(high, low, kFloats);
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(MFAC_VECTOR_BYTES)
+  const auto mask = static_cast<__mmask16>((1u << high) - (1u << low));
+  if constexpr (std::is_same_v<T, float>) {
+    return _mm512_maskz_loadu_ps(mask, p);
+  } else {
+    const __m256i bits = _mm256_maskz_loadu_epi16(mask, p);
+    return cpu::load<float>(reinterpret_cast<const BFloat16*>(&bits));
+  }
+#elif defined(__AVX2__) && !defined(MFAC_VECTOR_BYTES)
+  if constexpr (std::is_same_v<T, float>) {
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(high)), lanes);
+    const __m256i before = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(low)), lanes);
+    return _mm256_maskload_ps(p, _mm256_andnot_si256(before, below));
+  }
+#endif
+  T some[kFloats] = {};
+  for (int64_t i = low; i < high; ++i) some[i] = p[i];
+  return cpu::load<float>(some);
+}
+
 // The first `count` elements at p, and zeros.
 template <typename T>
 inline Floats load_partial(const T* p, int64_t count) {
-  if (count >= kFloats) return cpu::load<float>(p);
-#if defined(__AVX512F__) && !defined(MFAC_VECTOR_BYTES)
-  if constexpr (std::is_same_v<T, float>) return _mm512_maskz_loadu_ps((1u << count) - 1, p);
-#endif
-  T some[kFloats] = {};
-  for (int64_t i = 0; i < count; ++i) some[i] = p[i];
-  return cpu::load<float>(some);
+  return load_lanes(p, 0, count);
 }
 
 // The first `count` elements of x to p.
@@ -36,6 +64,7 @@ template <typename T>
 inline void store_partial(T* p, Floats x, int64_t count) {
   if constexpr (std::is_same_v<T, float>) {
     if (count >= kFloats) return static_cast<void>(std::memcpy(p, &x, sizeof x));
+    if (count <= 0) return;
 #if defined(__AVX512F__) && !defined(MFAC_VECTOR_BYTES)
     return _mm512_mask_storeu_ps(p, (1u << count) - 1, x);
 #endif
@@ -43,6 +72,10 @@ inline void store_partial(T* p, Floats x, int64_t count) {
   } else {
     const auto bits = round_bfloat16(x);
     if (count >= kFloats) return static_cast<void>(std::memcpy(p, &bits, sizeof bits));
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(MFAC_VECTOR_BYTES)
+    if (count <= 0) return;
+    return _mm256_mask_storeu_epi16(p, (1u << count) - 1, cast<__m256i>(bits));
+#endif
     for (int64_t i = 0; i < count; ++i) p[i].bits = bits[i];
   }
 }
@@ -62,11 +95,17 @@ inline void narrow_row(const float* from, int64_t count, T* to) {
   for (int64_t i = 0; i < count; i += kFloats) store_partial(to + i, cpu::load<float>(from + i), count - i);
 }
 
-// clamp(sum + bias, low, high); NaN stays NaN, as in torch.
+// clamp(sum + bias, low, high); NaN stays NaN, as in torch: the instructions return their second operand then.
 inline Floats finish(Floats sum, float bias, float low, float high) {
   const Floats x = sum + bias;
+#if defined(__AVX512F__) && !defined(MFAC_VECTOR_BYTES)
+  return _mm512_maskz_min_ps(-1, Floats{} + high, _mm512_maskz_max_ps(-1, Floats{} + low, x));
+#elif defined(__AVX__) && !defined(MFAC_VECTOR_BYTES)
+  return _mm256_min_ps(Floats{} + high, _mm256_max_ps(Floats{} + low, x));
+#else
   const Floats above = x < low ? Floats{} + low : x;
   return above > high ? Floats{} + high : above;
+#endif
 }
 
 }  // namespace mfac::sparse

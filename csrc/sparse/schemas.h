@@ -5,7 +5,7 @@
 //   K  inputs of an output: features, or   bias        [N]
 //      channels · kernel height · width    activation  "none", "relu" or "relu6", applied last
 //
-// A sparse W [N, K] is given in slices of 4 rows, S = ceil(N/4), the entries of a slice side by side:
+// A sparse W [N, K], its shape being an argument, is given in slices of 4 rows, S = ceil(N/4), the entries of a slice side by side:
 //
 //   values   [steps, 4]             entry s of each row of the slice; 0 where a row has fewer
 //   columns  [steps, 4] or [steps]  int16, their columns in [0, K], K for no weight: a row each, or one column for
@@ -20,15 +20,14 @@
 TORCH_LIBRARY(mfac_sparse, m) {
   // x [..., K] Wᵀ + bias: [..., N].
   m.def(
-      "linear(Tensor x, Tensor values, Tensor columns, Tensor pointers, Tensor order, Tensor? bias, int outputs, str "
+      "linear(Tensor x, Tensor values, Tensor columns, Tensor pointers, Tensor order, Tensor? bias, int[2] shape, str "
       "activation='none') -> Tensor");
   // Convolution of x [n, channels, height, width] by W, whose column (c · kernel[0] + i) · kernel[1] + j is channel c at
   // position (i, j) of the kernel: [n, N, ...], contiguous.
   m.def(
-      "conv2d(Tensor x, Tensor values, Tensor columns, Tensor pointers, Tensor order, Tensor? bias, int outputs, "
+      "conv2d(Tensor x, Tensor values, Tensor columns, Tensor pointers, Tensor order, Tensor? bias, int[2] shape, "
       "int[2] kernel, int[2] stride, int[2] padding, str activation='none') -> Tensor");
   // Convolution of each channel of x [n, channels, height, width] by its own 3 x 3 kernel, weight [channels, 1, 3, 3],
   // dense, with a border of one zero and stride 1 or 2: [n, channels, ...], contiguous.
-  m.def(
-      "depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias, int stride, str activation='none') -> Tensor");
+  m.def("depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias, int stride, str activation='none') -> Tensor");
 }

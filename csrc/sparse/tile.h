@@ -34,6 +34,8 @@ constexpr int64_t kTileBytes = 32 * 1024;  // of an L1 cache of 48 KiB, beside e
 // With fewer tiles than this all are packed first, and a task is a window of rows of a tile; else a task is a tile.
 constexpr int64_t kManyTiles = 16;
 
+constexpr int64_t kCopyCost = 16;  // multiply-adds that take as long as packing an element, for parallel_for
+
 // Vectors of a tile of K inputs.
 inline int tile_vectors(int64_t inputs) {
   const int64_t fitting = kTileBytes / (inputs * static_cast<int64_t>(sizeof(Floats)));
@@ -112,10 +114,9 @@ void multiply(const Weights<T>& weights, int64_t samples, const Pack& pack, cons
     return;
   }
   cpu::Buffer<float> all(tiles * rows * width);
-  cpu::parallel_for(tiles, rows * width, [&](int64_t t) { fill(t, all + t * rows * width); });
-  cpu::parallel_for(tiles * windows, entries * width / std::max<int64_t>(windows, 1), [&](int64_t i) {
-    multiply_window(i / windows, i % windows, all + i / windows * rows * width);
-  });
+  cpu::parallel_for(tiles, kCopyCost * rows * width, [&](int64_t t) { fill(t, all + t * rows * width); });
+  cpu::parallel_for(tiles * windows, entries * width / std::max<int64_t>(windows, 1),
+                    [&](int64_t i) { multiply_window(i / windows, i % windows, all + i / windows * rows * width); });
 }
 
 }  // namespace mfac::sparse

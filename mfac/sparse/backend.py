@@ -32,8 +32,8 @@ def select_backend(backend: str = "auto") -> ModuleType:
         if wanted == "compiled":
             raise
         warn_once(
-            "mfac: the kernels for sparse inference are not available, falling back to dense products in plain PyTorch, "
-            f"which gain nothing from zeros.\n{error}"
+            "mfac: the kernels for sparse inference are not available, falling back to dense products in plain "
+            f"PyTorch, which gain nothing from zeros.\n{error}"
         )
         return reference
     return compiled

@@ -94,7 +94,7 @@ def examine(name: str, layer: nn.Module, activation: str, calls: int | None) -> 
     entries = int(torch.count_nonzero(weight))
     if sparsity >= MIN_SPARSITY:
         out.formats.append("rows")
-    if sparsity < MIN_SPARSITY or 4 * block_count(weight) <= 2 * entries:  # at most half of the blocks' weights are zero
+    if sparsity < MIN_SPARSITY or 4 * block_count(weight) <= 2 * entries:  # at most half of what blocks hold is zero
         out.formats.append("blocks")
     return out
 
@@ -173,6 +173,11 @@ def fastest(functions: dict[str, Callable[[], object]], seconds: float = _SECOND
     return best
 
 
+def _convolve(layer: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
+    """Return what a layer computes, with its weights in another layout."""
+    return F.conv2d(x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
 def measure(candidate: Candidate, x: Tensor, backend: str = "auto") -> None:
     """Time a layer as it is and in every form that it can take, on the input that it gets in the model.
 
@@ -190,8 +195,7 @@ def measure(candidate: Candidate, x: Tensor, backend: str = "auto") -> None:
             if name == "channels_last" and x.dim() != 4:
                 continue
             inputs, weight = x.contiguous(memory_format=memory), layer.weight.contiguous(memory_format=memory)
-            arguments = (layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
-            variants[name] = lambda i=inputs, w=weight: activate(F.conv2d(i, w, *arguments), activation)
+            variants[name] = lambda i=inputs, w=weight: activate(_convolve(layer, i, w), activation)
     flat = x.contiguous()
     for form in candidate.formats:
         fast = build(layer, form, activation, backend)

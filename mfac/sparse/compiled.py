@@ -49,22 +49,22 @@ def linear(
     pointers: Tensor,
     order: Tensor,
     bias: Tensor | None,
-    outputs: int,
+    shape: list[int],
     activation: str = "none",
 ) -> Tensor:
-    """activation(x Wᵀ + bias) for x [..., K] and a sparse W [N, K] (:class:`mfac.sparse.formats.SlicedMatrix`).
+    """activation(x Wᵀ + bias) for x [..., K] and a sparse W of shape [N, K].
 
-    Sums are float32, also for bfloat16.
+    W is the four tensors of a :class:`mfac.sparse.formats.SlicedMatrix`. Sums are float32, also for bfloat16.
 
     Returns:
         [..., N], of the type of x.
     """
-    return torch.ops.mfac_sparse.linear(x, values, columns, pointers, order, bias, outputs, activation)
+    return torch.ops.mfac_sparse.linear.default(x, values, columns, pointers, order, bias, shape, activation)
 
 
 @_fake
-def _fake_linear(x, values, columns, pointers, order, bias, outputs, activation="none"):
-    return x.new_empty((*x.shape[:-1], outputs))
+def _fake_linear(x, values, columns, pointers, order, bias, shape, activation="none"):
+    return x.new_empty((*x.shape[:-1], shape[0]))
 
 
 def conv2d(
@@ -74,30 +74,28 @@ def conv2d(
     pointers: Tensor,
     order: Tensor,
     bias: Tensor | None,
-    outputs: int,
+    shape: list[int],
     kernel: list[int],
     stride: list[int],
     padding: list[int],
     activation: str = "none",
 ) -> Tensor:
-    """activation(convolution of x + bias) for x [n, channels, height, width] and a sparse W [N, K].
+    """activation(convolution of x + bias) for x [n, channels, height, width] and a sparse W of shape [N, K].
 
     K = channels · kernel[0] · kernel[1], W being ``weight.flatten(1)`` of a torch.nn.Conv2d. Sums are float32.
 
     Returns:
         [n, N, (height + 2 padding[0] - kernel[0]) // stride[0] + 1, ...], contiguous, of the type of x.
     """
-    return torch.ops.mfac_sparse.conv2d(
-        x, values, columns, pointers, order, bias, outputs, kernel, stride, padding, activation
+    return torch.ops.mfac_sparse.conv2d.default(
+        x, values, columns, pointers, order, bias, shape, kernel, stride, padding, activation
     )
 
 
 @_fake
-def _fake_conv2d(
-    x, values, columns, pointers, order, bias, outputs, kernel, stride, padding, activation="none"
-):
+def _fake_conv2d(x, values, columns, pointers, order, bias, shape, kernel, stride, padding, activation="none"):
     size = [(x.shape[2 + i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in range(2)]
-    return x.new_empty((x.shape[0], outputs, *size))
+    return x.new_empty((x.shape[0], shape[0], *size))
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, activation: str = "none") -> Tensor:
@@ -108,7 +106,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int
     Returns:
         [n, channels, (height - 1) // stride + 1, (width - 1) // stride + 1], contiguous, of the type of x.
     """
-    return torch.ops.mfac_sparse.depthwise_conv2d(x, weight, bias, stride, activation)
+    return torch.ops.mfac_sparse.depthwise_conv2d.default(x, weight, bias, stride, activation)
 
 
 @_fake

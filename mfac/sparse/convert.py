@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mfac import _build
-from mfac.checks import check_choice, check_instance, check_module
+from mfac.checks import check_choice, check_module
 from mfac.sparse.backend import backend_name, select_backend
 from mfac.sparse.candidates import Candidate, build, examine, fastest, measure
 from mfac.sparse.graph import Traced, call_model, largest_difference, trace
@@ -23,45 +21,21 @@ HALF = 0.5  # zeros from which on policy "sparse" replaces a layer
 _MODEL_SECONDS = 1.0  # for timing the whole model in all its forms
 
 
-@dataclass
-class Plan:
-    """Which layers are replaced and how: all that is needed, beside the weights, to build a converted model again.
-
-    Args:
-        traced: Whether the model was traced, BatchNorm folded and activations fused.
-        layers: The form of each layer that is replaced: ``"rows"``, ``"blocks"`` or ``"depthwise"``.
-    """
-
-    traced: bool
-    layers: dict[str, str] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        """Return the plan as text."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """Return the plan that :meth:`to_json` wrote."""
-        return cls(**json.loads(text))
-
-
 def convert(model: nn.Module, example_inputs: Any, *, policy: str = "faster", backend: str = "auto") -> nn.Module:
     """Return a copy of a model for inference on this CPU, in which layers with many zeros run on sparse kernels.
 
-    BatchNorm is folded into the layer before it, and ReLU or ReLU6 into the layer that it follows. Then each Linear and
-    each convolution is timed on the inputs that it gets in the model, as it is (in the faster of torch's layouts) and on
-    the kernels of this package, with torch's present number of threads; it is replaced where these are faster. Depthwise
-    3 x 3 convolutions, and small dense convolutions between replaced layers, may run on them too, so that a network stays
-    in one layout (NCHW). At last the whole model is timed: if it has not become faster, it stays dense.
-
-    Unstructured zeros pay from about 80 % on; 4 x 1 blocks (``pattern=[4, 1]``), which share an input, from about half.
+    BatchNorm is folded into the layer before it, and ReLU or ReLU6 into the layer that it follows. Then each Linear
+    and each convolution is timed on the inputs that it gets in the model, as it is (in the faster of torch's layouts)
+    and on the kernels of this package, with torch's present number of threads; it is replaced where these are faster.
+    Depthwise 3 x 3 convolutions, and small dense convolutions, may run on them too, so that a network stays in one
+    layout (NCHW). At last the whole model is timed: if it has not become faster, it stays dense.
 
     Args:
         model: Trained and pruned, on the CPU, float32 or bfloat16. It is not changed.
-        example_inputs: What the model will get, with the batch size that it will have: a tensor, a tuple of arguments or
-            a dict of keyword arguments.
-        policy: ``"faster"``: what the times say. ``"sparse"``: nothing is timed, and each layer of which at least half
-            of the weights are zero is replaced, for a smaller file, or to convert on another machine.
+        example_inputs: What the model will get, with the batch size that it will have: a tensor, a tuple of arguments
+            or a dict of keyword arguments.
+        policy: ``"faster"``: what the times say. ``"sparse"``: nothing is timed, and each layer of which at least
+            half of the weights are zero is replaced, for a smaller file, or to convert on another machine.
         backend: ``"auto"``, ``"compiled"`` (an error if the kernels cannot be built) or ``"reference"``.
 
     Returns:
@@ -113,10 +87,10 @@ def convert(model: nn.Module, example_inputs: Any, *, policy: str = "faster", ba
                 )
                 reasons |= dict.fromkeys(forms, "faster alone, but not in the whole model")
                 forms, fast, report.fast_ms = {}, dense, report.dense_ms
-        report.error = largest_difference(call_model(fast, example_inputs), call_model(_eval_copy(model), example_inputs))
+        right = call_model(copy.deepcopy(model).eval(), example_inputs)
+        report.error = largest_difference(call_model(fast, example_inputs), right)
     report.layers = [_layer_report(c, forms.get(c.name), reasons[c.name], fast) for c in candidates]
     fast.sparse_report = report
-    fast.sparse_plan = Plan(not traced.reason, forms)
     return fast
 
 
@@ -153,10 +127,6 @@ def apply_forms(traced: Traced, forms: dict[str, str], backend: str = "auto", em
         activation = traced.activations.get(name, "none")
         traced.replace(name, build(layer, form, activation, backend, empty).eval(), fuse=True)
     return traced.finish()
-
-
-def _eval_copy(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).eval()
 
 
 def _measure_all(model: nn.Module, candidates: list[Candidate], inputs: Any, backend: str) -> None:
@@ -216,9 +186,8 @@ def _compare(dense: nn.Module, fast: nn.Module, inputs: Any) -> tuple[float, flo
     """Return the milliseconds of the dense model, in the faster of torch's layouts, and of the converted one."""
     variants = {"dense": lambda: call_model(dense, inputs), "fast": lambda: call_model(fast, inputs)}
     if isinstance(inputs, Tensor) and inputs.dim() == 4:
-        last, moved = copy.deepcopy(dense).to(memory_format=torch.channels_last), inputs.contiguous(
-            memory_format=torch.channels_last
-        )
+        last = copy.deepcopy(dense).to(memory_format=torch.channels_last)
+        moved = inputs.contiguous(memory_format=torch.channels_last)
         variants["channels_last"] = lambda: call_model(last, moved)
     times = fastest(variants, _MODEL_SECONDS)
     return min(times["dense"], times.get("channels_last", float("inf"))), times["fast"]

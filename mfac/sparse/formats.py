@@ -1,10 +1,10 @@
 """The compressed form of a sparse matrix: slices of four rows.
 
-W [N, K] is cut into slices of 4 rows. A slice holds its entries step by step, in each step one entry of each row, so that
-a kernel computes four rows with one loop. Without blocks, every entry has its own column, and the rows are sorted by
+W [N, K] is cut into slices of 4 rows. A slice holds its entries step by step, in each step one entry of each row, so
+that a kernel computes four rows with one loop. In ``"rows"`` every entry has its own column, and the rows are sorted by
 their numbers of entries within windows of 128, so that the rows of a slice have like numbers; a shorter row is filled
-with zeros at column K. With blocks (4 rows by 1 column, as ``pattern=[4, 1]`` leaves them) the rows keep their order, and
-the four entries of a step share one column: 4.5 bytes per weight in float32 instead of 6.
+with zeros at column K: 6 bytes per weight in float32. In ``"blocks"`` (4 rows by 1 column, as ``pattern=[4, 1]`` leaves
+them) the rows keep their order, and the four entries of a step share one column: 4.5 bytes per weight.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def dense_matrix(values: Tensor, columns: Tensor, pointers: Tensor, order: Tenso
     first = torch.repeat_interleave(torch.arange(len(lengths), device=values.device) * SLICE_ROWS, lengths)
     places = first[:, None] + torch.arange(SLICE_ROWS, device=values.device)
     row = order.long()[places]
-    column = columns.long().view(len(values), -1).expand(-1, SLICE_ROWS)
+    column = columns.long() if columns.dim() == 2 else columns.long()[:, None].expand(-1, SLICE_ROWS)
     dense = values.new_zeros(rows + 1, inputs + 1)  # with a row and a column for what is no weight
     dense[row, column] = values  # row -1 is the last one
     return dense[:rows, :inputs]

@@ -27,6 +27,13 @@ TRACED_TOLERANCE = 1e-3  # of the largest output: folding BatchNorm moves float3
 TRACED_TOLERANCE_BFLOAT16 = 5e-2
 
 
+class _Tracer(fx.Tracer):
+    """Does not look into layers, whoever wrote them: a subclass of Linear stays a module."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (nn.Linear, nn.Conv2d)) or super().is_leaf_module(m, module_qualified_name)
+
+
 @dataclass
 class Traced:
     """A model ready for the replacement of layers.
@@ -94,38 +101,46 @@ def largest_difference(one: Any, other: Any) -> float:
             if a.shape != b.shape:
                 return float("inf")
             if a.numel() and not torch.equal(a, b):
-                worst = max(worst, float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-30)))
+                size = b.double().abs().max().clamp_min(1e-30)
+                worst = max(worst, float((a.double() - b.double()).abs().max() / size))
     return worst
 
 
-def trace(model: nn.Module, inputs: Any = None) -> Traced:
+def trace(model: nn.Module, inputs: Any = None, plain: bool = False) -> Traced:
     """Copy a model, trace the copy and fold BatchNorm into the layers before.
 
     Args:
         model: The user's model, which is not changed.
         inputs: Example inputs, on which the traced copy must give the same results; None: not checked.
+        plain: Copy it only.
 
     Returns:
         The copy, in eval mode and without gradients.
     """
-    plain = copy.deepcopy(model).eval().requires_grad_(False)
+    untraced = copy.deepcopy(model).eval().requires_grad_(False)
+    if plain:
+        return Traced(untraced, "not asked for")
     try:
-        traced = fx.symbolic_trace(copy.deepcopy(plain))
+        source = copy.deepcopy(untraced)
+        traced = fx.GraphModule(source, _Tracer().trace(source), type(model).__name__)
         out = Traced(traced, "", calls=Counter(n.target for n in traced.graph.nodes if n.op == "call_module"))
         _fold_batchnorm(out)
         _find_activations(out)
+        for node in traced.graph.nodes:
+            if isinstance(node.type, str):  # of a module with postponed annotations; torch cannot pickle such a graph
+                node.type = None
         out.model.graph.lint()
         out.model.recompile()
         if inputs is not None:
             with torch.no_grad():
-                right = call_model(plain, inputs)
+                right = call_model(untraced, inputs)
                 difference = largest_difference(call_model(out.model, inputs), right)
-            half = any(p.dtype == torch.bfloat16 for p in plain.parameters())
+            half = any(p.dtype == torch.bfloat16 for p in untraced.parameters())
             if not difference <= (TRACED_TOLERANCE_BFLOAT16 if half else TRACED_TOLERANCE):
-                return Traced(plain, f"the traced model differs from the model by {difference:.1e}")
+                return Traced(untraced, f"the traced model differs from the model by {difference:.1e}")
         return out
     except Exception as error:  # whatever a forward does with a proxy: branches on it, calls len(), ...
-        return Traced(plain, f"torch.fx cannot trace it: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+        return Traced(untraced, f"torch.fx cannot trace it: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
 
 
 def _hooked(module: nn.Module) -> bool:

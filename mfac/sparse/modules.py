@@ -56,7 +56,7 @@ class _SparseLayer(_Layer):
         backend: str = "auto",
     ) -> None:
         super().__init__(activation, backend)
-        self.outputs, self.inputs = check_int("outputs", outputs), check_int("inputs", inputs)
+        self.shape = [check_int("outputs", outputs), check_int("inputs", inputs)]
         if matrix is None:  # no weights yet: load_state_dict brings them
             matrix = slice_matrix(torch.empty(0, inputs), "rows")
         for name in _COMPRESSED:
@@ -71,11 +71,11 @@ class _SparseLayer(_Layer):
     @property
     def sparsity(self) -> float:
         """The share of zeros in W."""
-        return 1 - int(torch.count_nonzero(self.values)) / (self.outputs * self.inputs)
+        return 1 - int(torch.count_nonzero(self.values)) / (self.shape[0] * self.shape[1])
 
     def weight_matrix(self) -> Tensor:
         """Return W [outputs, inputs], dense."""
-        return dense_matrix(self.values, self.columns, self.pointers, self.order, self.outputs, self.inputs)
+        return dense_matrix(self.values, self.columns, self.pointers, self.order, *self.shape)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         """Take weights with another number of entries than those that are here."""
@@ -91,7 +91,7 @@ class _SparseLayer(_Layer):
         """Return what stands in the brackets of the module's text."""
         bias = "" if self.bias is not None else ", bias=False"
         return (
-            f"{self.inputs}, {self.outputs}, sparsity={self.sparsity:.3f}, format={self.format}, "
+            f"{self.shape[1]}, {self.shape[0]}, sparsity={self.sparsity:.3f}, format={self.format}, "
             f"activation={self.activation}, {self.backend}{bias}"
         )
 
@@ -116,7 +116,8 @@ class SparseLinear(_SparseLayer):
         >>> import torch
         >>> from mfac.sparse.formats import slice_matrix
         >>> from mfac.sparse.modules import SparseLinear
-        >>> layer = SparseLinear(2, 3, slice_matrix(torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, -3.0]]), "rows"), None, "relu")
+        >>> matrix = slice_matrix(torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, -3.0]]), "rows")
+        >>> layer = SparseLinear(2, 3, matrix, None, "relu")
         >>> layer(torch.ones(1, 3))
         tensor([[2., 0.]])
     """
@@ -124,7 +125,7 @@ class SparseLinear(_SparseLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Return activation(x Wᵀ + bias), [..., N], for x [..., K]."""
         return self._kernels(x).linear(
-            x, self.values, self.columns, self.pointers, self.order, self.bias, self.outputs, self.activation
+            x, self.values, self.columns, self.pointers, self.order, self.bias, self.shape, self.activation
         )
 
 
@@ -166,7 +167,7 @@ class SparseConv2d(_SparseLayer):
         """Return the convolution [n, N, ...], contiguous, of x [n, channels, height, width] or of one image."""
         images = x if x.dim() == 4 else x.unsqueeze(0)
         out = self._kernels(x).conv2d(
-            images, self.values, self.columns, self.pointers, self.order, self.bias, self.outputs,
+            images, self.values, self.columns, self.pointers, self.order, self.bias, self.shape,
             self.kernel, self.stride, self.padding, self.activation,
         )  # fmt: skip
         return out if x.dim() == 4 else out.squeeze(0)

@@ -31,11 +31,11 @@ def linear(
     pointers: Tensor,
     order: Tensor,
     bias: Tensor | None,
-    outputs: int,
+    shape: list[int],
     activation: str = "none",
 ) -> Tensor:
     """Product with a sparse matrix; see :func:`mfac.sparse.compiled.linear`."""
-    weight = dense_matrix(values, columns, pointers, order, outputs, x.shape[-1])
+    weight = dense_matrix(values, columns, pointers, order, *shape)
     return activate(F.linear(x.float(), weight.float(), _wide(bias)), activation).to(x.dtype)
 
 
@@ -46,15 +46,14 @@ def conv2d(
     pointers: Tensor,
     order: Tensor,
     bias: Tensor | None,
-    outputs: int,
+    shape: list[int],
     kernel: list[int],
     stride: list[int],
     padding: list[int],
     activation: str = "none",
 ) -> Tensor:
     """Convolution by sparse weights; see :func:`mfac.sparse.compiled.conv2d`."""
-    inputs = x.shape[1] * kernel[0] * kernel[1]
-    weight = dense_matrix(values, columns, pointers, order, outputs, inputs).view(outputs, x.shape[1], *kernel)
+    weight = dense_matrix(values, columns, pointers, order, *shape).view(shape[0], -1, *kernel)
     out = F.conv2d(x.float(), weight.float(), _wide(bias), stride, padding)
     return activate(out, activation).to(x.dtype).contiguous()
 

@@ -37,7 +37,8 @@ class LayerReport:
         """Return one line: name, layer, sparsity, times, decision."""
         times = ["-" if t is None else f"{t:.3f}" for t in (self.dense_ms, self.fast_ms)]
         taken = self.format if self.taken else "dense"
-        return f"{self.name:32} {self.kind:28} {self.sparsity:7.1%} {times[0]:>9} {times[1]:>9}  {taken:9} {self.reason}"
+        head = f"{self.name:32} {self.kind:28} {self.sparsity:7.1%} {times[0]:>9} {times[1]:>9}"
+        return f"{head}  {taken:9} {self.reason}"
 
 
 @dataclass
