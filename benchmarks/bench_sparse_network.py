@@ -1,7 +1,7 @@
-"""MobileNetV1 at width 1, 224 x 224, batch 1, pruned by the tutorial's recipe (96.4 % of the pruned layers), converted.
+"""MobileNetV1 at width 1, 224 x 224, batch 1, by the tutorial's recipe (96.4 % of the pruned layers), converted.
 
-Against the dense network in torch (channels_last), under torch.compile and, where onnxruntime and onnx are installed, in
-ONNX Runtime, all with the same number of threads and called in turns.
+Against the dense network in torch (channels_last), under torch.compile and, where onnxruntime and onnx are installed,
+in ONNX Runtime, all with the same number of threads and called in turns.
 """
 
 import pytest
@@ -38,7 +38,8 @@ def test_network(measure, threads, tmp_path):  # noqa: F811
             functions["onnxruntime"] = runtime
         compiled = torch.compile(model)
         functions["compile"] = lambda: compiled(x)
-        last, moved = (pruned_mobilenet().to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last))
+        last = pruned_mobilenet().to(memory_format=torch.channels_last)
+        moved = x.to(memory_format=torch.channels_last)
         functions["eager"] = lambda: last(moved)
         times = in_turns(functions, 15)
         measure(

@@ -64,9 +64,7 @@ def test_wrong_files(network, tmp_path):  # noqa: F811
     with pytest.raises(ValueError, match=r"path: expected a file of mfac.sparse.save, got .*model.pt without"):
         mfac.sparse.load(model, path)
     mfac.sparse.save(mfac.sparse.convert(model, x, policy="sparse"), path)
-    with pytest.raises(
-        ValueError, match=r"model: expected the layers of .*, got none called 'sections"
-    ):
+    with pytest.raises(ValueError, match=r"model: expected the layers of .*, got none called 'sections"):
         mfac.sparse.load(nn.Linear(2, 2), path)
     with pytest.raises(ValueError, match=r"model: expected the network of .*, got another: Error"):
         mfac.sparse.load(MobileNetV1(num_classes=10, width=0.5), path)

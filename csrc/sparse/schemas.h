@@ -1,15 +1,15 @@
-// The schemas of the inference ops; bindings.h registers the kernels, mfac/sparse/ops.py has the Python functions, the
-// fakes and the docstrings. Nothing is written but the result.
+// The schemas of the inference ops; bindings.h registers the kernels, mfac/sparse/compiled.py has the Python functions,
+// the fakes and the docstrings. Nothing is written but the result.
 //
 //   N  output features or channels        x           float32 or bfloat16; so are values, bias and the result
 //   K  inputs of an output: features, or   bias        [N]
 //      channels · kernel height · width    activation  "none", "relu" or "relu6", applied last
 //
-// A sparse W [N, K], its shape being an argument, is given in slices of 4 rows, S = ceil(N/4), the entries of a slice side by side:
+// A sparse W of `shape` [N, K] is given in slices of 4 rows, S = ceil(N/4), the entries of a slice side by side:
 //
 //   values   [steps, 4]             entry s of each row of the slice; 0 where a row has fewer
-//   columns  [steps, 4] or [steps]  int16, their columns in [0, K], K for no weight: a row each, or one column for
-//                                   the four rows (blocks of 4 x 1, as pattern [4, 1] leaves them)
+//   columns  [steps, 4] or [steps]  int16, their columns in [0, K], K for no weight: one per row, or one for the four
+//                                   rows (blocks of 4 x 1, as pattern [4, 1] leaves them)
 //   pointers [S + 1]                int32, first step of each slice
 //   order    [4 S]                  int32, the row of W that each row of a slice is, -1 for none. A permutation within
 //                                   windows of 128 rows: rows of like numbers of weights are together.
@@ -22,8 +22,8 @@ TORCH_LIBRARY(mfac_sparse, m) {
   m.def(
       "linear(Tensor x, Tensor values, Tensor columns, Tensor pointers, Tensor order, Tensor? bias, int[2] shape, str "
       "activation='none') -> Tensor");
-  // Convolution of x [n, channels, height, width] by W, whose column (c · kernel[0] + i) · kernel[1] + j is channel c at
-  // position (i, j) of the kernel: [n, N, ...], contiguous.
+  // Convolution of x [n, channels, height, width] by W: [n, N, ...], contiguous. Column
+  // (c · kernel[0] + i) · kernel[1] + j of W is channel c at position (i, j) of the kernel.
   m.def(
       "conv2d(Tensor x, Tensor values, Tensor columns, Tensor pointers, Tensor order, Tensor? bias, int[2] shape, "
       "int[2] kernel, int[2] stride, int[2] padding, str activation='none') -> Tensor");

@@ -1,9 +1,9 @@
 // The product of sparse rows with a tile of dense columns: what linear and conv2d are made of.
 //
-//   acc[r][p] = Σ_s values[s][r] · tile[columns[s][r]][p]      r < 4 rows of a slice, p < V vectors of samples or pixels
+//   acc[r][p] = Σ_s values[s][r] · tile[columns[s][r]][p]     r < 4 rows of a slice, p < V vectors of samples or pixels
 //
-// A tile holds V vectors of each of the K inputs, [K + 1][V · lanes] float32, 64-byte aligned and contiguous, with zeros
-// in row K for entries that are no weight. It is packed once and read by all rows of W. 4 V accumulators stay in
+// A tile holds V vectors of each of the K inputs, [K + 1][V · lanes] float32, aligned to 64 bytes and contiguous, with
+// zeros in row K for entries that are no weight. It is packed once and read by all rows of W. 4 V accumulators stay in
 // registers while the entries of a slice stream by, 4 to 6 bytes each. Per entry: a column to an address, a broadcast
 // and V multiply-adds with an operand from the tile, hence V + 1 loads of which two go through per cycle: at most
 // 2 V / (V + 1) multiply-adds per cycle, 1.33 for V = 2, and 2 for blocks of four rows, which load an input once for
@@ -82,9 +82,10 @@ void dispatch_vectors(int64_t vectors, bool blocks, const F& f) {
     f(std::integral_constant<int, V>(), std::false_type());
 }
 
-// The product of W with `samples` columns: pack(first, count, width, tile) writes columns first to first + count of the
-// right-hand side to rows 0 to K - 1 of a tile that is `width` wide, zeros beyond them; Sink(first, count, window) takes
-// the rows of a window, as sink(row, acc), and sink.finish_window() comes after the last. Tasks are cut by shape alone.
+// The product of W with `samples` columns. pack(first, count, width, tile) writes columns first to first + count of the
+// right-hand side to rows 0 to K - 1 of a tile that is `width` wide, zeros beyond them. make_sink(first, count, window)
+// returns what takes the rows of a window: sink(row, acc), and sink.finish_window() after the last. Tasks are cut by
+// the shape alone.
 template <typename Sink, typename T, typename Pack, typename MakeSink>
 void multiply(const Weights<T>& weights, int64_t samples, const Pack& pack, const MakeSink& make_sink) {
   const int64_t width = tile_vectors(weights.inputs) * kFloats, tiles = (samples + width - 1) / width;

@@ -104,7 +104,7 @@ def _obstacle(layer: nn.Module, calls: int | None) -> str:
     if type(layer) not in (nn.Linear, nn.Conv2d):
         return f"it is a {type(layer).__name__}, a class of its own"
     if layer._forward_hooks or layer._forward_pre_hooks:
-        return "it has hooks"
+        return "it has hooks (torch.nn.utils.prune.remove takes off those of torch's pruning)"
     if calls is not None and calls != 1:
         return f"it is called {calls} times"
     if layer.weight.dtype not in (torch.float32, torch.bfloat16):

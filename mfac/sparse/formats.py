@@ -136,7 +136,8 @@ def dense_matrix(values: Tensor, columns: Tensor, pointers: Tensor, order: Tenso
         [N, K], of the type of the values.
     """
     lengths = pointers.diff().long()
-    first = torch.repeat_interleave(torch.arange(len(lengths), device=values.device) * SLICE_ROWS, lengths)
+    starts = torch.arange(len(lengths), device=values.device) * SLICE_ROWS
+    first = torch.repeat_interleave(starts, lengths, output_size=len(values))  # the size is known: torch.export asks
     places = first[:, None] + torch.arange(SLICE_ROWS, device=values.device)
     row = order.long()[places]
     column = columns.long() if columns.dim() == 2 else columns.long()[:, None].expand(-1, SLICE_ROWS)
