@@ -39,7 +39,7 @@ inline void check_weights(const at::Tensor& values, const at::Tensor& columns, c
   check_type(pointers, "pointers", at::kInt);
   check_type(order, "order", at::kInt);
   const int64_t outputs = shape[0], inputs = shape[1];
-  TORCH_CHECK_VALUE(0 <= outputs && outputs <= INT32_MAX && 0 <= inputs && inputs < INT16_MAX,
+  TORCH_CHECK_VALUE(0 <= outputs && outputs < INT32_MAX - kSliceRows && 0 <= inputs && inputs < INT16_MAX,
                     "shape: expected [N, K] with N < 2^31 and K < ", INT16_MAX, ", got ", shape);
   TORCH_CHECK_VALUE(given == inputs, "x: expected ", inputs, " inputs per output, got ", given);
   const int64_t slices = (outputs + kSliceRows - 1) / kSliceRows;
@@ -56,14 +56,15 @@ inline void check_weights(const at::Tensor& values, const at::Tensor& columns, c
   const int32_t* begin = pointers.const_data_ptr<int32_t>();
   TORCH_CHECK_VALUE(begin[0] == 0 && begin[slices] == steps, "pointers: expected 0 to ", steps, ", got ", begin[0],
                     " to ", begin[slices]);
-  for (int64_t s = 0; s < slices; ++s)
-    TORCH_CHECK_VALUE(begin[s] <= begin[s + 1], "pointers: expected numbers that do not fall, got ", begin[s], " and ",
-                      begin[s + 1]);
+  bool falls = false, misplaced = false;  // no branch per element: large layers have thousands
+  for (int64_t s = 0; s < slices; ++s) falls |= begin[s] > begin[s + 1];
+  TORCH_CHECK_VALUE(!falls, "pointers: expected numbers that do not fall, got others");
   const int32_t* row = order.const_data_ptr<int32_t>();
-  for (int64_t i = 0; i < slices * kSliceRows; ++i)
-    TORCH_CHECK_VALUE(row[i] == -1 || (row[i] >= 0 && row[i] < outputs && row[i] / kWindowRows == i / kWindowRows),
-                      "order: expected rows below ", outputs, " in their windows of ", kWindowRows, ", got ", row[i],
-                      " at ", i);
+  const auto count = static_cast<int32_t>(outputs), places = static_cast<int32_t>(slices * kSliceRows);
+  for (int32_t i = 0; i < places; ++i)
+    misplaced |= (row[i] != -1) & ((row[i] < 0) | (row[i] >= count) | ((row[i] ^ i) >= kWindowRows));
+  TORCH_CHECK_VALUE(!misplaced, "order: expected -1 or rows below ", outputs, " in their windows of ", kWindowRows,
+                    ", got others");
 }
 
 // Columns [..] in [0, inputs]: one pass over 2 bytes per entry.

@@ -11,7 +11,7 @@ namespace mfac::sparse {
 using cpu::BFloat16;
 
 constexpr int kSliceRows = 4;     // rows of a slice: schemas.h
-constexpr int kWindowRows = 128;  // rows within which `order` permutes
+constexpr int kWindowRows = 128;  // rows within which `order` permutes; a power of two (checks.h)
 
 // W [rows, inputs] in slices (schemas.h).
 template <typename T>

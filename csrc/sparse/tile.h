@@ -7,7 +7,8 @@
 // registers while the entries of a slice stream by, 4 to 6 bytes each. Per entry: a column to an address, a broadcast
 // and V multiply-adds with an operand from the tile, hence V + 1 loads of which two go through per cycle: at most
 // 2 V / (V + 1) multiply-adds per cycle, 1.33 for V = 2, and 2 for blocks of four rows, which load an input once for
-// four. (Dense products do two.) That holds as long as the tile is in L1, so V is 2 where K exceeds 128 (kMaxVectors).
+// four. (Dense products do two.) That holds while the tile is in L1, so V is 2 where K exceeds 170 with AVX-512; beyond
+// 256 inputs part of the tile comes from L2, which costs less than the second broadcast per entry that V = 1 would take.
 // Four rows at a time give the 8 independent sums that the latency of a multiply-add needs; they have like numbers of
 // entries, so that one loop and one branch per step serve all.
 //
@@ -28,17 +29,17 @@ constexpr int kMaxVectors = 4;
 #else
 constexpr int kMaxVectors = 2;
 #endif
-constexpr int kMinVectors = 2;
+constexpr int kMinVectors = 2;  // also where such a tile exceeds L1: measured, 1 is a tenth slower at 512 inputs
 constexpr int64_t kTileBytes = 32 * 1024;  // of an L1 cache of 48 KiB, beside entries and results
 
 // With fewer tiles than this all are packed first, and a task is a window of rows of a tile; else a task is a tile.
-constexpr int64_t kManyTiles = 16;
+constexpr int64_t kManyTiles = 6;
 
 constexpr int64_t kCopyCost = 16;  // multiply-adds that take as long as packing an element, for parallel_for
 
 // Vectors of a tile of K inputs.
 inline int tile_vectors(int64_t inputs) {
-  const int64_t fitting = kTileBytes / (inputs * static_cast<int64_t>(sizeof(Floats)));
+  const int64_t fitting = kTileBytes / (std::max<int64_t>(inputs, 1) * static_cast<int64_t>(sizeof(Floats)));
   return static_cast<int>(std::clamp<int64_t>(fitting, kMinVectors, kMaxVectors));
 }
 
