@@ -2,8 +2,8 @@
 //
 //   y[n][c][i][j] = activation(Σ_a Σ_b weight[c][a][b] · x[n][c][stride·i + a - 1][stride·j + b - 1] + bias[c])
 //
-// A task is one plane. kBandRows rows of outputs, a vector wide, are summed at once: their inputs are loaded once for all
-// of them, 3 loads and up to 9 multiply-adds per row of inputs; stride 2 takes 4 loads, and 3 shuffles that part even
+// A task is one plane. kBandRows rows of outputs, a vector wide, are summed at once: their inputs are loaded once for
+// all, 3 loads and up to 9 multiply-adds per row of inputs; stride 2 takes 4 loads, and 3 shuffles that part even
 // from odd columns. Lanes in the border are masked in the first and the last vector of a row. Traffic: x is read
 // once and y written once, which bounds large planes: 9 multiply-adds per output are few.
 #include "../cpu/parallel.h"

@@ -8,7 +8,7 @@
 // and V multiply-adds with an operand from the tile, hence V + 1 loads of which two go through per cycle: at most
 // 2 V / (V + 1) multiply-adds per cycle, 1.33 for V = 2, and 2 for blocks of four rows, which load an input once for
 // four. (Dense products do two.) That holds while the tile is in L1, so V is 2 where K exceeds 170 with AVX-512; beyond
-// 256 inputs part of the tile comes from L2, which costs less than the second broadcast per entry that V = 1 would take.
+// 256 inputs part of the tile comes from L2, which costs less than the second broadcast per entry that V = 1 takes.
 // Four rows at a time give the 8 independent sums that the latency of a multiply-add needs; they have like numbers of
 // entries, so that one loop and one branch per step serve all.
 //
