@@ -32,15 +32,18 @@ int split_runs(int64_t first, int64_t count, int64_t row, int64_t plane, Run* ru
 
 constexpr int kMaxWidth = kMaxVectors * kFloats;
 
-// to[i] = from[i · stride], i < count.
+// row[start + stride · lane] for the lanes where that lies in the row, [0, width), and zeros.
 template <typename T>
-inline void copy_strided(const T* from, int64_t stride, int64_t count, float* to) {
-  if (stride == 1)
-    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
-  else if (stride == 2)  // a constant, for which the compiler shuffles vectors
-    for (int64_t i = 0; i < count; ++i) to[i] = from[2 * i];
-  else
-    for (int64_t i = 0; i < count; ++i) to[i] = from[stride * i];
+inline Floats load_strided(const T* row, int64_t start, int64_t stride, int64_t width) {
+  const T* first = row + start;
+  if (stride == 1) return load_lanes(first, -start, width - start);
+  if (stride == 2)
+    return every_second<0>(std::make_integer_sequence<int, kFloats>(), load_lanes(first, -start, width - start),
+                           load_lanes(first + kFloats, -start - kFloats, width - start - kFloats));
+  Floats x{};
+  for (int lane = 0; lane < kFloats; ++lane)
+    if (const int64_t place = start + stride * lane; place >= 0 && place < width) x[lane] = row[place];
+  return x;
 }
 
 // Row k of the tile, for every k, from one run of pixels of an output row.
@@ -52,19 +55,13 @@ void pack_patches(const Convolution& c, const T* x, const Run& run, int64_t widt
     const T* plane = x + (run.image * c.channels + channel) * c.height * c.width;
     for (int64_t i = 0; i < c.kernel[0]; ++i) {
       const int64_t y = out_y * c.stride[0] - c.padding[0] + i;
-      for (int64_t j = 0; j < c.kernel[1]; ++j, to += width) {
-        const int64_t start = out_x * c.stride[1] - c.padding[1] + j;  // column of x at the run's first pixel
-        // Pixels [low, high) of the run lie in x, the others in the border.
-        const int64_t low = start >= 0 ? 0 : std::min(run.count, (-start + c.stride[1] - 1) / c.stride[1]);
-        const int64_t inside = c.width - start;
-        int64_t high = inside <= 0 ? 0 : std::min(run.count, (inside + c.stride[1] - 1) / c.stride[1]);
-        if (y < 0 || y >= c.height) high = 0;
-        const int64_t from = std::min(low, high);
-        std::fill_n(to, from, 0.0f);
-        if (high > from)
-          copy_strided(plane + y * c.width + start + from * c.stride[1], c.stride[1], high - from, to + from);
-        std::fill_n(to + high, run.count - high, 0.0f);
-      }
+      const bool inside = y >= 0 && y < c.height;
+      for (int64_t j = 0; j < c.kernel[1]; ++j, to += width)
+        for (int64_t lane = 0; lane < run.count; lane += kFloats) {
+          const int64_t start = (out_x + lane) * c.stride[1] - c.padding[1] + j;
+          const Floats some = inside ? load_strided(plane + y * c.width, start, c.stride[1], c.width) : Floats{};
+          store_partial(to + lane, some, run.count - lane);
+        }
     }
   }
 }
@@ -117,8 +114,11 @@ void conv2d(const Weights<T>& weights, const Epilogue<T>& epilogue, const Convol
     for (int i = 0; i < n; ++i)
       if (pointwise)
         for (int64_t k = 0; k < c.channels; ++k)
-          copy_strided(x + (runs[i].image * c.channels + k) * source + runs[i].pixel, 1, runs[i].count,
-                       tile + k * width + runs[i].lane);
+          for (int64_t lane = 0; lane < runs[i].count; lane += kFloats)
+            store_partial(tile + k * width + runs[i].lane + lane,
+                          load_partial(x + (runs[i].image * c.channels + k) * source + runs[i].pixel + lane,
+                                       runs[i].count - lane),
+                          runs[i].count - lane);
       else
         pack_patches(c, x, runs[i], width, tile);
   };

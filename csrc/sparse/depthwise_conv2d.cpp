@@ -17,16 +17,6 @@ constexpr int kBandRows = 4;  // rows of outputs at once; their sums, three inpu
 
 constexpr int64_t kCost = 36;  // multiply-adds of a dense product that take as long as an output, for parallel_for
 
-// The places of even (odd = 0) or odd (odd = 1) elements of (a, b).
-template <int odd, int... i>
-inline Floats every_second(std::integer_sequence<int, i...>, Floats a, Floats b) {
-#if __has_builtin(__builtin_shufflevector)
-  return __builtin_shufflevector(a, b, (2 * i + odd)...);
-#else  // GCC 11
-  return __builtin_shuffle(a, b, cpu::VectorN<int32_t, kFloats>{(2 * i + odd)...});
-#endif
-}
-
 // taps[b][lane] = row[stride · lane + b - 1] for a row of which the columns [-before, after) lie in the plane.
 template <int kStride, typename T>
 inline void load_taps(const T* row, int64_t before, int64_t after, Floats (&taps)[3]) {

@@ -59,6 +59,16 @@ inline Floats load_partial(const T* p, int64_t count) {
   return load_lanes(p, 0, count);
 }
 
+// The places of even (odd = 0) or odd (odd = 1) elements of (a, b).
+template <int odd, int... i>
+inline Floats every_second(std::integer_sequence<int, i...>, Floats a, Floats b) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, (2 * i + odd)...);
+#else  // GCC 11
+  return __builtin_shuffle(a, b, cpu::VectorN<int32_t, kFloats>{(2 * i + odd)...});
+#endif
+}
+
 // The first `count` elements of x to p.
 template <typename T>
 inline void store_partial(T* p, Floats x, int64_t count) {
