@@ -126,6 +126,7 @@ def test_the_whole_model_stays_dense_if_it_is_not_faster(network, times):
     fast = mfac.sparse.convert(model, x)
     assert fast.sparse_report.taken == [] and not [m for m in fast.modules() if isinstance(m, SparseConv2d)]
     assert "the whole model stays dense" in str(fast.sparse_report)
+    assert not [m for m in fast.modules() if isinstance(m, nn.BatchNorm2d)]
     with torch.no_grad():
         assert largest_difference(fast(x), model(x)) < 1e-5
 
@@ -136,6 +137,17 @@ def test_real_times():
     report = mfac.sparse.convert(model, torch.randn(16, 1024)).sparse_report
     assert report.taken == ["0"] and report.fast_ms < report.dense_ms
     assert report.layers[0].bytes < report.layers[0].dense_bytes / 20
+
+
+def test_a_layer_that_is_not_called():
+    class Spare(nn.Sequential):
+        def forward(self, x):
+            return self[0](x)
+
+    model, x = prune(Spare(nn.Linear(16, 8), nn.Linear(8, 8))), torch.randn(2, 16)
+    for policy in ("faster", "sparse"):
+        fast = mfac.sparse.convert(model, x, policy=policy)
+        assert [layer.name for layer in fast.sparse_report.layers] == ["0"]
 
 
 class Branching(nn.Module):

@@ -32,6 +32,16 @@ def test_round_trip(network, times, tmp_path, suffix, backend):  # noqa: F811
     assert again.state_dict().keys() == fast.state_dict().keys()
 
 
+def test_a_model_that_stayed_dense(network, times, tmp_path):  # noqa: F811
+    model, x = network
+    times["fast"] = 3.0
+    fast = mfac.sparse.convert(model, x)
+    mfac.sparse.save(fast, tmp_path / "model.pt")
+    again = mfac.sparse.load(MobileNetV1(num_classes=10, width=0.25), tmp_path / "model.pt")
+    with torch.no_grad():
+        assert torch.equal(again(x), fast(x))
+
+
 def test_size(tmp_path):
     model = prune(nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512)))
     mfac.sparse.save(mfac.sparse.convert(model, torch.randn(1, 512), policy="sparse"), tmp_path / "model.pt")

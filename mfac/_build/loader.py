@@ -70,6 +70,21 @@ def status(extension: str = "_C") -> dict[str, Any]:
     return dict(_status.get(extension, _UNTRIED))
 
 
+def built(extension: str = "_C") -> Path | None:
+    """Return the path of a compiled module that `load` would find, without building or loading anything.
+
+    Args:
+        extension: One of `spec.EXTENSIONS`.
+
+    Returns:
+        The path in the package or in the cache, or None.
+    """
+    path, _ = _prebuilt(extension)
+    if path is None:
+        path = cache.cache_dir() / cache.cache_key(extension) / f"{extension}.so"
+    return path if path.exists() else None
+
+
 def _load(extension: str) -> ModuleType:
     """Return the prebuilt module of an extension, else the one in the cache, building it there if need be.
 

@@ -77,13 +77,8 @@ def _or_reason(find: Callable[[], str]) -> str:
 
 def _sparse() -> str:
     """Return the state of the kernels for sparse inference, which are not built for the sake of this report."""
-    from mfac._build import cache, loader
-
-    library = cache.cache_dir() / cache.cache_key("_sparse") / "_sparse.so"
-    path, _ = loader._prebuilt("_sparse")
-    if path is not None or library.exists():
-        return f"built: {path or library}"
-    return "not built yet: compiled at the first use of mfac.sparse"
+    path = _build.built("_sparse")
+    return f"built: {path}" if path else "not built yet: compiled at the first use of mfac.sparse"
 
 
 def _cuda() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def convert(model: nn.Module, example_inputs: Any, *, policy: str = "faster", ba
         if policy == "faster":
             _measure_all(traced.model, candidates, example_inputs, backend)
         forms, reasons = _choose(candidates, policy)
-        dense = copy.deepcopy(traced.model)
+        dense = replace(traced, model=copy.deepcopy(traced.model)).finish()
         fast = apply_forms(traced, forms, backend)
         if policy == "faster" and forms:
             report.dense_ms, report.fast_ms = _compare(dense, fast, example_inputs)
@@ -101,12 +102,12 @@ def find_candidates(traced: Traced) -> list[Candidate]:
         traced: The model.
 
     Returns:
-        What is known about each, in the order of the model.
+        What is known about each, in the order of the model; a layer that the graph does not call is not among them.
     """
     return [
         examine(name, layer, traced.activations.get(name, "none"), None if traced.reason else traced.calls[name])
         for name, layer in traced.model.named_modules()
-        if isinstance(layer, (nn.Linear, nn.Conv2d))
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and (traced.reason or traced.calls[name])
     ]
 
 
