@@ -3,6 +3,7 @@
 Importing compiles nothing; the kernels are built at first use.
 """
 
+from mfac import sparse
 from mfac.distributed.cost import Cost, cost
 from mfac.export.compressed import load_compressed, save_compressed
 from mfac.export.onnx import export_onnx
@@ -45,6 +46,7 @@ __all__ = [
     "reestimate_batchnorm",
     "register_layer",
     "save_compressed",
+    "sparse",
     "to_semi_structured",
     "verify",
 ]
