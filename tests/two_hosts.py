@@ -1,7 +1,7 @@
 """Two hosts on one machine: network namespaces joined by a virtual cable. As root: python tests/two_hosts.py
 
-Prunes a model under DistributedDataParallel and fully_shard with one process per host, over TCP; compares the masks with
-those of one process; then kills one host, upon which the other must say so. pytest does not run it: it needs root.
+Prunes a model under DistributedDataParallel and fully_shard with one process per host, over TCP; compares the masks
+with those of one process; then kills one host, upon which the other must say so. pytest does not run it: it needs root.
 """
 
 import os
