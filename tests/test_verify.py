@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mfac import save_compressed, verify
+from mfac import save_compressed, sparse, verify
 from mfac.cli.main import main
 from mfac.tutorial.models import MobileNetV1
 
@@ -265,3 +265,24 @@ def test_a_large_layer_is_read_one_at_a_time(tmp_path):
             weight.masked_fill_(torch.rand_like(weight) < 0.95, 0)
     save_compressed(model, tmp_path / "m.safetensors")
     assert verify(tmp_path / "m.safetensors", sparsity=0.94).ok
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_files_of_mfac_sparse(tmp_path, suffix):
+    """As mfac.sparse.save writes them: the weights of convolutions of 1 x 1 and 3 x 3, and of a linear layer."""
+    if suffix == "safetensors":
+        pytest.importorskip("safetensors")
+    torch.manual_seed(0)
+    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    layers = nn.Conv2d(8, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 1), *pooled, nn.Linear(64, 40)
+    model = nn.Sequential(*layers).eval()
+    weights = {f"{index}.weight": layer.weight for index, layer in enumerate(layers) if hasattr(layer, "weight")}
+    for weight in weights.values():
+        weight.data.mul_(torch.rand_like(weight) < 0.1)
+    fast = sparse.convert(model, torch.randn(1, 8, 14, 14), policy="sparse")
+    sparse.save(fast, tmp_path / f"model.{suffix}")
+    found = verify(tmp_path / f"model.{suffix}", sparsity=0.85)
+    assert not found.failures
+    assert {layer.name: (list(layer.shape), layer.zeros) for layer in found.layers} == {
+        name: (list(weight.shape), int((weight == 0).sum())) for name, weight in weights.items()
+    }

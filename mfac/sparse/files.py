@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,18 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         ``traced``: whether BatchNorm is folded and activations are fused; ``layers``: the form of each layer that is
-        replaced, ``"rows"``, ``"blocks"`` or ``"depthwise"``.
+        replaced, ``"rows"``, ``"blocks"`` or ``"depthwise"``; ``shapes``: that of the weight of each sparse layer, for
+        :func:`mfac.verify`.
     """
-    layers = {}
+    layers, shapes = {}, {}
     for name, layer in model.named_modules():
         if isinstance(layer, (SparseLinear, SparseConv2d)):
             layers[name] = layer.format
+            kernel = list(getattr(layer, "kernel", ()))
+            shapes[name] = [layer.shape[0], layer.shape[1] // math.prod(kernel), *kernel]
         elif isinstance(layer, DepthwiseConv2d):
             layers[name] = "depthwise"
-    return {"traced": isinstance(model, fx.GraphModule), "layers": layers}
+    return {"traced": isinstance(model, fx.GraphModule), "layers": layers, "shapes": shapes}
 
 
 def save(model: nn.Module, path: str | Path) -> None:
