@@ -146,10 +146,13 @@ class GradientSource:
             The mean.
         """
         settings = {"seed": self._seed(SeedKind.MEASURE), "mode": self._mode, "forward": self._forward}
-        own = self._share(num_batches)
+        own, skipped = self._share(num_batches)
 
         def measured() -> tuple[float]:
-            return (sum(batch_losses(model, self.batches, self._loss_fn, own, **settings)),)
+            total = sum(batch_losses(model, self.batches, self._loss_fn, own, **settings))
+            for _ in range(skipped):
+                next(self.batches)
+            return (total,)
 
         try:
             (total,) = self._replicas.sums(measured, 1)
@@ -168,10 +171,12 @@ class GradientSource:
             The function: NaN if no batch has a finite loss; those that have none at the first call do not count.
         """
         held: list[Any] = []
-        own = self._share(num_batches)
+        own, skipped = self._share(num_batches)
 
         def draw() -> None:
             held.extend(move_batch(next(self.batches), model_device(model), copies=True) for _ in range(own))
+            for _ in range(skipped):
+                next(self.batches)
 
         try:
             self._replicas.together(draw)
@@ -193,9 +198,13 @@ class GradientSource:
 
         return measure
 
-    def _share(self, count: int) -> int:
-        """This rank's part of a number of batches."""
-        return len(range(self._replicas.rank, count, self._replicas.size))
+    def _share(self, count: int) -> tuple[int, int]:
+        """This rank's part of a number of batches, and how many it draws beside them.
+
+        All ranks draw the same number, so that the position of one holds for all when it is saved.
+        """
+        own = len(range(self._replicas.rank, count, self._replicas.size))
+        return own, -(-count // self._replicas.size) - own
 
     def _seed(self, kind: SeedKind) -> int:
         state = self.batches.state_dict()
