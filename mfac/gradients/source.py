@@ -199,10 +199,8 @@ class GradientSource:
         return measure
 
     def _share(self, count: int) -> tuple[int, int]:
-        """This rank's part of a number of batches, and how many it draws beside them.
-
-        All ranks draw the same number, so that the position of one holds for all when it is saved.
-        """
+        """This rank's part of a number of batches, and how many it draws beside them."""
+        # All ranks draw the same number, so that the position of one holds for all when it is saved.
         own = len(range(self._replicas.rank, count, self._replicas.size))
         return own, -(-count // self._replicas.size) - own
 
