@@ -85,7 +85,7 @@ class GradientSource:
         self._loss_fn, self._forward, self._mode = loss_fn, forward, check_choice("mode", mode, MODES)
         self._replicas, self._unit = replicas, unit
         share = -(-self.num_grads // replicas.size)
-        self.batches = BatchStream(batches, torch.initial_seed(), share if announce else None, replicas.rank)
+        self.batches = BatchStream(batches, _shared_seed(replicas), share if announce else None, replicas.rank)
         self.seconds: float | None = None
 
     def resize(self, num_grads: int, refresh: int) -> None:
@@ -234,3 +234,10 @@ class GradientSource:
         new = copy.copy(self)
         new.batches, new._buffer = copy.deepcopy(self.batches, memo), copy.deepcopy(self._buffer, memo)
         return new
+
+
+def _shared_seed(replicas: Replicas) -> int:
+    """Return torch's seed, of several ranks that of the first: programs may seed each rank differently."""
+    seed = torch.initial_seed() % 2**64
+    high, low = replicas.together(lambda: divmod(seed, 2**32), 2)[0]
+    return (int(high) << 32) + int(low)
