@@ -58,7 +58,7 @@ format: $(READY)  ## ruff and clang-format, in place
 sanitize: $(READY)  ## the kernels under AddressSanitizer and UndefinedBehaviorSanitizer, for each instruction set that runs here
 	MFAC_SANITIZE=address,undefined ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	$(BIN)/python -m pytest -q tests/test_standalone.py tests/test_bf16.py
+	$(BIN)/python -m pytest -q tests/test_standalone.py tests/test_bf16.py tests/test_sparse_standalone.py
 
 # The tests of the ops and of what is made of them, with the CUDA ops emulated on the CPU.
 EMULATED = block_factor inverse_diagonal inverse_product joint_update joint_step independent_update quadratic_form \

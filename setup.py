@@ -1,4 +1,4 @@
-"""Packaging. Needs no torch, except with MFAC_AOT=1, which compiles the kernels ahead of time as mfac._C."""
+"""Packaging. Needs no torch, except with MFAC_AOT=1, which compiles mfac._C and mfac._sparse ahead of time."""
 
 import importlib
 import os
@@ -10,7 +10,7 @@ from setuptools import find_packages, setup
 
 
 def ahead_of_time() -> dict:
-    """Return setup()'s arguments for the compiled module, from the flags that the just-in-time build uses too."""
+    """Return setup()'s arguments for the compiled modules, from the flags that the just-in-time build uses too."""
     from torch.utils import cpp_extension
 
     # spec and toolchain without the rest of mfac, whose dependencies are not needed for a build.
@@ -20,15 +20,22 @@ def ahead_of_time() -> dict:
     gpus = toolchain.cuda_plan().gpus
     if gpus:
         cpp_extension.CUDA_HOME = str(toolchain.cuda_home())  # torch's own may have no headers
-    spec = importlib.import_module("_mfac_build.spec").extension_spec(ahead_of_time=True)
-    extension = (cpp_extension.CUDAExtension if gpus else cpp_extension.CppExtension)(
-        "mfac._C",
-        [os.path.relpath(source) for source in spec["sources"]],
-        include_dirs=spec["include_dirs"],
-        extra_compile_args={"cxx": spec["cflags"], "nvcc": spec["cuda_cflags"]},
-        extra_link_args=spec["ldflags"],
-    )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+    build = importlib.import_module("_mfac_build.spec")
+    extensions = []
+    for name in build.EXTENSIONS:
+        spec = build.extension_spec(name, ahead_of_time=True)
+        kind = cpp_extension.CUDAExtension if build.extension_gpus(name) else cpp_extension.CppExtension
+        if spec["sources"]:
+            extensions.append(
+                kind(
+                    f"mfac.{name}",
+                    [os.path.relpath(source) for source in spec["sources"]],
+                    include_dirs=spec["include_dirs"],
+                    extra_compile_args={"cxx": spec["cflags"], "nvcc": spec["cuda_cflags"]},
+                    extra_link_args=spec["ldflags"],
+                )
+            )
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
 
 
 sources = ["mfac.csrc"] + [f"mfac.csrc.{folder.name}" for folder in sorted(Path("csrc").iterdir()) if folder.is_dir()]

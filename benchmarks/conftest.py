@@ -26,6 +26,10 @@ WORDS = {
     "floors": ("at most {:g}x its floor", "{:.2f}x", -1),
     "reads": ("at most {:g}x the time to read it once", "{:.2f}x", -1),
     "MiB": ("at most {:.0f} MiB", "{:.0f} MiB", -1),
+    "dense": ("at least {:g}x torch's dense in its best layout", "{:.2f}x", 1),
+    "eager": ("at least {:g}x torch, channels_last", "{:.2f}x", 1),
+    "compile": ("at least {:g}x torch.compile", "{:.2f}x", 1),
+    "onnxruntime": ("at least {:g}x ONNX Runtime", "{:.2f}x", 1),
 }
 
 
@@ -123,10 +127,12 @@ def measure(benchmark, roofline):
     """Time a function: measure(f, flops=..., bytes=..., error=..., targets={word of WORDS: number}, ...)."""
 
     def run(
-        function, *, flops=0, bytes=0, dtype=torch.float32, error=None, rounds=3, setup=None, targets=None, by=None
-    ):
+        function, *, flops=0, bytes=0, dtype=torch.float32, error=None, rounds=3, setup=None, targets=None, by=None,
+        ratios=None,
+    ):  # fmt: skip
         floor = roofline.floor(flops, bytes, dtype)
         benchmark.extra_info.update(flops=flops, bytes=bytes, error=error, floor=floor, targets=targets or {}, by=by)
+        benchmark.extra_info["ratios"] = ratios or {}  # by the targets' words, of times taken in turns
         benchmark.extra_info["read_s"] = bytes / roofline.seen["bytes"][-1]
         return benchmark.pedantic(function, setup=setup, rounds=rounds, warmup_rounds=int(rounds > 1))
 
@@ -160,8 +166,11 @@ def _targets(benchmarks):
             "floors": median / info["floor"] if info["floor"] else 0,
             "reads": median / info["read_s"] if info["read_s"] else 0,
             "MiB": info.get("MiB", 0),
+            **info["ratios"],
         }
         for word, number in info["targets"].items():
+            if word not in measured:
+                continue  # what it is compared with is not installed
             asked, got, sign = WORDS[word]
             met = "met" if sign * measured[word] >= sign * number else "missed"
             yield f"| {b.group}, {_by(b)} | {asked.format(number)} | {got.format(measured[word])} | {met} |"

@@ -119,8 +119,10 @@ class Fisher:
         Returns:
             A new object; λ stays the number that it is.
         """
-        options = {"backend": self.backend, "precision": self.precision, "device": self.device}
-        return Fisher(self.grads[begin:end], self.damping, self.block_size, active=self._active, **options)
+        other = copy.copy(self)
+        other.grads, other._factor, other._memory = self.grads[begin:end], None, None
+        other.mean_square = check_gradients(other.grads)
+        return other
 
     def project(self, x: Tensor) -> Tensor:
         """Return the product of every gradient with a vector.

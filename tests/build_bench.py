@@ -52,9 +52,8 @@ class Bench:
 
     def forget(self):
         """Make the loader of this process as new."""
-        empty = dict.fromkeys(loader._status)
-        self.monkeypatch.setattr(loader, "_outcome", None)
-        self.monkeypatch.setattr(loader, "_status", empty)
+        self.monkeypatch.setattr(loader, "_outcomes", {})
+        self.monkeypatch.setattr(loader, "_status", {})
 
     def load(self):
         """Load as a new process would, and return the origin of the module."""

@@ -2,9 +2,12 @@
 
 import multiprocessing
 import os
+import pickle
+import queue
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -21,18 +24,22 @@ def _child(function, rank, size, store, results, arguments):
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
         )
-        results.put((rank, function(*arguments), None))
+        found = function(*arguments), None
     except BaseException as error:
-        results.put((rank, None, (type(error).__name__, str(error), traceback.format_exc())))
-    finally:
-        results.close()
-        results.join_thread()
-        os._exit(0)  # a rank whose peers have gone may not wait for them
+        found = None, (type(error).__name__, str(error), traceback.format_exc())
+    results.put((rank, pickle.dumps(found)))  # as bytes: a tensor would live in this process's shared memory
+    results.close()
+    results.join_thread()
+    os._exit(0)  # without a goodbye, as a process that is killed
 
 
-def run_ranks(function, size, *arguments, fails=False):
-    """Return what ``function(*arguments)`` returns on each rank; with ``fails``, (type, text) of what it raises."""
-    context = multiprocessing.get_context("fork")
+def run_ranks(function, size, *arguments, fails=()):
+    """Return what ``function(*arguments)`` returns on each rank; of the ranks in ``fails``, (type, text) of the error.
+
+    A rank that ends without a word (os._exit) gives None.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "mfac"])
     with tempfile.TemporaryDirectory() as folder:
         results = context.Queue()
         children = [
@@ -41,15 +48,23 @@ def run_ranks(function, size, *arguments, fails=False):
         ]
         for child in children:
             child.start()
-        found = dict((rank, (value, error)) for rank, value, error in (results.get(timeout=120) for _ in children))
+        found = {}
+        deadline = time.monotonic() + 120
+        while len(found) < size and (any(child.is_alive() for child in children) or not results.empty()):
+            assert time.monotonic() < deadline, f"ranks {sorted(set(range(size)) - set(found))} hang"
+            try:
+                rank, content = results.get(timeout=0.1)
+                found[rank] = pickle.loads(content)
+            except queue.Empty:
+                pass
         for child in children:
             child.join(10)
-    if fails:
-        assert all(found[rank][1] for rank in range(size)), found
-        return [found[rank][1][:2] for rank in range(size)]
+    values = []
     for rank in range(size):
-        assert found[rank][1] is None, f"rank {rank}: {found[rank][1][2]}"
-    return [found[rank][0] for rank in range(size)]
+        value, error = found.get(rank, (None, None))
+        assert (error is not None) == (rank in fails), f"rank {rank}: {error[2] if error else value}"
+        values.append(error[:2] if error else value)
+    return values
 
 
 def run_script(*command):

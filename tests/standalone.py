@@ -23,11 +23,11 @@ class Kernels:
         self.library.set_products.restype = c_bool
 
     @classmethod
-    def build(cls, folder, arch):
+    def build(cls, folder, arch, source=SOURCE):
         library = folder / "kernels.so"
         flags = ["-std=c++20", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-pthread"]
         flags += ["-O1", "-g", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else ["-O2"]
-        command = [os.environ.get("CXX", "g++"), *flags, *arch.split(), str(SOURCE), "-o", str(library)]
+        command = [os.environ.get("CXX", "g++"), *flags, *arch.split(), str(source), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         return library

@@ -22,8 +22,10 @@ LAYERS = [
     {"fisher"},
     {"sharded_fisher"},
     {"pruning"},
+    {"export"},
     {"recipe"},
     {"integrations"},
+    {"sparse"},
     {"tutorial"},
     {"cli"},
 ]
@@ -97,3 +99,20 @@ def test_every_op_has_its_files():
         assert (root / "cpu" / f"{op}.cpp").exists() and (root / "cuda" / f"{op}.h").exists(), op
     for device in ("cpu/bindings.h", "cuda/bindings.cpp"):
         assert set(re.findall(r'm\.impl\("(\w+)"', (root / device).read_text(encoding="utf-8"))) == ops
+
+
+def test_every_op_of_sparse_inference_has_its_files():
+    """A kernel, tests and a benchmark of its stem."""
+    root = _build.sources_root() / "sparse"
+    ops = set(re.findall(r'"(\w+)\(Tensor', (root / "schemas.h").read_text(encoding="utf-8")))
+    assert ops == set(re.findall(r'm\.impl\("(\w+)"', (root / "bindings.h").read_text(encoding="utf-8")))
+    for op in ops:
+        assert (root / f"{op}.cpp").exists() and (REPO / "tests" / f"test_sparse_{op}.py").exists(), op
+        assert (REPO / "benchmarks" / f"bench_sparse_{op}.py").exists(), op
+
+
+def test_sparse_inference_stands_alone():
+    """It knows no pruning: only the build, the choice of a backend and the checks."""
+    for path in (PACKAGE / "sparse").glob("*.py"):
+        others = {name.split(".")[1] for name in imports(path)} - {"sparse"}
+        assert others <= {"_build", "checks", "ops"}, path.name

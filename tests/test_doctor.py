@@ -15,6 +15,7 @@ def test_doctor_reports_success(capsys):
         "kernels          loaded",
         "openmp",
         "cpu_bf16",
+        "sparse kernels",
     ):
         assert part in report
 

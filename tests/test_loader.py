@@ -100,9 +100,9 @@ def test_damaged_file_in_the_cache(bench):
 
 def test_prebuilt_must_fit(bench, tmp_path):
     bench.monkeypatch.setattr(spec, "PACKAGE", tmp_path)
-    assert "none in this installation" in loader._prebuilt()[1]
+    assert "none in this installation" in loader._prebuilt("_C")[1]
     path = tmp_path / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
     path.write_bytes(b"..." + _build.fingerprint().encode() + b"\0...")
-    assert loader._prebuilt() == (path, "")
+    assert loader._prebuilt("_C") == (path, "")
     (bench.sources / "stub.cpp").write_text(STUB + "\n")
-    assert loader._prebuilt()[0] is None and "other sources" in loader._prebuilt()[1]
+    assert loader._prebuilt("_C")[0] is None and "other sources" in loader._prebuilt("_C")[1]

@@ -141,11 +141,11 @@ def broken_build(monkeypatch):
         raise _build.BuildError("no compiler here")
 
     ops.load.cache_clear()
-    backend._warn_once.cache_clear()
+    backend.warn_once.cache_clear()
     monkeypatch.setattr(_build, "load", fail)
     yield
     ops.load.cache_clear()
-    backend._warn_once.cache_clear()
+    backend.warn_once.cache_clear()
 
 
 def test_auto_falls_back_with_one_warning(broken_build):
@@ -178,7 +178,7 @@ def test_environment_chooses(monkeypatch):
 def test_other_devices_take_the_reference():
     with pytest.raises(RuntimeError, match="backend: expected a device with compiled kernels, got meta"):
         select_backend("compiled", "meta")
-    backend._warn_once.cache_clear()
+    backend.warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="no compiled kernels for meta"):
         assert select_backend("auto", "meta") is reference
 

@@ -12,7 +12,7 @@ def test_architecture(monkeypatch):
     assert not [flag for flag in _build.extension_spec(ahead_of_time=True)["cflags"] if "march" in flag]
     monkeypatch.setenv("MFAC_ARCH", "x86-64-v3")
     for ahead_of_time in (False, True):
-        assert "-march=x86-64-v3" in _build.extension_spec(ahead_of_time)["cflags"]
+        assert "-march=x86-64-v3" in _build.extension_spec(ahead_of_time=ahead_of_time)["cflags"]
 
 
 def test_spec_names_existing_sources_and_safe_flags():
@@ -41,3 +41,18 @@ def test_fingerprint_names_sources_and_torch(bench):
     assert before.endswith(f"/torch-{torch.__version__}")
     (bench.sources / "a.cuh").touch()
     assert _build.fingerprint() != before
+
+
+def test_sparse_inference_is_an_extension_of_its_own(bench):
+    """Neither is compiled, or compiled again, for the sake of the other."""
+    (bench.sources / "sparse").mkdir()
+    pruning, sparse = (_build.fingerprint(name) for name in ("_C", "_sparse"))
+    (bench.sources / "sparse" / "linear.cpp").touch()
+    assert _build.fingerprint("_C") == pruning and _build.fingerprint("_sparse") != sparse
+    sparse = _build.fingerprint("_sparse")
+    (bench.sources / "block.cpp").touch()
+    assert _build.fingerprint("_C") != pruning and _build.fingerprint("_sparse") == sparse
+    (bench.sources / "shared.h").touch()
+    assert _build.fingerprint("_sparse") != sparse
+    names = {Path(p).name for p in _build.extension_spec("_sparse")["sources"]}
+    assert names == {"linear.cpp"} and _build.cache_key("_C") != _build.cache_key("_sparse")

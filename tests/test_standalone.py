@@ -30,13 +30,18 @@ NEEDS = {
 SHAPES = [(1, 5, 3), (50, 301, 100), (65, 101, 50), (99, 97, 97), (260, 301, 300), (140, 131, 131), (5, 40_000, 40_000)]
 
 
+def missing_instructions(build):
+    """What this processor lacks to run a build."""
+    available = set(Path("/proc/cpuinfo").read_text().split()) if X86 else set()
+    return ", ".join(sorted(NEEDS.get(build, set()) - available))
+
+
 @pytest.fixture(scope="module", params=BUILDS if X86 else ["native"])
 def kernels(request, tmp_path_factory):
     arch, width = BUILDS.get(request.param, ("-march=native", 16))
     library = Kernels.build(tmp_path_factory.mktemp("standalone"), arch)
-    available = set(Path("/proc/cpuinfo").read_text().split()) if X86 else set()
-    if missing := NEEDS.get(request.param, set()) - available:
-        pytest.skip(f"compiled; this processor cannot run it: no {', '.join(sorted(missing))}")
+    if missing := missing_instructions(request.param):
+        pytest.skip(f"compiled; this processor cannot run it: no {missing}")
     out = Kernels(library)
     out.set_products("none")  # test_bf16.py has them
     assert out.library.vector_bytes() == width

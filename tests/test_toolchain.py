@@ -81,17 +81,17 @@ def test_cuda_that_does_not_compile(toolkit, monkeypatch):
     """Then there are the kernels for the CPU, a warning, and the reason for whoever asks."""
     toolkit("13.0")
 
-    def build(tried):
+    def build(extension, tried):
         if _build.cuda_plan().gpus:
             raise CompileError("nvcc said no")
         return Path("_C.so"), "built"
 
     monkeypatch.setattr(toolchain, "failed_cuda_log", None)
-    monkeypatch.setattr(loader, "_prebuilt", lambda: (None, "none"))
+    monkeypatch.setattr(loader, "_prebuilt", lambda extension: (None, "none"))
     monkeypatch.setattr(loader, "_build", build)
-    monkeypatch.setattr(loader, "_import", lambda path, origin: path)
+    monkeypatch.setattr(loader, "_import", lambda extension, path, origin: path)
     with pytest.warns(RuntimeWarning, match=r"(?s)no CUDA kernels, only those for the CPU.*nvcc said no"):
-        assert loader._load() == Path("_C.so")
+        assert loader._load("_C") == Path("_C.so")
     assert "they failed to compile, see" in _build.cuda_plan().reason
 
 

@@ -7,13 +7,14 @@ imports `spec` without importing mfac.
 
 from .cache import cache_dir, cache_key, make_private
 from .errors import BuildError
-from .loader import load, status
+from .loader import built, load, status
 from .spec import PACKAGE, extension_spec, fingerprint, sources_root
 from .toolchain import cpu, cuda_home, cuda_plan, find_compiler, find_ninja
 
 __all__ = [
     "PACKAGE",
     "BuildError",
+    "built",
     "cache_dir",
     "cache_key",
     "cpu",

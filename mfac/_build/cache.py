@@ -1,8 +1,8 @@
 """The cache of builds: its folder, the key of a build, the lock, and what is safe to load.
 
-The cache holds a folder per key with ``_C.so``, ``manifest.json`` (the tools that made it, and its digest), ``build.log``,
+The cache holds a folder per key with the library (``_C.so`` or ``_sparse.so``), ``manifest.json`` (the tools that made it, and its digest), ``build.log``,
 ``lock`` and, during a build, ``holder`` (its process). Every attempt compiles in a fresh sub-folder and moves the finished file up in
-one step, so ``_C.so`` exists only whole, and what a killed build leaves behind is never used and is removed by the next
+one step, so the library exists only whole, and what a killed build leaves behind is never used and is removed by the next
 one. The lock is the operating system's: it is released when its holder ends, however it ends.
 """
 
@@ -50,16 +50,16 @@ def cache_dir() -> Path:
     return path if os.path.exists(path) or os.access(_missing(path)[-1].parent, os.W_OK | os.X_OK) else fallback
 
 
-def cache_key() -> str:
-    """Return the name of this build's folder: a digest of all that must match when the compiled file is loaded.
+def cache_key(extension: str = "_C") -> str:
+    """Return the name of a build's folder: a digest of all that must match when the compiled file is loaded.
 
     The tools of the build are not part of it, so that a machine without them finds the file; see `fits`.
     """
     import torch
 
     parts = {
-        "fingerprint": spec.fingerprint(),
-        "flags": spec.compile_flags(toolchain.gpus_wanted().gpus),
+        "fingerprint": spec.fingerprint(extension),
+        "flags": spec.compile_flags(toolchain.gpus_wanted().gpus if extension == "_C" else []),
         "torch": [torch.version.git_version, torch.compiled_with_cxx11_abi(), torch.version.cuda],
         "python": sysconfig.get_config_var("SOABI"),
         "platform": [sysconfig.get_platform(), platform.libc_ver()],
@@ -101,7 +101,7 @@ def check_trusted(*paths: Path) -> None:
             raise BuildError(explain([f"cache {path}: not loaded, {fault}"], "the cache is not safe to load from", fix))
 
 
-def fits(build_dir: Path) -> bool:
+def fits(build_dir: Path, extension: str = "_C") -> bool:
     """Return whether a build's folder holds a library that can be loaded as it is.
 
     The tools that made it must be those found here, as far as a build is possible: without a compiler, ninja or
@@ -112,7 +112,7 @@ def fits(build_dir: Path) -> bool:
     Raises:
         BuildError: There is one that is not safe to load, or one that is damaged and cannot be built again.
     """
-    library = build_dir / "_C.so"
+    library = build_dir / f"{extension}.so"
     if not library.exists():
         return False
     check_trusted(build_dir.parent, build_dir, library)
@@ -147,7 +147,7 @@ def store(build_dir: Path, built: Path) -> None:
     manifest = built.with_name("manifest.json")
     manifest.write_text(json.dumps({**(toolchain.build_tools() or {}), "library": _digest(built)}, indent=1))
     built.chmod(0o755)  # whatever the umask: see `check_trusted`
-    built.replace(build_dir / "_C.so")
+    built.replace(build_dir / built.name)
     manifest.replace(build_dir / "manifest.json")  # last: a library without its manifest is only built again
 
 

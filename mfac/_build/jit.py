@@ -25,10 +25,11 @@ _CAUSES = [  # pattern in the compiler's output, likely cause, fix
 ]
 
 
-def compile_kernels(folder: Path, log: Path, tried: str) -> None:
-    """Compile ``_C.so`` into `folder` in a child process, which keeps this one's environment and output clean.
+def compile_kernels(extension: str, folder: Path, log: Path, tried: str) -> None:
+    """Compile the library of an extension into `folder` in a child process, which keeps this one's environment and output clean.
 
     Args:
+        extension: One of `spec.EXTENSIONS`.
         folder: An empty folder.
         log: The file that the compiler's output goes to.
         tried: What was tried before, for the error.
@@ -37,14 +38,15 @@ def compile_kernels(folder: Path, log: Path, tried: str) -> None:
         BuildError: There is no compiler, ninja or pybind11.
         CompileError: The compiler failed; the text has the part of its output that matters.
     """
-    job = json.dumps({"sys_path": sys.path, "folder": str(folder), **spec.extension_spec()})
+    job = json.dumps({"sys_path": sys.path, "folder": str(folder), "name": extension, **spec.extension_spec(extension)})
     ninja, compiler = toolchain.find_ninja(), toolchain.find_compiler().command
     env = {**os.environ, "CXX": compiler}
     env["PATH"] = os.pathsep.join([str(Path(ninja).parent), os.environ.get("PATH", os.defpath)])
-    if toolchain.cuda_plan().gpus:
+    if spec.extension_gpus(extension):
         env["CUDA_HOME"] = str(toolchain.cuda_home())
     env.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0))))  # ninja would start two more
-    notice = "mfac: compiling kernels (once; half a minute on two free cores, more with those for CUDA) ..."
+    what = "kernels" if extension == "_C" else "kernels for sparse inference"
+    notice = f"mfac: compiling {what} (once; half a minute on two free cores, more with those for CUDA) ..."
     if _LOGGER.isEnabledFor(logging.INFO):
         _LOGGER.info(notice)
     elif sys.stderr is not None and sys.stderr.isatty():
@@ -52,7 +54,7 @@ def compile_kernels(folder: Path, log: Path, tried: str) -> None:
     with log.open("w") as out:
         command = [sys.executable, str(Path(__file__).with_name("jit_child.py"))]
         done = subprocess.run(command, input=job, text=True, stdout=out, stderr=subprocess.STDOUT, env=env)
-    if done.returncode == 0 and (folder / "_C.so").exists():
+    if done.returncode == 0 and (folder / f"{extension}.so").exists():
         return
     output = log.read_text(errors="replace")
     cause, fix = next(

@@ -13,7 +13,7 @@ def main() -> int:
 
     try:
         cpp_extension.load(
-            "_C",
+            job["name"],
             job["sources"],
             extra_cflags=[shlex.quote(flag) for flag in job["cflags"]],
             extra_cuda_cflags=job["cuda_cflags"],

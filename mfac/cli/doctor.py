@@ -45,6 +45,7 @@ def main() -> int:
     _row("kernels", f"loaded ({status['origin']}) in {status['seconds']:.2f} s from {status['path']}")
     for key, value in module.build_config().items():
         _row(f"  {key}", ", ".join(value) or "none" if isinstance(value, list) else value)
+    _row("sparse kernels", _sparse())
     try:
         check_choice("MFAC_BACKEND", backend, BACKENDS)
     except ValueError as error:
@@ -72,6 +73,12 @@ def _or_reason(find: Callable[[], str]) -> str:
         return find()
     except _build.BuildError as error:
         return f"not found; {str(error).splitlines()[-1].strip()}"
+
+
+def _sparse() -> str:
+    """Return the state of the kernels for sparse inference, which are not built for the sake of this report."""
+    path = _build.built("_sparse")
+    return f"built: {path}" if path else "not built yet: compiled at the first use of mfac.sparse"
 
 
 def _cuda() -> str:

@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mfac.checks import check_instance, check_module, warn
 from mfac.distributed.replicas import ALONE, Replicas
+from mfac.distributed.shards import check_shards, reshard
 
 _warned = False  # of a group that is not used
 
@@ -17,18 +18,19 @@ def find_replicas(model: nn.Module, process_group: dist.ProcessGroup | None = No
 
     Args:
         model: Any module; a DistributedDataParallel module, also a compiled one, brings its process group with it.
-        process_group: Ranks that hold the same model; None: those of DistributedDataParallel, else this process.
+        process_group: Ranks that hold the same model; None: those of DistributedDataParallel or of the mesh of
+            ``fully_shard``, else this process.
 
     Returns:
         What DistributedDataParallel wraps, whose gradients are not averaged, or the model; and the ranks.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If the model is sharded, holds a DistributedDataParallel module without being one, or this process
-            is not in the group.
+        ValueError: If the model is sharded in another way than by ``fully_shard``, holds a DistributedDataParallel
+            module without being one, or this process is not in the group.
     """
     global _warned
-    refuse_sharded(model)
+    refuse_flat(model)
     outer = getattr(model, "_orig_mod", model)  # of torch.compile
     inner = outer.module if isinstance(outer, DistributedDataParallel) else model
     if any(isinstance(module, DistributedDataParallel) for module in inner.modules()):
@@ -36,11 +38,17 @@ def find_replicas(model: nn.Module, process_group: dist.ProcessGroup | None = No
             "model: expected DistributedDataParallel around the whole model, got it around a part, of which each rank "
             "would prune by other gradients; pass that part"
         )
+    reshard(inner)
+    group = check_shards(dict(inner.named_parameters()))
     if process_group is not None:
         check_instance("process_group", process_group, dist.ProcessGroup, "a torch.distributed process group")
         if dist.get_rank(process_group) < 0:
             raise ValueError("process_group: expected one that this process belongs to, got another")
-    if inner is not model:
+    if group is not None:
+        if process_group not in (None, group):
+            raise ValueError("process_group: expected None or that of the sharded parameters, got another")
+        process_group = group
+    elif inner is not model:
         if process_group not in (None, outer.process_group):
             raise ValueError("process_group: expected None or that of DistributedDataParallel, got another")
         process_group = outer.process_group
@@ -53,35 +61,22 @@ def find_replicas(model: nn.Module, process_group: dist.ProcessGroup | None = No
             )
     if process_group is None or dist.get_world_size(process_group) == 1:
         return inner, ALONE
-    return inner, Replicas(process_group)
+    return inner, Replicas(process_group, lockstep=group is not None)
 
 
-def refuse_sharded(model: nn.Module) -> None:
-    """Check that the weights of the model are whole.
+def refuse_flat(model: nn.Module) -> None:
+    """Check that the parameters of a model are tensors of their shapes.
 
     Args:
         model: Any module.
 
     Raises:
         TypeError: If it is not a module.
-        ValueError: If it is or holds a FullyShardedDataParallel module, one that ``fully_shard`` was applied to, or a
-            parameter that is a DTensor.
+        ValueError: If it is or holds a FullyShardedDataParallel module, whose parameters are flat.
     """
     check_module("model", model)
-    for module in model.modules():
-        for sharded in {"FullyShardedDataParallel", "FSDPModule"} & _classes(module):
-            raise ValueError(_sharded(sharded))
-    for name, parameter in model.named_parameters():
-        if "DTensor" in _classes(parameter):
-            raise ValueError(_sharded(f"{name!r} as a DTensor"))
-
-
-def _classes(value: object) -> set[str]:
-    return {cls.__name__ for cls in type(value).__mro__}
-
-
-def _sharded(got: str) -> str:
-    return (
-        f"model: expected a model that each process holds whole, got {got}, of which each rank holds only a part; "
-        "prune before sharding it, or gather the full weights on one rank, prune them there and shard the result"
-    )
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError(
+            "model: expected fully_shard or DistributedDataParallel, got FullyShardedDataParallel, which flattens "
+            "parameters; use fully_shard, or prune before sharding"
+        )

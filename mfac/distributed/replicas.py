@@ -23,31 +23,36 @@ class Replicas:
 
     Args:
         group: A process group that this process belongs to; None: this process by itself.
+        lockstep: The model itself is one for all ranks (``fully_shard``), so that they run it together.
 
     Attributes:
+        lockstep: See above.
         rank: Of this process in the group.
         size: Number of processes.
+        sent: Bytes that this process has given to the others: one copy for each of them, and what a ring sends for a
+            sum; errors not counted.
 
     Example:
         >>> Replicas(None).together(lambda: (1.0, 2.0), 2)
         [(1.0, 2.0)]
     """
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, lockstep: bool = False) -> None:
         """Nothing is sent yet."""
-        self.group = group
+        self.group, self.lockstep = group, lockstep
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
+        self.sent = 0
 
     def __repr__(self) -> str:
         """Return rank and size."""
         return f"Replicas(rank {self.rank} of {self.size})"
 
-    def together(self, work: Callable[[], Sequence[float] | None], count: int = 0) -> list[tuple[float, ...]]:
+    def together(self, work: Callable[[], Any], count: int = 0) -> list[tuple[float, ...]]:
         """Do some work on every rank, and give each rank's numbers to all.
 
         Args:
-            work: Of this rank; returns ``count`` numbers.
+            work: Of this rank; returns ``count`` numbers, or anything if that is 0.
             count: How many numbers.
 
         Returns:
@@ -59,10 +64,12 @@ class Replicas:
             RuntimeError: If a rank cannot be reached.
         """
         if self.size == 1:
-            return [tuple(work() or ())]
+            result = work()
+            return [tuple(result) if count else ()]
         error, numbers = None, [0.0] * count
         try:
-            numbers = list(work() or ())
+            result = work()
+            numbers = list(result) if count else []
         except BaseException as raised:  # the others must hear of it
             error = raised
         status = torch.tensor([float(error is not None), *numbers], dtype=torch.float64)
@@ -102,6 +109,10 @@ class Replicas:
             The sums, the same bits on all ranks.
         """
         return [sum(column) for column in zip(*self.together(work, count), strict=True)]
+
+    def share(self, count: int) -> int:
+        """Return this rank's part of a number of batches; the same on all ranks if they run the model together."""
+        return -(-count // self.size) if self.lockstep else len(range(self.rank, count, self.size))
 
     def gather(self, own: Tensor) -> Tensor:
         """Return a tensor of every rank, on the device of this rank's.
@@ -164,6 +175,7 @@ class Replicas:
         if self.size == 1:
             return own
         out = own.to(self._home(own), copy=True)
+        self.sent += 2 * (self.size - 1) * out.nbytes // self.size
         with self._reachable():
             dist.all_reduce(out, group=self.group)
         return out.to(own.device)
@@ -190,6 +202,7 @@ class Replicas:
         sent = torch.empty(0, dtype=like.dtype, device=home) if row is None else row.to(home)
         sizes_in = [width * (b - a) * (row is not None) for a, b in itertools.pairwise(edges)]
         sizes_out = [width * (end - begin) * (rank in senders) for rank in range(self.size)]
+        self.sent += sum(sizes_in) - sizes_in[self.rank]
         with self._reachable():  # as bytes: not every backend has bfloat16
             dist.all_to_all_single(
                 out.view(torch.uint8), sent.contiguous().view(torch.uint8), sizes_out, sizes_in, self.group
@@ -200,6 +213,7 @@ class Replicas:
         """[size, *shape of own]."""
         sent = own.to(self._home(own)).contiguous()
         parts = [torch.empty_like(sent) for _ in range(self.size)]
+        self.sent += (self.size - 1) * sent.nbytes
         with self._reachable():
             dist.all_gather(parts, sent, self.group)
         return torch.stack(parts).to(device)

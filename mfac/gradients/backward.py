@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mfac.distributed.shards import is_sharded
 from mfac.interrupts import write_whole
 
 Gradients = tuple[Tensor, Sequence[Tensor | None]]
@@ -37,7 +38,8 @@ class Differentiator:
     def __init__(self, model: nn.Module, params: Sequence[nn.Parameter]) -> None:
         self._params, self._every = params, list(model.parameters())
         self._devices = sorted({p.device.index for p in self._every if p.device.type == "cuda"})
-        self._first, self._by_backward = True, False
+        self._first = True
+        self._by_backward = any(is_sharded(p) for p in params)  # whose parts are gathered and reduced by hooks
 
     def __call__(self, loss_of_batch: Callable[[], Tensor]) -> Gradients:
         """Compute the loss of a batch and its gradients.

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mfac.checks import check_function, check_instance
+from mfac.distributed.shards import reshard
 from mfac.interrupts import write_whole
 
 MODES = ("eval", "train")
@@ -228,6 +229,7 @@ def evaluation(
             yield
         finally:
             write_whole(restore)
+            reshard(model)
 
 
 def _is_writable(b: Tensor | None) -> bool:

@@ -334,14 +334,17 @@ class GradientBuffer:
             "names": list(self.names),
             "shapes": [list(shape) for shape in self._shapes],
             "num_grads": self.num_grads,
-            # A file holds the whole memory of a view: without the copy, that of rows never written.
-            "rows": self.tensor if self._filled == self.num_grads else self.tensor.clone(),
+            "rows": self._content(),
             "next": self._next,
             "skipped": self.skipped,
             "reached": sorted(self.reached),
             "loss": self.loss,
             "samples": self.samples,
         }
+
+    def _content(self) -> Tensor:
+        """The rows as they are saved: a file holds the whole memory of a view, also rows that were never written."""
+        return self.tensor if self._filled == self.num_grads else self.tensor.clone()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the content of another buffer for the same parameters.
@@ -368,7 +371,7 @@ class GradientBuffer:
 
     def __getstate__(self) -> dict[str, Any]:
         # The rows are allocated anew where this one is: a copied tensor would be neither pinned nor a file.
-        return {**self.__dict__, "_rows": self.state_dict()["rows"], "_num_grads": self.num_grads}
+        return {**self.__dict__, "_rows": self._content(), "_num_grads": self.num_grads}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mfac.distributed.replicas import Replicas, shard_edges
+from mfac.distributed.shards import whole
 from mfac.gradients.buffer import GradientBuffer, row_norm
 from mfac.interrupts import write_whole
 
@@ -21,6 +22,9 @@ class ShardedBuffer(GradientBuffer):
     Each rank computes gradients of its own batches, whole rows; one exchange per round turns rows by rank into columns
     by rank. Rank r keeps all m rows of the columns from ``edges[r]`` to ``edges[r + 1]``: m d / W numbers, where each
     round sends (d - d_r) numbers from each rank. The rows are in the order of the rounds and, in each, of the ranks.
+
+    Of a model that is sharded itself (``fully_shard``) a row is the gradient of the mean loss of all ranks' batches:
+    each rank gathers it and keeps its columns.
 
     Methods are collective: all ranks call them in the same order. :func:`mfac.collect_gradients` fills it.
 
@@ -88,36 +92,45 @@ class ShardedBuffer(GradientBuffer):
             The two numbers of each row that was stored.
         """
         row: Tensor | None = None
+        together = self.replicas.lockstep
 
         def gradient() -> tuple[float, ...]:
             nonlocal row
-            if self.replicas.rank >= wanted:
+            if self.replicas.rank >= wanted and not together:
                 skip()
                 return _IDLE, 0.0, 0.0, 0.0
             grads, *numbers = compute()
+            if together:  # of the mean loss of all ranks' batches
+                grads = [None if grad is None else whole(grad) for grad in grads]
             parts = self._checked(grads)
             if parts is None:
                 return _SKIPPED, 0.0, *numbers
-            like = next(part for part in parts if part is not None)
+            like = next((part for part in parts if part is not None), self._rows)
             sized = zip(parts, self._sizes, strict=True)
             row = torch.cat([like.new_zeros(n) if part is None else part.reshape(-1) for part, n in sized])
             return _STORED, float(row_norm(row)), *numbers
 
         found = self.replicas.together(gradient, 4)
-        self.skipped += sum(state == _SKIPPED for state, *_ in found)
+        self.skipped += sum(state == _SKIPPED for state, *_ in (found[:1] if together else found))
         senders = [rank for rank, (state, *_) in enumerate(found) if state == _STORED]
         if not senders:
             return []
+        if together:
+            own = row[None, self.edges[self.replicas.rank] : self.edges[self.replicas.rank + 1]]
+            self._store_rows(own, [found[0][1]])
+            return [tuple(sum(column) / len(found) for column in list(zip(*found, strict=True))[2:])]
         rows = self.replicas.exchange_rows(row, senders, self.edges, self._rows if row is None else row)
+        self._store_rows(rows, [found[rank][1] for rank in senders])
+        return [tuple(found[rank][2:]) for rank in senders]
 
+    def _store_rows(self, rows: Tensor, norms: Sequence[float]) -> None:
         def store() -> None:
-            for rank, new in zip(senders, rows, strict=True):
+            for new, norm in zip(rows, norms, strict=True):
                 index = self._next
                 self._rows[index].copy_(new)
-                self._count(index, found[rank][1])
+                self._count(index, norm)
 
         write_whole(store)
-        return [tuple(found[rank][2:]) for rank in senders]
 
     def agree(self) -> None:
         """Share which parameters have had a gradient."""
@@ -144,4 +157,4 @@ class ShardedBuffer(GradientBuffer):
         Raises:
             ValueError: Always.
         """
-        raise ValueError("buffer: expected one of a single process to save or copy, got one that is spread over ranks")
+        raise ValueError("buffer: expected one of a single process to save, got one that is spread over ranks")

@@ -156,7 +156,7 @@ class GradientSource:
 
         try:
             (total,) = self._replicas.sums(measured, 1)
-            return total / num_batches
+            return total / max(num_batches, own * self._replicas.size * self._replicas.lockstep)
         finally:
             self.batches.close()
 
@@ -201,7 +201,7 @@ class GradientSource:
     def _share(self, count: int) -> tuple[int, int]:
         """This rank's part of a number of batches, and how many it draws beside them."""
         # All ranks draw the same number, so that the position of one holds for all when it is saved.
-        own = len(range(self._replicas.rank, count, self._replicas.size))
+        own = self._replicas.share(count)
         return own, -(-count // self._replicas.size) - own
 
     def _seed(self, kind: SeedKind) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mfac.checks import warn
-from mfac.distributed.models import refuse_sharded
+from mfac.distributed.models import refuse_flat
 from mfac.extras import install_hint
 from mfac.integrations.callback import (
     all_processes,
@@ -99,7 +99,7 @@ class PrunerCallback(Callback):
         Raises:
             ValueError: If an argument is wrong, or the strategy spreads the weights of the model over processes.
         """
-        refuse_sharded(trainer.model)
+        refuse_flat(trainer.model)
         strategy = trainer.strategy
         if trainer.world_size > 1 and (not isinstance(strategy, DDPStrategy) or "DeepSpeed" in type(strategy).__name__):
             raise ValueError(

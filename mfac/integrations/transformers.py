@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mfac.checks import warn
-from mfac.distributed.models import refuse_sharded
+from mfac.distributed.models import refuse_flat
 from mfac.extras import install_hint
 from mfac.integrations.callback import (
     all_processes,
@@ -110,7 +110,7 @@ class PrunerCallback(TrainerCallback):
             got = f"fsdp={args.fsdp!r}" if args.fsdp else f"deepspeed={args.deepspeed!r}"
             raise ValueError(f"args: expected a model that each process holds whole, got {got}")
         model, batches, saved = objects["model"], self._batches, None
-        refuse_sharded(model)
+        refuse_flat(model)
         so_far = {} if self._recipe is not None else masks_so_far(self.pruner, model)
         settings = {**all_processes(args.world_size), **so_far, **self._settings}
         if state.global_step > 0:

@@ -15,6 +15,24 @@ from mfac.ops import compiled, reference
 BACKENDS = ("auto", "compiled", "reference")
 
 
+def requested_backend(backend: str) -> str:
+    """Return what is asked for: the argument, or if that is ``"auto"`` the environment variable MFAC_BACKEND.
+
+    Args:
+        backend: ``"auto"``, ``"compiled"`` or ``"reference"``.
+
+    Returns:
+        One of these.
+
+    Raises:
+        ValueError: If the name is not one of these.
+    """
+    source = "backend"
+    if backend == "auto":
+        backend, source = os.environ.get("MFAC_BACKEND", "auto"), "MFAC_BACKEND"
+    return check_choice(source, backend, BACKENDS)
+
+
 def select_backend(backend: str = "auto", device: torch.device | str = "cpu") -> ModuleType:
     """Return the module that computes, :mod:`mfac.ops.compiled` or :mod:`mfac.ops.reference`.
 
@@ -31,10 +49,7 @@ def select_backend(backend: str = "auto", device: torch.device | str = "cpu") ->
     Returns:
         The module.
     """
-    source = "backend"
-    if backend == "auto":
-        backend, source = os.environ.get("MFAC_BACKEND", "auto"), "MFAC_BACKEND"
-    check_choice(source, backend, BACKENDS)
+    backend = requested_backend(backend)
     if backend == "reference":
         return reference
     try:
@@ -42,7 +57,7 @@ def select_backend(backend: str = "auto", device: torch.device | str = "cpu") ->
     except _build.BuildError as error:
         if backend == "compiled":
             raise
-        _warn_once(f"mfac: the compiled kernels are not available, falling back to the slower reference path.\n{error}")
+        warn_once(f"mfac: the compiled kernels are not available, falling back to the slower reference path.\n{error}")
         return reference
     device = torch.device(device)
     if device.type == "cpu" or (device.type == "cuda" and config["cuda"]):
@@ -53,7 +68,7 @@ def select_backend(backend: str = "auto", device: torch.device | str = "cpu") ->
             f"backend: expected a device with compiled kernels, got {device.type}{reason}; use backend='reference', or "
             "move model and gradients to the CPU"
         )
-    _warn_once(
+    warn_once(
         f"mfac: there are no compiled kernels for {device.type}{reason}, falling back to the slower reference path "
         f"(plain PyTorch on {device.type})."
     )
@@ -66,5 +81,6 @@ def backend_name(kernels: ModuleType) -> str:
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Warn, the first time that the message is given in this process."""
     warn(message, RuntimeWarning)

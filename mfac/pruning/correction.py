@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mfac.distributed.shards import local, part_of, whole
 from mfac.interrupts import write_whole
 from mfac.progress import progress_bar
 
@@ -101,22 +102,27 @@ def correct(
     Returns:
         What was done; the loss is never higher than before.
     """
-    before = {name: p.detach().clone() for name, p in params.items()}
+    before = {name: whole(p).clone() for name, p in params.items()}
     parts = dict(zip(params, direction.split([p.numel() for p in params.values()]), strict=True))
 
-    def move(length: float) -> None:
+    def move(length: float) -> bool:
+        """Return whether all weights are finite."""
+        finite = True
         for name, p in params.items():
             old, part = before[name], parts[name].view(before[name].shape)
             new = (old.float() - length * part).to(old.dtype)
-            p.detach().copy_(torch.where((part == 0) | (length == 0), old, new))  # what does not move keeps its digits
+            new = torch.where((part == 0) | (length == 0), old, new)  # what does not move keeps its digits
+            local(p).copy_(part_of(new, p))
+            finite = finite and bool(torch.isfinite(new).all())
+        return finite
 
     best = 0.0
     with progress_bar(progress, "correction", unit=" losses") as bar:
 
         def loss(length: float) -> float:
-            move(length)
+            finite = move(length)
             bar.update()
-            return measure() if all(torch.isfinite(p).all() for p in params.values()) else math.inf
+            return measure() if finite else math.inf
 
         try:
             best, losses = search_step_length(loss, start)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mfac.checks import warn
 from mfac.distributed.models import find_replicas
+from mfac.distributed.shards import local, part_of, reshard, whole
 from mfac.fisher import Fisher
 from mfac.gradients.buffer import GradientBuffer, check_grads_device
 from mfac.gradients.sharded import ShardedBuffer
@@ -102,13 +103,14 @@ class Engine:
         select_backend(settings["backend"], self.device)  # refused here rather than after an hour
         self.masks: dict[str, Tensor] = {}
         if masks == "nonzero":
-            self.masks = {name: p.detach() != 0 for name, p in chosen.items()}
+            self.masks = {name: whole(p) != 0 for name, p in chosen.items()}
         elif masks is not None:
             self.masks = complete_masks(check_masks("masks", masks, chosen, table), chosen)
         self.zeros = 0.0 if self.masks else _sparsity_of_weights(chosen)
         self.reached: Sparsities = self.selection.reached(flatten_masks(self.masks, chosen))
         self.result: PruneResult | None = None
-        self.replicas.check_same("model: expected the same weights on all ranks, got others", chosen)
+        if not self.replicas.lockstep:
+            self.replicas.check_same("model: expected the same weights on all ranks, got others", chosen)
         self._fisher: tuple[Any, int | None, Fisher | ShardedFisher] | None = (
             None  # gradients, their version, their Fisher
         )
@@ -128,6 +130,7 @@ class Engine:
     @property
     def params(self) -> dict[str, nn.Parameter]:
         """The parameters as they are now."""
+        reshard(self.model)
         every = named_parameters(self.model)
         missing = [name for name in self.names if name not in every]
         if missing:
@@ -201,7 +204,7 @@ class Engine:
         with torch.no_grad():
             for name, p in self.params.items():
                 self.masks[name] = self.masks[name].to(p.device)
-                p.masked_fill_(~self.masks[name], 0)
+                local(p).masked_fill_(~part_of(self.masks[name], p), 0)
 
     def fisher(self, grads: Gradients) -> Fisher | ShardedFisher:
         """Return the Fisher of gradients, which are checked once for each version of a buffer.
@@ -237,7 +240,7 @@ class Engine:
             self.device, self._fisher = device, None
         selection.to(device)
         active, criterion = flatten_masks(self.masks, params), CRITERIA[settings["criterion"]]
-        weights = torch.cat([p.detach().reshape(-1).to(device, torch.float32) for p in params.values()])
+        weights = torch.cat([whole(p).reshape(-1).to(device, torch.float32) for p in params.values()])
         if active is not None:
             weights.masked_fill_(~active, 0)
         substeps = settings["substeps"]
@@ -361,8 +364,9 @@ class Engine:
         for (name, p), flat in zip(params.items(), weights, strict=True):
             # In the parameter's own type: a weight that did not move keeps all its digits, and float16 may overflow.
             values = flat.view(p.shape)
-            same = result.masks[name] & (p.detach().float() == values)
-            new[name] = torch.where(same, p.detach(), values).to(p.dtype)
+            old = whole(p)
+            same = result.masks[name] & (old.float() == values)
+            new[name] = torch.where(same, old, values).to(p.dtype)
         if not all(torch.isfinite(x).all() for x in new.values()):
             raise RuntimeError(f"update: expected finite weights, got NaN or infinity{advice}")
         for name, x in new.items():
@@ -374,7 +378,7 @@ class Engine:
 
         def write() -> None:
             for name, x in new.items():
-                params[name].detach().copy_(x)
+                local(params[name]).copy_(part_of(x, params[name]))
             self.masks, self.reached, self.result = dict(result.masks), dict(sparsities), result
 
         write_whole(write)
@@ -426,11 +430,6 @@ class Engine:
     def _shard_unit(self) -> int:
         """Columns of the Fisher that have to be on one rank: those of a block."""
         block_size = self.settings["block_size"]
-        if block_size is None and self.replicas.size > 1:
-            raise ValueError(
-                f"block_size: expected a number or 'auto' for {self.replicas.size} processes, got None, one block for "
-                "all weights"
-            )
         return max(BLOCK_SIZES) if block_size == "auto" else block_size or 1
 
     def resize(self, source: GradientSource) -> None:
@@ -495,7 +494,7 @@ class Engine:
             if not 0 < length < math.inf:
                 return Correction(0.0, math.nan, math.nan, 0)
             if start is None:  # moves the weights by some share of their length
-                start = FIRST_LENGTH * math.hypot(*(float(p.norm()) for p in params.values())) / length
+                start = FIRST_LENGTH * math.hypot(*(float(whole(p).norm()) for p in params.values())) / length
             done = correct(params, direction, measure, start, progress)
             if done.evaluations == 1:
                 warn(
@@ -532,7 +531,7 @@ class Engine:
 
 
 def _sparsity_of_weights(params: Mapping[str, Tensor]) -> float:
-    return sum(int((p == 0).sum()) for p in params.values()) / max(sum(p.numel() for p in params.values()), 1)
+    return sum(int((whole(p) == 0).sum()) for p in params.values()) / max(sum(p.numel() for p in params.values()), 1)
 
 
 def _check_parameters(params: Mapping[str, Tensor]) -> torch.device:
@@ -544,6 +543,6 @@ def _check_parameters(params: Mapping[str, Tensor]) -> torch.device:
     for name, p in params.items():
         if not p.is_floating_point():
             raise TypeError(f"model: expected floating point parameters, got {p.dtype} for {name!r}")
-        if not torch.isfinite(p).all():
+        if not torch.isfinite(whole(p)).all():
             raise ValueError(f"model: expected finite weights, got NaN or infinity in {name!r}")
     return devices.pop()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mfac.checks import check_instance, check_int, check_number, warn
+from mfac.distributed.shards import whole
 from mfac.model.names import shorten
 from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.engine import Engine
@@ -435,7 +436,7 @@ class Pruner:
         engine, asked = self._engine, {}
         params, masks = self.params, engine.masks
         for name, mask in masks.items():
-            if bool(params[name].detach()[~mask.to(params[name].device)].any()):
+            if bool(whole(params[name])[~mask.to(params[name].device)].any()):
                 raise RuntimeError(f"model: expected the pruned weights of {name!r} to be zero, got others")
         if masks and self._last is not None:
             held = engine.selection.reached(flatten_masks(masks, params))
@@ -448,7 +449,7 @@ class Pruner:
                     )
                 if len(names) == 1:
                     asked[names[0]] = due
-        return {name: (asked.get(name), float((p.detach() == 0).float().mean())) for name, p in params.items()}
+        return {name: (asked.get(name), float((whole(p) == 0).float().mean())) for name, p in params.items()}
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero; call it before gradients are clipped, whose norm counts them."""

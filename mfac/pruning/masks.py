@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mfac.checks import check_instance
+from mfac.distributed.shards import local, part_of
 from mfac.model.names import NameTable, named_parameters, shorten
 
 
@@ -44,7 +45,8 @@ def zero_pruned(params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> No
     """
     with torch.no_grad():
         for name, mask in masks.items():
-            params[name].masked_fill_(~mask.to(params[name].device), 0)
+            own = local(params[name])
+            own.masked_fill_(~part_of(mask, params[name]).to(own.device), 0)
 
 
 def merge_masks(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -73,7 +75,8 @@ def mask_gradients(params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) ->
     with torch.no_grad():
         for name, mask in masks.items():
             if params[name].grad is not None:
-                params[name].grad.masked_fill_(~mask.to(params[name].grad.device), 0)
+                own = local(params[name].grad)
+                own.masked_fill_(~part_of(mask, params[name].grad).to(own.device), 0)
 
 
 def check_masks(
@@ -122,7 +125,7 @@ def count_kept(masks: Mapping[str, Tensor]) -> list[tuple[str, int, int]]:
 def complete_masks(masks: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a mask for every parameter, on its device; those that are missing keep every weight."""
     return {
-        name: masks[name].to(p.device) if name in masks else torch.ones_like(p, dtype=torch.bool)
+        name: masks[name].to(p.device) if name in masks else torch.ones(p.shape, dtype=torch.bool, device=p.device)
         for name, p in params.items()
     }
 

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfac.export.compressed import CompressedFile
+from mfac.export.container import is_safetensors
+from mfac.export.weights import read_state
 from mfac.tutorial.data import DATASETS, DIGITS_SIZE
 from mfac.tutorial.models import MAX_WIDTH, stem_stride
 
@@ -100,34 +103,6 @@ def _partial(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 
-def read_state(name: str, path: str | Path, wanted: str, device: torch.device | str) -> Any:
-    """Read a file of tensors and plain values, as :func:`torch.save` writes it.
-
-    Args:
-        name: Of the option that names the file, for the error.
-        path: The file.
-        wanted: What the file should hold, for the error: ``"a checkpoint"``.
-        device: Where the tensors go.
-
-    Returns:
-        What the file holds.
-
-    Raises:
-        ValueError: If there is no such file, or it cannot be read or holds objects of other kinds.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"{name}: expected an existing file, got {path}")
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except PermissionError as error:
-        raise ValueError(f"{name}: expected {wanted}, got {path}, which cannot be read: {error}") from error
-    except Exception as error:  # torch raises many kinds, whose texts advise to load such files without protection
-        raise ValueError(
-            f"{name}: expected {wanted}, got {path}, which is damaged, of another format, or holds more than tensors "
-            f"and plain values"
-        ) from error
-
-
 def description(state: Any, name: str, path: str | Path) -> dict[str, Any]:
     """Return what the content of a file says of its network: see :class:`mfac.tutorial.models.NetworkSpec`.
 
@@ -190,7 +165,7 @@ def check_finite(name: str, path: str | Path, weights: Mapping[str, Any]) -> Non
 def read_model(
     name: str, path: str | Path, device: torch.device | str = "cpu"
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file with a state_dict, or with one under `model` or `state_dict`.
+    """Read a file with a state_dict, or with one under `model` or `state_dict`, or a safetensors file.
 
     Args:
         name: Of the option that names the file, for the error.
@@ -199,13 +174,18 @@ def read_model(
 
     Returns:
         The state_dict, and what the file says of its network: see :func:`description`. For a bare state_dict that is
-        in `network.json` beside it, if that is there, as `mfac export` writes it.
+        in `network.json` beside it, if that is there; `mfac export` writes it, and into its safetensors files.
 
     Raises:
         ValueError: If there is no such file, or no weights in it, or some that are not finite, or its description is
             not as expected.
     """
-    state = weights = read_state(name, path, "a state_dict", device)
+    if is_safetensors(path):
+        file = CompressedFile(path, name)
+        weights = file.state_dict(device)
+        state = {"network": _parsed(name, path, file.metadata["network"])} if "network" in file.metadata else weights
+    else:
+        state = weights = read_state(name, path, "a state_dict", device)
     for key in ("model", "state_dict"):
         if isinstance(weights, dict) and isinstance(weights.get(key), dict):
             weights = weights[key]
@@ -222,8 +202,16 @@ def read_model(
 
 def _read_network(name: str, path: Path) -> dict[str, Any]:
     try:
-        network = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name}: expected a description of the network in {path}, got {error}") from error
+    return _parsed(name, path, text)
+
+
+def _parsed(name: str, path: str | Path, text: str) -> dict[str, Any]:
+    try:
+        network = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: expected a description of the network in {path}, got {error}") from error
     if not isinstance(network, dict):
         raise ValueError(f"{name}: expected a description of the network in {path}, got {network!r:.80}")

@@ -1,11 +1,8 @@
-"""`mfac lint`, `plan`, `eval` and `export`: what a recipe does, what it costs, how good a model is, how large it is."""
+"""`mfac lint`, `plan` and `eval`: what a recipe does, what it costs, how good a model is."""
 
 from __future__ import annotations
 
-import json
 import time
-import zlib
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,7 +17,7 @@ from mfac.pruning.step import prune_step
 from mfac.recipe.manager import Manager
 from mfac.tutorial.data import Data
 from mfac.tutorial.dense import load_weights
-from mfac.tutorial.files import NETWORK_FILE, make_folder, read_model, save, save_text
+from mfac.tutorial.files import read_model
 from mfac.tutorial.loop import evaluate as measure
 from mfac.tutorial.models import Built, build_model
 from mfac.tutorial.settings import NETWORK, ModelSettings, TrainSettings, resolve
@@ -28,7 +25,6 @@ from mfac.tutorial.train import check_options, find_device, load_images, prepare
 
 _MAX_SHOWN = 8  # updates of a plan
 _KEYWORDS = ("__ALL__", "__ALL_PRUNABLE__")
-_SPEED = "Zeros at any place make a model smaller, not faster: a dense kernel multiplies by them too."
 
 
 def lint(
@@ -103,13 +99,28 @@ def _parameter_names(arch_key: str | None, checkpoint_path: str | None) -> list[
     return [name for name, _ in build_model(arch_key, 10).model.named_parameters()]
 
 
-def _load(
+def load_built(
     state: dict[str, Tensor],
     checkpoint_path: str,
     settings: ModelSettings,
     described: dict[str, Any],
     num_classes: int,
 ) -> Built:
+    """Build the network of a file of weights and load them.
+
+    Args:
+        state: The weights.
+        checkpoint_path: The file, for errors.
+        settings: Which network, and on which device.
+        described: What the file says of it.
+        num_classes: Number of outputs.
+
+    Returns:
+        The network, in evaluation mode.
+
+    Raises:
+        ValueError: If there is no such network, or the weights are of another one.
+    """
     built = build_model(
         settings.arch_key,
         num_classes,
@@ -146,7 +157,7 @@ def evaluate(checkpoint_path: str, settings: ModelSettings) -> tuple[float, floa
             f"dataset: expected images of {classes} classes, those of {checkpoint_path}, got {data.num_classes} in "
             f"{settings.dataset_path or settings.dataset}"
         )
-    built = _load(state, checkpoint_path, settings, described, data.num_classes)
+    built = load_built(state, checkpoint_path, settings, described, data.num_classes)
     data.normalize(built.spec.mean, built.spec.std)
     model = built.model
     loss, top1, top5 = measure(model, data.validation)
@@ -228,75 +239,3 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 def _sparsity(model: nn.Module) -> float:
     weights = _weights(model).values()
     return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
-
-
-def sizes(model: nn.Module) -> dict[str, int]:
-    """Return the size of a model's parameters and buffers in several formats.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        Format -> bytes: dense; dense and zipped; CSR with indices of 16 or 32 bits; values and a bit per weight.
-    """
-    result = dict.fromkeys(("dense", "zipped", "CSR", "bitmask"), 0)
-    weights = _weights(model)
-    for name, value in model.state_dict().items():
-        dense = value.numel() * value.element_size()
-        raw = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        kept, rows = int((value != 0).sum()), value.shape[0] if value.dim() else 1
-        index = 2 if value.numel() // max(rows, 1) < 2**16 else 4
-        csr = kept * (value.element_size() + index) + 4 * (rows + 1)
-        mask = kept * value.element_size() + -(-value.numel() // 8)
-        result["dense"] += dense
-        result["zipped"] += len(zlib.compress(raw, 6))
-        result["CSR"] += min(csr, dense) if name in weights else dense
-        result["bitmask"] += min(mask, dense) if name in weights else dense
-    return result
-
-
-def export(checkpoint_path: str, output: str, settings: ModelSettings) -> None:
-    """Write a pruned model for use elsewhere, and print its size in several formats.
-
-    Args:
-        checkpoint_path: A checkpoint of `mfac train`, or a state_dict.
-        output: The folder to write into.
-        settings: Which model; what is not given is as the file says.
-
-    Raises:
-        ValueError: If it is no such file, its weights are not finite, an option is not that of its network, or the
-            folder cannot be written to.
-    """
-    state, described = read_model("checkpoint_path", checkpoint_path)
-    settings = resolve(settings, described, checkpoint_path, (*NETWORK, "image_size"))
-    matrices = [value for value in state.values() if isinstance(value, Tensor) and value.dim() == 2]
-    if "num_classes" not in described and not matrices:
-        raise ValueError(f"checkpoint_path: expected a model of `mfac train`, got {checkpoint_path}")
-    classes = described.get("num_classes") or len(matrices[-1])  # the last is the classifier
-    built = _load(state, checkpoint_path, settings, described, classes)
-    model, size = built.model.cpu(), settings.image_size
-    folder = make_folder("output", output)
-    save(model.state_dict(), folder / "model.pt")
-    network = json.dumps(asdict(built.spec), indent=1)
-    save_text(f"{network}\n", folder / NETWORK_FILE)
-    tqdm.write(f"{folder / 'model.pt'}: dense state_dict with exact zeros, sparsity {100 * _sparsity(model):.2f} %")
-    try:
-        from safetensors.torch import save_model
-    except ImportError:
-        tqdm.write("no safetensors file: pip install safetensors")
-    else:
-        save_model(model, str(folder / "model.safetensors"))
-        tqdm.write(f"{folder / 'model.safetensors'}: the same")
-    try:
-        import onnx  # noqa: F401 (torch.onnx needs it)
-        import onnxscript  # noqa: F401
-    except ImportError:
-        tqdm.write("no ONNX file: pip install onnx onnxscript")
-    else:
-        example = torch.zeros(1, 3, size, size)
-        torch.onnx.export(model, (example,), str(folder / "model.onnx"), dynamo=True, verbose=False)
-        tqdm.write(f"{folder / 'model.onnx'}: the network, for images of {size} x {size}")
-    found = sizes(model)
-    for name, count in found.items():
-        tqdm.write(f"  {name:8} {count / 1e6:8.2f} MB  {found['dense'] / count:5.1f}x")
-    tqdm.write(_SPEED)

@@ -16,12 +16,13 @@ from tqdm import tqdm
 from mfac._build import cache_dir
 from mfac.checks import check_int, check_number, warn
 from mfac.distributed.replicas import ALONE, Replicas
+from mfac.export.weights import read_state
 from mfac.pruning.result import write_csv
 from mfac.recipe.manager import Manager, Session
 from mfac.tutorial.data import DIGITS_MEAN, DIGITS_STD, Data, load_data
 from mfac.tutorial.dense import dense_digits, load_weights
 from mfac.tutorial.download import fetch_imagenette
-from mfac.tutorial.files import check_finite, description, make_folder, read_model, read_state, save, save_text
+from mfac.tutorial.files import check_finite, description, make_folder, read_model, save, save_text
 from mfac.tutorial.loop import Measurement, evaluate, fit
 from mfac.tutorial.models import Built, build_model
 from mfac.tutorial.processes import distribute, find_device, one_first, team

@@ -1,0 +1,77 @@
+"""Parameters of which each process holds a part: DTensors sharded along the first dimension, as by ``fully_shard``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether a tensor is a DTensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor, detached; a collective call for a DTensor, the tensor's own memory for another."""
+    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part, detached; what is written there is written to the tensor."""
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()
+
+
+def part_of(value: Tensor, tensor: Tensor) -> Tensor:
+    """Return the part of a whole value that lies where this process's part of a tensor does.
+
+    Args:
+        value: Of the tensor's shape.
+        tensor: A tensor, or a DTensor that is replicated or sharded along its first dimension.
+
+    Returns:
+        A view.
+    """
+    if not is_sharded(tensor) or tensor.placements[0].is_replicate():
+        return value
+    size = tensor.device_mesh.size()
+    rows = -(-len(value) // size)  # as torch.chunk cuts, which Shard follows
+    begin = min(len(value), rows * tensor.device_mesh.get_local_rank())
+    return value[begin : begin + rows]
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the whole weights that ``fully_shard`` keeps after a forward pass: parameters are the parts again."""
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+            module.reshard()
+
+
+def check_shards(params: Mapping[str, Tensor]) -> torch.distributed.ProcessGroup | None:
+    """Check how parameters are spread over processes.
+
+    Args:
+        params: Name -> parameter.
+
+    Returns:
+        The group of the DTensors among them; None if there are none.
+
+    Raises:
+        ValueError: If one is cut in another way than along its first dimension over one mesh of one dimension.
+    """
+    mesh = None
+    for name, p in params.items():
+        if not is_sharded(p):
+            continue
+        placement = p.placements[0]
+        plain = type(placement).__name__ in ("Shard", "Replicate")  # others cut within a dimension
+        if p.device_mesh.ndim != 1 or not plain or not (placement.is_replicate() or placement.is_shard(0)):
+            raise ValueError(
+                f"model: expected parameters cut along their first dimension over a mesh of one dimension, as by "
+                f"fully_shard, got {name!r} with {p.placements} over {p.device_mesh}"
+            )
+        if mesh is not None and p.device_mesh != mesh:
+            raise ValueError(f"model: expected all parameters on one mesh, got {mesh} and {p.device_mesh} ({name!r})")
+        mesh = p.device_mesh
+    return None if mesh is None else mesh.get_group()

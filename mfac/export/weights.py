@@ -1,0 +1,161 @@
+"""Weights in files of several formats: checkpoints of torch, safetensors, compressed or not, and ONNX."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfac.export.compressed import CompressedFile
+from mfac.export.container import is_safetensors
+from mfac.export.converted import CONVERTED, PARTS, converted_layers, dense_weight
+from mfac.export.onnx_weights import of_onnx
+from mfac.export.stored import StoredTensor, WeightsFile, along
+from mfac.model.layers import Axes
+
+_AXES = Axes(outputs=0, inputs=1)  # of linear layers and convolutions, which is all that a state_dict says
+
+
+def open_weights(path: str | Path, name: str = "path") -> WeightsFile:
+    """Open a file of weights; which format it has is seen from its first bytes.
+
+    Args:
+        path: A checkpoint or state_dict of :func:`torch.save`, a safetensors file, compressed or not, or an ONNX file.
+        name: Of the argument that names the file, for errors.
+
+    Returns:
+        Its tensors, which are read when asked for.
+
+    Raises:
+        ValueError: If it is none of these, damaged, or without weights.
+        ImportError: If it is an ONNX file and onnx is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{name}: expected an existing file, got {path}")
+    if is_safetensors(path):
+        file = _of_safetensors(path, name)
+    elif path.suffix == ".onnx":
+        file = of_onnx(path, name)
+    else:
+        file = _of_torch(path, name)
+    if not file.weights:
+        raise ValueError(f"{name}: expected a file with weights of layers, got {path}, which has none")
+    return file
+
+
+def _of_safetensors(path: Path, name: str) -> WeightsFile:
+    file = CompressedFile(path, name)
+    kind = "compressed safetensors" if set(file.codes.values()) - {"dense"} else "safetensors"
+
+    def stored(key: str) -> StoredTensor:
+        return StoredTensor(key, _AXES if len(file.shape(key)) > 1 else None, lambda: file.read(key))
+
+    try:
+        described = json.loads(file.metadata.get(CONVERTED, "null"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: expected JSON as {CONVERTED} in {path}, got {error}") from error
+    return _with_converted(path, name, kind, {key: stored(key) for key in file.codes}, described)
+
+
+def _with_converted(path: Path, name: str, kind: str, tensors: dict[str, StoredTensor], described: Any) -> WeightsFile:
+    """Take the tensors of a converted layer together; ``described`` is what the file says of them."""
+    layers = converted_layers(tensors)
+    shapes = described.get("shapes") if isinstance(described, dict) else None
+
+    def weight(layer: str) -> StoredTensor:
+        start = f"{layer}." if layer else ""
+        parts = {part: tensors.pop(start + part) for part in PARTS}
+        inside = tensors.pop(f"{start}shape", None)
+        shape = shapes.get(layer) if isinstance(shapes, dict) else None
+
+        def read() -> Tensor:
+            try:
+                values = {part: tensor.read() for part, tensor in parts.items()}
+                return dense_weight(values, shape if inside is None else inside.read().tolist())
+            except ValueError as error:
+                raise ValueError(
+                    f"{name}: expected a converted model, got {path}, whose layer {layer!r:.80} is wrong: {error}"
+                ) from error
+
+        return StoredTensor(f"{start}weight", _AXES, read)
+
+    found = [weight(layer) for layer in layers]
+    kind = f"{kind} of a converted model" if found else kind
+    return WeightsFile(path, kind, [*found, *tensors.values()], path.stat().st_size)
+
+
+def read_state(
+    name: str, path: str | Path, wanted: str, device: torch.device | str = "cpu", *, mmap: bool = False
+) -> Any:
+    """Read a file of tensors and plain values, as :func:`torch.save` writes it.
+
+    Args:
+        name: Of the argument that names the file, for the error.
+        path: The file.
+        wanted: What the file should hold, for the error: ``"a checkpoint"``.
+        device: Where the tensors go.
+        mmap: Leave the tensors on disk until they are used, where the file allows it.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        ValueError: If there is no such file, or it cannot be read or holds objects of other kinds.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{name}: expected an existing file, got {path}")
+    try:
+        with Path(path).open("rb") as file:
+            mmap = mmap and file.read(2) == b"PK"  # not the format of before torch 1.6
+        return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+    except PermissionError as error:
+        raise ValueError(f"{name}: expected {wanted}, got {path}, which cannot be read: {error}") from error
+    except Exception as error:  # torch raises many kinds, whose texts advise to load such files without protection
+        raise ValueError(
+            f"{name}: expected {wanted}, got {path}, which is damaged, of another format, or holds more than tensors "
+            f"and plain values"
+        ) from error
+
+
+def _of_torch(path: Path, name: str) -> WeightsFile:
+    state = read_state(name, path, "a checkpoint, a safetensors file or an ONNX file (FILE.onnx)", mmap=True)
+    described = state.get(CONVERTED) if isinstance(state, dict) else None
+    for key in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    tensors: dict[str, StoredTensor] = {}
+    seen = set()
+    for key, value in _named_tensors(state):
+        identity = value.data_ptr() if value.layout is torch.strided and not value.is_quantized else 0
+        if identity and (identity, value.shape, value.dtype) in seen:
+            continue  # a further name of a tensor
+        seen.add((identity, value.shape, value.dtype))
+        tensors[key] = _stored(key, value)
+    return _with_converted(path, name, "checkpoint", tensors, described)
+
+
+def _named_tensors(state: Any) -> Iterator[tuple[str, Tensor]]:
+    for key, value in state.items() if isinstance(state, dict) else ():
+        parts = value if isinstance(value, tuple) else (value,)  # (weight, bias) of torch's quantized layers
+        for index, part in enumerate(parts):
+            if isinstance(part, Tensor):
+                yield f"{key}.{index}" if index else str(key), part
+
+
+def _stored(name: str, value: Tensor) -> StoredTensor:
+    """A tensor of torch, of any layout or quantized."""
+    axes = _AXES if value.dim() > 1 else None
+    if value.is_quantized:
+        if value.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+            points, axis = torch.tensor(value.q_zero_point()), 0
+        else:
+            points, axis = value.q_per_channel_zero_points(), value.q_per_channel_axis()
+        return StoredTensor(name, axes, value.int_repr, along(axis, points, value.dim()))
+    if value.layout is not torch.strided or type(value) is not Tensor:
+        return StoredTensor(name, axes, value.to_dense)
+    return StoredTensor(name, axes, value.detach)

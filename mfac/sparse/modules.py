@@ -1,0 +1,222 @@
+"""The layers of a converted model: inference only, weights as buffers in compressed form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfac.checks import check_choice, check_int
+from mfac.sparse import compiled, reference
+from mfac.sparse.backend import backend_name, select_backend
+from mfac.sparse.formats import SLICE_ROWS, SlicedMatrix, dense_matrix, slice_matrix
+
+ACTIVATIONS = ("none", "relu", "relu6")
+_COMPRESSED = ("values", "columns", "pointers", "order")
+
+
+class _Layer(nn.Module):
+    """What the layers share: the activation, the choice of the kernels, and the refusal of gradients."""
+
+    def __init__(self, activation: str, backend: str = "auto") -> None:
+        super().__init__()
+        self.activation = check_choice("activation", activation, ACTIVATIONS)
+        self.backend = backend_name(select_backend(backend))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # of a module that was pickled, perhaps elsewhere
+        self.backend = backend_name(select_backend())
+
+    def _kernels(self, x: Tensor) -> Any:
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError(
+                f"x: expected no gradient, got a tensor that requires one: {type(self).__name__} is for inference; "
+                "call it under torch.no_grad()"
+            )
+        return compiled if self.backend == "compiled" else reference
+
+
+class _SparseLayer(_Layer):
+    """A layer with a compressed matrix W [outputs, inputs]."""
+
+    values: Tensor
+    columns: Tensor
+    pointers: Tensor
+    order: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        outputs: int,
+        inputs: int,
+        matrix: SlicedMatrix | None,
+        bias: Tensor | None,
+        activation: str,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(activation, backend)
+        self.shape = [check_int("outputs", outputs), check_int("inputs", inputs)]
+        if matrix is None:  # no weights yet: load_state_dict brings them
+            matrix = slice_matrix(torch.empty(0, inputs), "rows")
+        for name in _COMPRESSED:
+            self.register_buffer(name, getattr(matrix, name))
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    @property
+    def format(self) -> str:
+        """``"rows"`` or ``"blocks"`` (:mod:`mfac.sparse.formats`)."""
+        return "blocks" if self.columns.dim() == 1 else "rows"
+
+    @property
+    def sparsity(self) -> float:
+        """The share of zeros in W."""
+        return 1 - int(torch.count_nonzero(self.values)) / (self.shape[0] * self.shape[1])
+
+    def weight_matrix(self) -> Tensor:
+        """Return W [outputs, inputs], dense."""
+        return dense_matrix(self.values, self.columns, self.pointers, self.order, *self.shape)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        """Take weights with another number of entries than those that are here."""
+        for name in _COMPRESSED:
+            given, own = state_dict.get(prefix + name), getattr(self, name)
+            if isinstance(given, Tensor) and given.shape != own.shape:
+                if name in ("pointers", "order") and own.numel() > 1:  # of another matrix; refused by name
+                    continue
+                setattr(self, name, own.new_empty(given.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Return what stands in the brackets of the module's text."""
+        bias = "" if self.bias is not None else ", bias=False"
+        return (
+            f"{self.shape[1]}, {self.shape[0]}, sparsity={self.sparsity:.3f}, format={self.format}, "
+            f"activation={self.activation}, {self.backend}{bias}"
+        )
+
+
+class SparseLinear(_SparseLayer):
+    """A linear layer with sparse weights: activation(x Wᵀ + bias).
+
+    Args:
+        outputs: N, features of the result.
+        inputs: K, features of ``x``.
+        matrix: W [N, K] in slices (:func:`mfac.sparse.formats.slice_matrix`); None: no weights until a state dict is
+            loaded.
+        bias: [N], or None.
+        activation: ``"none"``, ``"relu"`` or ``"relu6"``.
+        backend: ``"auto"``, ``"compiled"`` or ``"reference"``.
+
+    Raises:
+        TypeError: If N or K is not an int.
+        ValueError: If N or K is below 1, or activation or backend is another word.
+
+    Example:
+        >>> import torch
+        >>> from mfac.sparse.formats import slice_matrix
+        >>> from mfac.sparse.modules import SparseLinear
+        >>> matrix = slice_matrix(torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, -3.0]]), "rows")
+        >>> layer = SparseLinear(2, 3, matrix, None, "relu")
+        >>> layer(torch.ones(1, 3))
+        tensor([[2., 0.]])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return activation(x Wᵀ + bias), [..., N], for x [..., K]."""
+        return self._kernels(x).linear(
+            x, self.values, self.columns, self.pointers, self.order, self.bias, self.shape, self.activation
+        )
+
+
+class SparseConv2d(_SparseLayer):
+    """A convolution with sparse weights, in NCHW.
+
+    Args:
+        outputs: N, channels of the result.
+        channels: Channels of ``x``.
+        kernel: Height and width of the kernel.
+        stride: Stride along both.
+        padding: Zeros added at both ends of both.
+        matrix: W [N, channels · height · width of the kernel] in slices; None: no weights until a state dict is loaded.
+        bias: [N], or None.
+        activation: ``"none"``, ``"relu"`` or ``"relu6"``.
+        backend: ``"auto"``, ``"compiled"`` or ``"reference"``.
+
+    Raises:
+        TypeError: If a number is not an int.
+        ValueError: If a number is out of range, or activation or backend is another word.
+    """
+
+    def __init__(
+        self,
+        outputs: int,
+        channels: int,
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        matrix: SlicedMatrix | None,
+        bias: Tensor | None,
+        activation: str = "none",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(outputs, channels * kernel[0] * kernel[1], matrix, bias, activation, backend)
+        self.kernel, self.stride, self.padding = list(kernel), list(stride), list(padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution [n, N, ...], contiguous, of x [n, channels, height, width] or of one image."""
+        images = x if x.dim() == 4 else x.unsqueeze(0)
+        out = self._kernels(x).conv2d(
+            images, self.values, self.columns, self.pointers, self.order, self.bias, self.shape,
+            self.kernel, self.stride, self.padding, self.activation,
+        )  # fmt: skip
+        return out if x.dim() == 4 else out.squeeze(0)
+
+    def extra_repr(self) -> str:
+        """Return what stands in the brackets of the module's text."""
+        return f"kernel={self.kernel}, stride={self.stride}, padding={self.padding}, {super().extra_repr()}"
+
+
+class DepthwiseConv2d(_Layer):
+    """A depthwise 3 x 3 convolution with padding 1, dense, in the layout of :class:`SparseConv2d`.
+
+    Args:
+        weight: [channels, 1, 3, 3].
+        bias: [channels], or None.
+        stride: 1 or 2.
+        activation: ``"none"``, ``"relu"`` or ``"relu6"``.
+        backend: ``"auto"``, ``"compiled"`` or ``"reference"``.
+
+    Raises:
+        TypeError: If the stride is not an int.
+        ValueError: If the stride is neither 1 nor 2, or activation or backend is another word.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, stride: int, activation: str = "none", backend: str = "auto"
+    ) -> None:
+        super().__init__(activation, backend)
+        self.stride = check_int("stride", stride, 1, 2)
+        self.register_buffer("weight", weight.detach().clone(memory_format=torch.contiguous_format))
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution of x [n, channels, height, width], or of one image; contiguous."""
+        images = x if x.dim() == 4 else x.unsqueeze(0)
+        out = self._kernels(x).depthwise_conv2d(images, self.weight, self.bias, self.stride, self.activation)
+        return out if x.dim() == 4 else out.squeeze(0)
+
+    def extra_repr(self) -> str:
+        """Return what stands in the brackets of the module's text."""
+        return f"{len(self.weight)}, stride={self.stride}, activation={self.activation}, {self.backend}"
+
+
+def block_count(weight: Tensor) -> int:
+    """Return the number of blocks of four rows by one column of a matrix [N, K] that are not all zero."""
+    n, k = weight.shape
+    padded = weight.new_zeros(-(-n // SLICE_ROWS) * SLICE_ROWS, k)
+    padded[:n] = weight
+    return int((padded.view(-1, SLICE_ROWS, k) != 0).any(1).sum())

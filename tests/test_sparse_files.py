@@ -1,0 +1,82 @@
+"""Files of converted models: compressed, complete, and read without dense weights."""
+
+import pytest
+import torch
+from test_sparse_convert import Branching, network, prune, times  # noqa: F401  # fixtures
+from torch import nn
+
+import mfac
+from mfac.sparse.formats import slice_matrix
+from mfac.sparse.modules import SparseLinear
+from mfac.tutorial.models import MobileNetV1
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize("backend", ["compiled", "reference"])
+def test_round_trip(network, times, tmp_path, suffix, backend):  # noqa: F811
+    if suffix == "safetensors":
+        pytest.importorskip("safetensors")
+    model, x = network
+    fast, path = mfac.sparse.convert(model, x), tmp_path / f"model.{suffix}"
+    mfac.sparse.save(fast, path)
+    with torch.device("meta"):
+        skeleton = MobileNetV1(num_classes=10, width=0.25)
+    again = mfac.sparse.load(skeleton, path, backend=backend)
+    assert [p.is_meta for p in skeleton.parameters()].count(False) == 0
+    with torch.no_grad():
+        if backend == "compiled":
+            assert torch.equal(again(x), fast(x))
+        torch.testing.assert_close(again(x), model(x), rtol=1e-4, atol=1e-5)
+    assert again.state_dict().keys() == fast.state_dict().keys()
+
+
+def test_a_model_that_stayed_dense(network, times, tmp_path):  # noqa: F811
+    model, x = network
+    times["fast"] = 3.0
+    fast = mfac.sparse.convert(model, x)
+    mfac.sparse.save(fast, tmp_path / "model.pt")
+    again = mfac.sparse.load(MobileNetV1(num_classes=10, width=0.25), tmp_path / "model.pt")
+    with torch.no_grad():
+        assert torch.equal(again(x), fast(x))
+
+
+def test_size(tmp_path):
+    model = prune(nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512)))
+    mfac.sparse.save(mfac.sparse.convert(model, torch.randn(1, 512), policy="sparse"), tmp_path / "model.pt")
+    assert (tmp_path / "model.pt").stat().st_size < 2 * 512 * 512 * 4 / 6
+
+
+def test_a_model_that_cannot_be_traced(tmp_path):
+    fast = mfac.sparse.convert(prune(Branching()), torch.randn(2, 3, 5, 5), policy="sparse")
+    mfac.sparse.save(fast, tmp_path / "model.pt")
+    again, x = mfac.sparse.load(Branching(), tmp_path / "model.pt"), torch.randn(2, 3, 5, 5)
+    assert torch.equal(again(x), fast(x))
+
+
+def test_a_state_dict_alone():
+    """Its tensors are the compressed ones; another matrix of the same shape fits, one of another shape does not."""
+    one, other = (nn.Sequential(prune(nn.Linear(300, 200), s)) for s in (0.95, 0.8))
+    one, other = (mfac.sparse.convert(m, torch.randn(1, 300), policy="sparse") for m in (one, other))
+    one.load_state_dict(other.state_dict())
+    x = torch.randn(3, 300)
+    assert torch.equal(one(x), other(x))
+    small = SparseLinear(100, 300, slice_matrix(torch.eye(100, 300), "rows"), torch.ones(100), "none")
+    with pytest.raises(RuntimeError, match=r"size mismatch for 0\.pointers"):
+        one.load_state_dict(nn.Sequential(small).state_dict())
+
+
+def test_wrong_files(network, tmp_path):  # noqa: F811
+    model, x = network
+    path = tmp_path / "model.pt"
+    torch.save(model.state_dict(), path)
+    with pytest.raises(ValueError, match=r"path: expected a file of mfac.sparse.save, got .*model.pt without"):
+        mfac.sparse.load(model, path)
+    mfac.sparse.save(mfac.sparse.convert(model, x, policy="sparse"), path)
+    with pytest.raises(ValueError, match=r"model: expected the layers of .*, got none called 'sections"):
+        mfac.sparse.load(nn.Linear(2, 2), path)
+    with pytest.raises(ValueError, match=r"model: expected the network of .*, got another: Error"):
+        mfac.sparse.load(MobileNetV1(num_classes=10, width=0.5), path)
+    with pytest.raises(ValueError, match=r"model: expected one that torch\.fx can trace, as was the one in"):
+        mfac.sparse.load(Branching(), path)
