@@ -1,16 +1,21 @@
-"""Runs a function in several processes of a gloo group."""
+"""Runs a function in several processes of a gloo group, or a program that starts several."""
 
 import multiprocessing
 import os
 import pickle
 import queue
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from torch import distributed as dist
+
+import mfac
 
 
 def _child(function, rank, size, store, results, arguments):
@@ -60,3 +65,13 @@ def run_ranks(function, size, *arguments, fails=()):
         assert (error is not None) == (rank in fails), f"rank {rank}: {error[2] if error else value}"
         values.append(error[:2] if error else value)
     return values
+
+
+def run_script(*command):
+    """Run a program with the package that is tested; it has one thread per process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(mfac.__file__).parents[1])}
+    words = [str(word) for word in command]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")

@@ -15,6 +15,7 @@ from cyclopts import App, CycloptsError, Parameter, validators
 
 from mfac import __version__
 from mfac._build import BuildError
+from mfac.tutorial import processes
 from mfac.tutorial.settings import ModelSettings, RunSettings, TrainSettings
 
 _HELP = """\
@@ -79,13 +80,18 @@ def train(settings: Annotated[TrainSettings, _Flat]) -> None:
     Your own images (DIR/train/CLASS/IMAGE.jpg, DIR/val/CLASS/IMAGE.jpg) and weights (a state_dict):
 
     `mfac train --recipe-path R.md --dataset imagefolder --dataset-path DIR --pretrained dense.pt --device cuda`
+
+    Several processes that train and prune one model together, each on a GPU of its own or on CPU cores, with a
+    TRAIN_BATCH_SIZE of its own:
+
+    `torchrun --nproc-per-node 2 -m mfac train --recipe-path recipes/mfac.md`
     """
     from mfac.tutorial.export import export as write
     from mfac.tutorial.train import run_folder
     from mfac.tutorial.train import train as run
 
     run(settings)
-    if settings.export:
+    if settings.export and processes.rank() == 0:
         folder = run_folder(settings)
         write(str(folder / "model.pt"), str(folder / "exported"), settings)
 
@@ -262,12 +268,19 @@ def _plain_log() -> Iterator[None]:
     before = log.handlers, log.propagate, log.level, warnings.showwarning
     log.handlers, log.propagate = [Lines()], False
     log.setLevel(logging.INFO)
-    warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
+    shown = processes.rank() == 0  # one of several says it for all
+    warnings.showwarning = lambda message, *_: shown and tqdm.write(f"warning: {message}", file=sys.stderr)
     try:
         yield
     finally:
         log.handlers, log.propagate, level, warnings.showwarning = before
         log.setLevel(level)
+
+
+def _check_command(tokens: Sequence[str]) -> None:
+    """Check that several processes run a command that they can run together."""
+    if processes.count() > 1 and tokens[0] in {name for name in app if name[0] != "-"} - {"train"}:
+        raise ValueError(f"torchrun: expected `mfac train`, which several processes run together, got {tokens[0]}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -280,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 on success; 2 for bad usage, options or recipes, and 1 for other failures, each with one line
         on stderr (several if the kernels cannot be built); 130 if interrupted; 141, and no line, if stdout is a
-        closed pipe.
+        closed pipe. Of several processes, that torchrun has started, one writes the line.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     tokens = [token for token in given if token != "--debug"]
@@ -288,8 +301,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         app.help_print([])
         return _WRONG
     try:
-        with _plain_log():
-            status = app(tokens, print_error=True) or _DONE
+        with processes.joined(), _plain_log():
+            _check_command(tokens)
+            status = app(tokens, print_error=processes.rank() == 0) or _DONE
             sys.stdout.flush()
             return status
     except CycloptsError:
@@ -300,11 +314,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, ImportError, OSError, RuntimeError, MemoryError) as error:
         if "--debug" in given:
             traceback.print_exc()
-        else:
+        elif processes.first_to_fail():
             text = str(error) or "memory: expected enough, got a MemoryError"  # which mostly has no text
             text = text if isinstance(error, BuildError) else " ".join(text.split())
             sys.stderr.write(f"mfac: error: {text}\n")
         return _WRONG if isinstance(error, (ValueError, TypeError)) else _FAILED
     except KeyboardInterrupt:
-        sys.stderr.write("mfac: interrupted\n")
+        if processes.first_to_fail():
+            sys.stderr.write("mfac: interrupted\n")
         return _INTERRUPTED

@@ -73,18 +73,24 @@ class Replicas:
         except BaseException as raised:  # the others must hear of it
             error = raised
         status = torch.tensor([float(error is not None), *numbers], dtype=torch.float64)
-        rows = [tuple(row) for row in self._gather(status).tolist()]
-        if any(row[0] for row in rows):
-            self._raise(error)
+        try:
+            rows = [tuple(row) for row in self._gather(status).tolist()]
+            if any(row[0] for row in rows):
+                self._raise(error)
+        except RuntimeError:
+            if error is None:
+                raise
+        if error is not None:  # also if the others cannot be reached any more, as after Ctrl-C, which ends them all
+            raise error
         return [row[1:] for row in rows]
 
     def _raise(self, own: BaseException | None) -> None:
-        """Raise this rank's error, or that of the first other rank which has one."""
+        """Tell this rank's error, if it has one; else raise that of the first other rank which has one."""
         raised: list[Any] = [None] * self.size
         with self._reachable():
             dist.all_gather_object(raised, own and (type(own).__name__, str(own)), self.group)
         if own is not None:
-            raise own
+            return
         rank = next(rank for rank, found in enumerate(raised) if found)
         name, text = raised[rank]
         kind = getattr(builtins, name, None)

@@ -276,13 +276,17 @@ class GradientBuffer:
         return True
 
     def append_round(
-        self, compute: Callable[[], tuple[Sequence[Tensor | None], float, float]], wanted: int
+        self,
+        compute: Callable[[], tuple[Sequence[Tensor | None], float, float]],
+        wanted: int,
+        skip: Callable[[], Any] = lambda: None,
     ) -> list[tuple[float, float]]:
         """Append the gradient of a batch; of several processes, that of one batch of each.
 
         Args:
             compute: Returns a gradient as for :meth:`append_gradients`, and two numbers that come with it.
             wanted: At most so many rows, at least 1.
+            skip: Called on a rank whose gradient is not wanted, in place of ``compute``.
 
         Returns:
             The two numbers of each row that was stored.

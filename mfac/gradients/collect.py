@@ -209,12 +209,15 @@ def append_batches(
             first = False
         return grads, float(loss.detach()), num_samples(batch)
 
+    def skip() -> None:
+        next(batches)  # so that all ranks are at the same place, which one of them may save for all
+
     with (
         evaluation(model, params, mode, seed),
         progress_bar(progress, "gradients", num_grads) as bar,
     ):
         while len(rows) < num_grads:
-            new = buffer.append_round(gradient, num_grads - len(rows))
+            new = buffer.append_round(gradient, num_grads - len(rows), skip)
             rows += new
             bar.update(len(new))
             if not compared and len(new) > 1:

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from mfac.checks import warn
-from mfac.gradients.sampler import copy_sampler
+from mfac.gradients.sampler import copy_sampler, splits_by_process
 from mfac.gradients.seeds import SeedKind, derive_seed, seeded
 
 
@@ -32,6 +32,10 @@ class LoaderClone:
 
     Args:
         loader: One for which :func:`can_clone` is true.
+
+    Attributes:
+        by_index: Whether the dataset is read by index.
+        splits: Whether the sampler gives each process its part of one order.
     """
 
     def __init__(self, loader: DataLoader) -> None:
@@ -50,12 +54,13 @@ class LoaderClone:
             "in_order": loader.in_order,
         }
         self.by_index = not isinstance(loader.dataset, IterableDataset)
-        self._sampler, self._copied = None, True
+        self._sampler, self._copied, self.splits = None, True, False
         if self.by_index:
             self._batched = loader.batch_sampler is not None
             self._sampler = loader.batch_sampler if self._batched else loader.sampler
             try:
                 self._sampler = copy_sampler(self._sampler, loader.dataset)
+                self.splits = splits_by_process(self._sampler, loader.dataset)
             except Exception as error:  # whatever the copying of unknown objects raises
                 self._copied = False
                 warn(
@@ -66,13 +71,14 @@ class LoaderClone:
         else:
             self._settings |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
 
-    def iterate(self, seed: int, passes: int, skip: int) -> Iterator[Any]:
+    def iterate(self, seed: int, passes: int, skip: int, order: int | None = None) -> Iterator[Any]:
         """Start a pass.
 
         Args:
             seed: All seeds are derived from it.
             passes: Number of the pass, which decides the order of a loader that shuffles.
             skip: Number of batches to skip at the beginning without loading them; only if ``by_index``.
+            order: The sampler's seeds are derived from it; None: from ``seed``.
 
         Returns:
             An iterator; its worker processes stop when it is deleted.
@@ -81,6 +87,7 @@ class LoaderClone:
         workers = derive_seed(seed, SeedKind.WORKERS, passes, skip if self.by_index else 0)
         settings = self._settings | {"generator": torch.Generator().manual_seed(workers)}
         if self.by_index:
+            seed = seed if order is None else order
             sampler, start = self._sampler, 0
             if self._copied:
                 sampler = copy_sampler(sampler, self._dataset, seed, passes)

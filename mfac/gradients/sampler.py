@@ -18,6 +18,7 @@ from mfac.gradients.seeds import SeedKind, derive_seed
 _SHARED = (Dataset, DataLoader, nn.Module, types.ModuleType)  # large, or impossible to copy
 _ATOMIC = (int, float, complex, str, bytes, type(None), type, types.FunctionType, types.BuiltinFunctionType, np.number)
 _COLLECTIONS = (list, tuple, set, frozenset, deque)
+_OF_A_PROCESS = ({"num_replicas", "rank"}, {"num_processes", "process_index"})
 _DATA = ("data_source", "dataset")  # attributes in which samplers keep what they draw from
 
 
@@ -52,6 +53,21 @@ def copy_sampler(sampler: Any, dataset: Any, seed: int | None = None, passes: in
             if callable(getattr(x, "set_epoch", None)):
                 x.set_epoch(passes)
     return new
+
+
+def splits_by_process(sampler: Any, dataset: Any) -> bool:
+    """Return whether a sampler gives each process its part of one order, which all of them have to draw alike.
+
+    Args:
+        sampler: A sampler, a batch sampler, or any iterable of indices.
+        dataset: What it draws from.
+
+    Returns:
+        Whether it, or one that it holds, knows its process: torch's DistributedSampler, accelerate's BatchSamplerShard.
+    """
+    holders: list[Any] = []
+    _prepare(sampler, {id(dataset): dataset}, holders, set())
+    return any(names <= set(vars(holder)) for holder in holders for names in _OF_A_PROCESS)
 
 
 def _prepare(value: Any, memo: dict[int, Any], holders: list[Any], seen: set[int]) -> None:

@@ -76,13 +76,17 @@ class ShardedBuffer(GradientBuffer):
         )
 
     def append_round(
-        self, compute: Callable[[], tuple[Sequence[Tensor | None], float, float]], wanted: int
+        self,
+        compute: Callable[[], tuple[Sequence[Tensor | None], float, float]],
+        wanted: int,
+        skip: Callable[[], Any] = lambda: None,
     ) -> list[tuple[float, float]]:
         """Append the gradient of one batch of each rank; see :meth:`GradientBuffer.append_round`.
 
         Args:
             compute: Returns the gradient of this rank, and two numbers that come with it.
             wanted: At most so many rows: the first ranks' gradients are computed.
+            skip: Called on the other ranks.
 
         Returns:
             The two numbers of each row that was stored.
@@ -93,6 +97,7 @@ class ShardedBuffer(GradientBuffer):
         def gradient() -> tuple[float, ...]:
             nonlocal row
             if self.replicas.rank >= wanted and not together:
+                skip()
                 return _IDLE, 0.0, 0.0, 0.0
             grads, *numbers = compute()
             if together:  # of the mean loss of all ranks' batches

@@ -85,7 +85,7 @@ class GradientSource:
         self._loss_fn, self._forward, self._mode = loss_fn, forward, check_choice("mode", mode, MODES)
         self._replicas, self._unit = replicas, unit
         share = -(-self.num_grads // replicas.size)
-        self.batches = BatchStream(batches, torch.initial_seed(), share if announce else None, replicas.rank)
+        self.batches = BatchStream(batches, _shared_seed(replicas), share if announce else None, replicas.rank)
         self.seconds: float | None = None
 
     def resize(self, num_grads: int, refresh: int) -> None:
@@ -146,10 +146,13 @@ class GradientSource:
             The mean.
         """
         settings = {"seed": self._seed(SeedKind.MEASURE), "mode": self._mode, "forward": self._forward}
-        own = self._replicas.share(num_batches)
+        own, skipped = self._share(num_batches)
 
         def measured() -> tuple[float]:
-            return (sum(batch_losses(model, self.batches, self._loss_fn, own, **settings)),)
+            total = sum(batch_losses(model, self.batches, self._loss_fn, own, **settings))
+            for _ in range(skipped):
+                next(self.batches)
+            return (total,)
 
         try:
             (total,) = self._replicas.sums(measured, 1)
@@ -168,10 +171,12 @@ class GradientSource:
             The function: NaN if no batch has a finite loss; those that have none at the first call do not count.
         """
         held: list[Any] = []
-        own = self._replicas.share(num_batches)
+        own, skipped = self._share(num_batches)
 
         def draw() -> None:
             held.extend(move_batch(next(self.batches), model_device(model), copies=True) for _ in range(own))
+            for _ in range(skipped):
+                next(self.batches)
 
         try:
             self._replicas.together(draw)
@@ -192,6 +197,12 @@ class GradientSource:
             return total / count if count else math.nan
 
         return measure
+
+    def _share(self, count: int) -> tuple[int, int]:
+        """This rank's part of a number of batches, and how many it draws beside them."""
+        # All ranks draw the same number, so that the position of one holds for all when it is saved.
+        own = self._replicas.share(count)
+        return own, -(-count // self._replicas.size) - own
 
     def _seed(self, kind: SeedKind) -> int:
         state = self.batches.state_dict()
@@ -223,3 +234,10 @@ class GradientSource:
         new = copy.copy(self)
         new.batches, new._buffer = copy.deepcopy(self.batches, memo), copy.deepcopy(self._buffer, memo)
         return new
+
+
+def _shared_seed(replicas: Replicas) -> int:
+    """Return torch's seed, of several ranks that of the first: programs may seed each rank differently."""
+    seed = torch.initial_seed() % 2**64
+    high, low = replicas.together(lambda: divmod(seed, 2**32), 2)[0]
+    return (int(high) << 32) + int(low)

@@ -32,7 +32,8 @@ class BatchStream:
         batches: Any iterable of batches.
         seed: All seeds are derived from it.
         announce: Number of batches that was asked for: warn, once, if a pass has fewer.
-        rank: Of this process: other ranks than 0 draw other random numbers. It is no part of a saved position.
+        rank: Of this process: other ranks than 0 draw other random numbers, but for a sampler that gives each process
+            its part. It is no part of a saved position.
 
     Attributes:
         root: What seeds are derived from: ``seed``, but for other ranks than 0.
@@ -103,7 +104,8 @@ class BatchStream:
         skip = self.taken
         with seeded(derive_seed(self.root, SeedKind.START, self.passes)):
             if isinstance(self._batches, LoaderClone):
-                iterator = self._batches.iterate(self.root, self.passes, skip)
+                order = self._seed if self._batches.splits else None
+                iterator = self._batches.iterate(self.root, self.passes, skip, order)
                 skip = 0 if self._batches.by_index else skip
             else:
                 iterator = iter(self._batches)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mfac.checks import warn
+from mfac.distributed.models import refuse_flat
 from mfac.extras import install_hint
 from mfac.integrations.callback import (
     all_processes,
@@ -29,9 +30,11 @@ from mfac.recipe.manager import Session
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.strategies import DDPStrategy
 except ImportError:
     try:
         from pytorch_lightning import Callback, LightningModule, Trainer
+        from pytorch_lightning.strategies import DDPStrategy
     except ImportError as error:
         raise ImportError(install_hint("lightning", "lightning")) from error
 
@@ -41,7 +44,8 @@ class PrunerCallback(Callback):
 
     Works with gradient accumulation and mixed precision. Pruned weights do not count in the norm by which gradients are
     clipped. The state is part of Lightning's checkpoints, so ``trainer.fit(..., ckpt_path=...)`` goes on in the middle
-    of a schedule. Parameters have the names of the LightningModule, such as ``net.0.weight``.
+    of a schedule. Parameters have the names of the LightningModule, such as ``net.0.weight``. With several processes
+    (``strategy="ddp"``) each takes gradients from batches of its own, and all prune alike.
 
     Args:
         batches: Where gradients come from; None: the training dataloader, in an order of its own.
@@ -93,12 +97,14 @@ class PrunerCallback(Callback):
             pl_module: The model.
 
         Raises:
-            ValueError: If an argument is wrong, or there are several processes.
+            ValueError: If an argument is wrong, or the strategy spreads the weights of the model over processes.
         """
-        if trainer.world_size > 1:
+        refuse_flat(trainer.model)
+        strategy = trainer.strategy
+        if trainer.world_size > 1 and (not isinstance(strategy, DDPStrategy) or "DeepSpeed" in type(strategy).__name__):
             raise ValueError(
-                f"trainer: expected one process, got {trainer.world_size}, which would prune by different gradients; "
-                "train with devices=1"
+                "trainer: expected strategy='ddp' for several processes, each of which holds the whole model, got "
+                f"{type(strategy).__name__}"
             )
         if self._unit == "epoch" and math.isinf(trainer.num_training_batches):
             raise ValueError("unit: expected 'step' with a dataloader of unknown length, got 'epoch'")

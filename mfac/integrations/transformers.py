@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mfac.checks import warn
+from mfac.distributed.models import refuse_flat
 from mfac.extras import install_hint
 from mfac.integrations.callback import (
     all_processes,
@@ -42,7 +43,8 @@ class PrunerCallback(TrainerCallback):
 
     Works with gradient accumulation and mixed precision. Pruned weights do not count in the norm by which gradients are
     clipped. The state lies in the folder of each checkpoint, as ``pruner.pt``, so ``trainer.train(
-    resume_from_checkpoint=...)`` goes on in the middle of a schedule.
+    resume_from_checkpoint=...)`` goes on in the middle of a schedule. With several processes (torchrun) each takes
+    gradients from batches of its own, and all prune alike.
 
     Args:
         batches: Where gradients come from; None: the training dataloader, in an order of its own.
@@ -99,12 +101,16 @@ class PrunerCallback(TrainerCallback):
             objects: The model, dataloader and optimizer.
 
         Raises:
-            ValueError: If an argument is wrong, the process has several GPUs, or training is resumed from a checkpoint
-                without the Pruner's state.
+            ValueError: If an argument is wrong, the process has several GPUs or only a part of the model, or training
+                is resumed from a checkpoint without the Pruner's state.
         """
         if args.n_gpu > 1:
             raise ValueError(f"args: expected one GPU per process (torchrun), got {args.n_gpu}")
+        if args.fsdp or args.deepspeed:
+            got = f"fsdp={args.fsdp!r}" if args.fsdp else f"deepspeed={args.deepspeed!r}"
+            raise ValueError(f"args: expected a model that each process holds whole, got {got}")
         model, batches, saved = objects["model"], self._batches, None
+        refuse_flat(model)
         so_far = {} if self._recipe is not None else masks_so_far(self.pruner, model)
         settings = {**all_processes(args.world_size), **so_far, **self._settings}
         if state.global_step > 0:
@@ -168,9 +174,12 @@ class PrunerCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Add the Pruner's state to the checkpoint."""
+        if not args.should_save:  # another process does
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if not folder.is_dir():
-            return warn(f"output_dir: expected the checkpoint at {folder}, got none; the Pruner's state is not saved")
+            warn(f"output_dir: expected the checkpoint at {folder}, got none; the Pruner's state is not saved")
+            return
         torch.save(full_state(self.pruner), folder / FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, default_collate
 
 from mfac.checks import check_choice, check_int
+from mfac.distributed.replicas import ALONE, Replicas
 from mfac.extras import install_hint
 from mfac.gradients.seeds import SeedKind, derive_seed
 
@@ -59,19 +60,24 @@ class Batches:
 
 @dataclass
 class Data:
-    """A dataset in batches; M-FAC takes its gradients from the training images in an order of their own."""
+    """A dataset in batches; M-FAC takes its gradients from the training images in an order of their own.
+
+    Of several processes, each has a part of the images.
+    """
 
     train: Batches
     gradients: DataLoader
     validation: Batches
     num_classes: int
     seed: int
+    rank: int = 0  # of this process
 
     def normalize(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         """Normalise the images of folders by mean and standard deviation of the three channels."""
         for loader in (self.train.loader, self.gradients, self.validation.loader):
-            if isinstance(loader.dataset, ImageFolder):
-                loader.dataset.mean, loader.dataset.std = mean, std
+            images = loader.dataset.dataset if isinstance(loader.dataset, Subset) else loader.dataset
+            if isinstance(images, ImageFolder):
+                images.mean, images.std = mean, std
 
     def start_epoch(self, epoch: int) -> None:
         """Seed torch, the order of the training images and their augmentation: an epoch is the same however it began.
@@ -79,9 +85,11 @@ class Data:
         Args:
             epoch: Its number.
         """
-        seed = derive_seed(self.seed, SeedKind.START, epoch)
+        seed = derive_seed(self.seed, SeedKind.START, epoch, self.rank)
         torch.manual_seed(seed)
         self.train.loader.generator.manual_seed(seed)
+        if isinstance(self.train.loader.sampler, DistributedSampler):
+            self.train.loader.sampler.set_epoch(epoch)
 
 
 class Digits(Dataset):
@@ -214,6 +222,7 @@ def load_data(
     workers: int = 0,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    replicas: Replicas = ALONE,
 ) -> Data:
     """Load a dataset.
 
@@ -221,11 +230,13 @@ def load_data(
         dataset: `digits` (embedded), `imagenette` or `imagefolder` (image files under `dataset_path`).
         dataset_path: Folder with `train/<class>/` and `val/<class>/`; unused for the digits.
         image_size: Height and width of the images of a folder; digits are 32 x 32.
-        train_batch_size: Images per training step, and per gradient for M-FAC.
+        train_batch_size: Images per training step of a process, and per gradient for M-FAC.
         test_batch_size: Images per validation batch.
         workers: Processes that read images; the digits are in memory and need none.
         device: Where the batches go.
         seed: Seed of the order of the training images and of their augmentation; see :meth:`Data.start_epoch`.
+        replicas: Processes that train together: this one gets its part of the training images, another one in each
+            epoch, and of the validation images.
 
     Returns:
         The dataset. The last, incomplete batch of an epoch is dropped in training.
@@ -258,26 +269,35 @@ def load_data(
                 f"{validation.classes} in {dataset_path}"
             )
         num_classes = len(train.classes)
-    if len(train) < train_batch_size:
+    if len(train) // replicas.size < train_batch_size:
+        own = "" if replicas.size == 1 else f" of each of {replicas.size} processes"
         raise ValueError(
-            f"train_batch_size: expected at most the number of training images, {len(train)}, got {train_batch_size}"
+            f"train_batch_size: expected at most the number of training images{own}, {len(train) // replicas.size}, "
+            f"got {train_batch_size}"
         )
+    if replicas.size > 1:
+        validation = Subset(validation, range(replicas.rank, len(validation), replicas.size))
 
-    def loader(images: Dataset, size: int, training: bool) -> DataLoader:
+    def loader(images: Dataset, size: int, order: int | None) -> DataLoader:
+        sampler = None
+        if order is not None and replicas.size > 1:
+            sampler = DistributedSampler(images, replicas.size, replicas.rank, seed=order, drop_last=True)
         return DataLoader(
             images,
             size,
-            shuffle=training,
-            drop_last=training,
+            shuffle=order is not None and sampler is None,
+            sampler=sampler,
+            drop_last=order is not None,
             num_workers=workers,
             collate_fn=_collate,
             generator=torch.Generator().manual_seed(seed),
         )
 
     return Data(
-        Batches(loader(train, train_batch_size, True), device),
-        loader(train, train_batch_size, True),
-        Batches(loader(validation, test_batch_size, False), device),
+        Batches(loader(train, train_batch_size, seed), device),
+        loader(train, train_batch_size, derive_seed(seed, SeedKind.COLLECT)),
+        Batches(loader(validation, test_batch_size, None), device),
         num_classes,
         seed=seed,
+        rank=replicas.rank,
     )

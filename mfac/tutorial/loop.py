@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from mfac.distributed.replicas import ALONE, Replicas
 from mfac.gradients.batches import evaluation
 from mfac.progress import progress_bar
 from mfac.pruning.gradual import no_unfinished_warning
 from mfac.pruning.result import PruneResult
 from mfac.tutorial.data import Batches, Data
+from mfac.tutorial.processes import share_buffers, undistributed
 
 
 class Stepper(Protocol):
@@ -46,18 +48,20 @@ class Measurement:
     seconds: float = 0.0  # of training and pruning so far, without measuring
 
 
-def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float, float]:
+def evaluate(model: nn.Module, batches: Batches, replicas: Replicas = ALONE) -> tuple[float, float, float]:
     """Measure a model in eval mode; the mode of its modules is as before afterwards, also after an error.
 
     Args:
         model: Gives logits, shape [n, classes].
-        batches: The validation images and targets.
+        batches: The validation images and targets; of several processes, the part of this one.
+        replicas: Processes that have the same model: the buffers of the first become those of all.
 
     Returns:
-        Mean cross entropy, top-1 and top-5 accuracy in per cent.
+        Mean cross entropy, top-1 and top-5 accuracy in per cent, the same in all processes.
     """
-    loss, top1, top5, count = 0.0, 0, 0, 0
-    with evaluation(model), torch.inference_mode():
+
+    def measured() -> tuple[float, int, int, int]:
+        loss, top1, top5, count = 0.0, 0, 0, 0
         for images, targets in batches:
             logits = model(images)
             loss += F.cross_entropy(logits, targets, reduction="sum").item()
@@ -65,7 +69,27 @@ def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float, float]:
             top1 += hits[:, 0].sum().item()
             top5 += hits.sum().item()
             count += len(targets)
+        return loss, top1, top5, count
+
+    share_buffers(model, replicas)
+    with evaluation(model), torch.inference_mode():
+        loss, top1, top5, count = replicas.sums(measured, 4)
     return loss / count, 100 * top1 / count, 100 * top5 / count
+
+
+def _fetched(batches: Iterable[Any], replicas: Replicas) -> Iterator[Any]:
+    """Yield this process's batches; what one process raises, all of them raise."""
+    iterator, batch = iter(batches), None
+
+    def fetch() -> None:
+        nonlocal batch
+        batch = next(iterator, None)
+
+    while True:
+        replicas.together(fetch)
+        if batch is None:
+            return
+        yield batch
 
 
 @no_unfinished_warning()
@@ -89,7 +113,7 @@ def fit(
     """Train, and measure at the end of every epoch and after every pruning step.
 
     Args:
-        model: The model.
+        model: The model; one in DistributedDataParallel is trained by its processes together.
         optimizer: Its optimizer.
         stepper: A recipe's Session, or a learning rate schedule; called after every optimizer step.
         data: The dataset.
@@ -110,6 +134,8 @@ def fit(
     Raises:
         RuntimeError: If the loss is not finite.
     """
+    trained, (model, replicas) = model, undistributed(model)
+    progress = progress and replicas.rank == 0
     steps = len(data.train) if max_train_steps < 0 else min(len(data.train), max_train_steps)
     measurements = [] if measurements is None else measurements
     sparsity = stepper.sparsity
@@ -120,15 +146,12 @@ def fit(
         nonlocal measuring, sparsity
         sparsity = stepper.sparsity
         start = time.perf_counter()
-        trained = start - began - measuring
+        spent = start - began - measuring
         train_loss = sum(losses) / len(losses) if losses else math.nan
         losses.clear()
         rate = optimizer.param_groups[0]["lr"]
-        measurements.append(
-            Measurement(
-                done, now, pruned, train_loss, *evaluate(model, data.validation), sparsity, rate, pruning, trained
-            )
-        )
+        accuracy = evaluate(model, data.validation, replicas)
+        measurements.append(Measurement(done, now, pruned, train_loss, *accuracy, sparsity, rate, pruning, spent))
         measuring += time.perf_counter() - start
         return measurements[-1]
 
@@ -136,15 +159,16 @@ def fit(
         model.train()
         data.start_epoch(epoch)
         bar = progress_bar(progress, f"epoch {epoch}", steps)
-        for index, (images, targets) in zip(range(steps), data.train, strict=False):
+        for index, (images, targets) in zip(range(steps), _fetched(data.train, replicas), strict=False):
             with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-                loss = F.cross_entropy(model(images).float(), targets)
+                loss = F.cross_entropy(trained(images).float(), targets)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                got = f"{losses[-1]} in epoch {epoch}"
+            (mean,) = replicas.sums(lambda loss=loss: (loss.item() / replicas.size,), 1)
+            losses.append(mean)
+            if not math.isfinite(mean):
+                got = f"{mean} in epoch {epoch}"
                 raise RuntimeError(f"loss: expected a finite number, got {got}; try a smaller learning rate")
             done, now = epoch * steps + index + 1, epoch + (index + 1) / steps
             start = time.perf_counter()
@@ -161,7 +185,7 @@ def fit(
                 )
             elif measure_every and (done % measure_every == 0 or (index == steps - 2 and now + 1 < epochs)):
                 measure(done, now, False)
-            bar.set_postfix(loss=f"{loss.item():.3f}", sparsity=f"{100 * sparsity:.1f} %", refresh=False)
+            bar.set_postfix(loss=f"{mean:.3f}", sparsity=f"{100 * sparsity:.1f} %", refresh=False)
             bar.update()
             if now >= epochs:
                 break

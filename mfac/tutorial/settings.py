@@ -32,7 +32,7 @@ class ModelSettings:
         download: Fetch imagenette into dataset_path (default: the cache folder) if it is not there.
         test_batch_size: Images per validation batch.
         loader_num_workers: Processes that read images.
-        device: cpu, cuda or cuda:N (default: cuda if available).
+        device: cpu, cuda or cuda:N (default: cuda if available); under torchrun cuda is a GPU for each process.
     """
 
     arch_key: str | None = None
@@ -55,7 +55,7 @@ class RunSettings(ModelSettings):
         pretrained: Initial weights: True, False or a file with a state_dict. True: those of the network's package (for
             mobilenet timm's, of ImageNet) or, on the digits, a dense model that is trained once and cached (default
             there); False: random (default otherwise).
-        train_batch_size: Images per step, and per gradient of M-FAC.
+        train_batch_size: Images per step, and per gradient of M-FAC; under torchrun of each process.
         init_lr: Learning rate until the recipe sets one.
         max_train_steps: Largest number of steps per epoch; -1: all.
         amp: Train under autocast to bfloat16.

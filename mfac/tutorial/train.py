@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mfac._build import cache_dir
 from mfac.checks import check_int, check_number, warn
+from mfac.distributed.replicas import ALONE, Replicas
 from mfac.export.weights import read_state
 from mfac.pruning.result import write_csv
 from mfac.recipe.manager import Manager, Session
@@ -24,6 +25,7 @@ from mfac.tutorial.download import fetch_imagenette
 from mfac.tutorial.files import check_finite, description, make_folder, read_model, save, save_text
 from mfac.tutorial.loop import Measurement, evaluate, fit
 from mfac.tutorial.models import Built, build_model
+from mfac.tutorial.processes import distribute, find_device, one_first, team
 from mfac.tutorial.settings import NETWORK, ModelSettings, RunSettings, TrainSettings, resolve
 
 _FILES = ("model.pt", "model.txt", "checkpoint.pt")  # of a run
@@ -31,29 +33,6 @@ _FILES = ("model.pt", "model.txt", "checkpoint.pt")  # of a run
 # (processes that read images draw their random crops from seeds of their own) and the steps.
 _SAME = ("train_batch_size", "max_train_steps", "seed", "amp", "loader_num_workers")
 _MAX_TAG = 200  # bytes; file systems allow 255 for a name, and the log's ends in .csv
-
-
-def find_device(name: str | None) -> torch.device:
-    """Return the device of an option.
-
-    Args:
-        name: cpu, cuda or cuda:N; None: cuda if there is one.
-
-    Returns:
-        The device.
-
-    Raises:
-        ValueError: If it is no such device, or not there.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected cpu, cuda or cuda:<index>, got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: expected cpu, because CUDA is not available, got {name}")
-    return device
 
 
 def _model_tag(settings: TrainSettings) -> str:
@@ -115,7 +94,9 @@ def epochs_done(folder: Path) -> int | None:
         return None
 
 
-def _checkpoint(settings: TrainSettings, folder: Path, device: torch.device, recipe: str) -> dict[str, Any] | None:
+def _checkpoint(
+    settings: TrainSettings, folder: Path, device: torch.device, recipe: str, replicas: Replicas
+) -> dict[str, Any] | None:
     """Return the checkpoint that the run goes on from; None if it begins anew."""
     if settings.checkpoint_path:
         return _load_checkpoint(settings.checkpoint_path, device)
@@ -136,6 +117,12 @@ def _checkpoint(settings: TrainSettings, folder: Path, device: torch.device, rec
                 f"resume: expected --{name.replace('_', '-')} {saved} as before, got {getattr(settings, name)}; "
                 "--checkpoint-path goes on with other options"
             )
+    processes = state.get("processes", replicas.size)
+    if processes != replicas.size:
+        tqdm.write(
+            f"the run was begun by {processes} processes: {replicas.size} go on with other batches, and end with other "
+            "weights"
+        )
     if state.get("recipe_text", recipe) != recipe:
         raise ValueError(
             "resume: expected the recipe and the --recipe-args of before, got others; --checkpoint-path goes on with "
@@ -162,6 +149,7 @@ def prepare(
     state: dict[str, Any] | None = None,
     path: str = "",
     fixed: Collection[str] = NETWORK,
+    replicas: Replicas = ALONE,
 ) -> tuple[TrainSettings, Data, Built]:
     """Return what a run starts from.
 
@@ -170,6 +158,7 @@ def prepare(
         state: The checkpoint that it goes on from, if any.
         path: The checkpoint's file.
         fixed: The options that must be as the file of weights, or the checkpoint, says of its network.
+        replicas: Processes that train together.
 
     Returns:
         The options with network, images and their size filled in; the images, normalised as the network expects; and
@@ -183,7 +172,7 @@ def prepare(
     pretrained = settings.initial_weights if state is None else "False"
     digits = settings.dataset == "digits"
     device = find_device(settings.device)
-    data = load_images(settings, device, settings.train_batch_size, settings.seed)
+    data = load_images(settings, device, settings.train_batch_size, settings.seed, replicas)
     if digits:
         described = {**described, "mean": DIGITS_MEAN, "std": DIGITS_STD}
     dense = pretrained == "True" and digits and settings.arch_key == "mobilenet"
@@ -259,7 +248,13 @@ def dataset_path(settings: ModelSettings) -> str | Path | None:
     return fetch_imagenette(settings.dataset_path or cache_dir() / "datasets", settings.image_size)
 
 
-def load_images(settings: ModelSettings, device: torch.device, train_batch_size: int, seed: int = 0) -> Data:
+def load_images(
+    settings: ModelSettings,
+    device: torch.device,
+    train_batch_size: int,
+    seed: int = 0,
+    replicas: Replicas = ALONE,
+) -> Data:
     """Return the data that the options name.
 
     Args:
@@ -267,6 +262,7 @@ def load_images(settings: ModelSettings, device: torch.device, train_batch_size:
         device: Where batches go.
         train_batch_size: Images per training step.
         seed: Of the order of the training images.
+        replicas: Processes that train together.
 
     Returns:
         The data.
@@ -280,6 +276,7 @@ def load_images(settings: ModelSettings, device: torch.device, train_batch_size:
         workers=settings.loader_num_workers,
         device=device,
         seed=seed,
+        replicas=replicas,
     )
 
 
@@ -340,32 +337,43 @@ def train(settings: TrainSettings, resume_hint: str = "with --resume") -> list[M
         KeyboardInterrupt: After it has said how to go on.
     """
     check_options(settings)
+    replicas = team()
     manager = Manager.from_recipe(settings.recipe_path, settings.recipe_args)
     if not settings.one_shot:
         manager.check_epochs()
     folder = _folder(settings)
     recipe = str(manager.recipe)
-    state = _checkpoint(settings, folder, find_device(settings.device), recipe)
+    state = _checkpoint(settings, folder, find_device(settings.device), recipe, replicas)
     source = settings.checkpoint_path or str(folder / "checkpoint.pt")
     if state and not settings.one_shot and state["epoch"] + 1 >= manager.epochs:
         expected = "resume: expected a run that is not finished"
         expected = expected if settings.resume else "checkpoint_path: expected training left to do"
         raise ValueError(f"{expected}, got {source}, which has completed the recipe's {manager.epochs:g} epochs")
     fixed = (*NETWORK, "image_size", "dataset") if settings.resume else NETWORK
-    settings, data, built = prepare(settings, state, source, fixed)
+    epochs = replicas.together(lambda: (-1 if state is None else state["epoch"] + 1,), 1)
+    if len(set(epochs)) > 1:
+        raise ValueError(f"save_dir: expected a folder that all {replicas.size} processes share, got {folder}")
+    with one_first(replicas):
+        settings, data, built = prepare(settings, state, source, fixed, replicas)
     model = built.model
     if state is None and settings.initial_weights == "False" and manager.prunes:
         warn("pretrained: the recipe prunes random weights; --pretrained FILE (or True) gives trained ones")
     network = {**asdict(built.spec), "dataset": settings.dataset}
-    logs = make_folder("logs_dir", settings.logs_dir) if settings.logs_dir else None
-    make_folder("save_dir", folder)
+    writes, logs = replicas.rank == 0, None
+    if writes:
+        logs = make_folder("logs_dir", settings.logs_dir) if settings.logs_dir else None
+        make_folder("save_dir", folder)
     for line in manager.describe():
         tqdm.write(line)
     if settings.one_shot:
-        session = manager.one_shot(model, data.gradients, F.cross_entropy, progress=True)
+        group = replicas.group
+        session = manager.one_shot(model, data.gradients, F.cross_entropy, progress=True, process_group=group)
+        accuracy = evaluate(model, data.validation, replicas)
+        measured = Measurement(0, 0.0, True, math.nan, *accuracy, session.sparsity, 0.0)
+        if not writes:
+            return [measured]
         if state is None or settings.overwrite:
             _remove_files(folder)
-        measured = Measurement(0, 0.0, True, math.nan, *evaluate(model, data.validation), session.sparsity, 0.0)
         save({"model": model.state_dict(), "recipe": session.state_dict(), "network": network}, folder / "model.pt")
         _write_model_text(folder / "model.txt", 0, measured, session)
         tqdm.write(f"pruned to {100 * session.sparsity:.2f} %: top-1 {measured.top1:.1f} %; saved in {folder}")
@@ -375,7 +383,10 @@ def train(settings: TrainSettings, resume_hint: str = "with --resume") -> list[M
 
     torch.manual_seed(settings.seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.init_lr)
-    session = manager.apply(model, optimizer, data.gradients, F.cross_entropy, progress=True)
+    trained = distribute(model, replicas)
+    session = manager.apply(
+        model, optimizer, data.gradients, F.cross_entropy, progress=True, process_group=replicas.group
+    )
     first_epoch, best, measurements = 0, None, []
     earlier = [Measurement(**measured) for measured in state.get("measurements", ())] if state else []
     if state:
@@ -390,6 +401,8 @@ def train(settings: TrainSettings, resume_hint: str = "with --resume") -> list[M
         nonlocal best, kept
         is_best = measured is not None and epoch >= after and (best is None or measured.top1 > best)
         best = measured.top1 if is_best else best
+        if not writes:
+            return
         state = {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -400,6 +413,7 @@ def train(settings: TrainSettings, resume_hint: str = "with --resume") -> list[M
             "recipe_text": recipe,
             "measurements": [asdict(measured) for measured in (*earlier, *measurements)],
             "settings": {name: getattr(settings, name) for name in _SAME},
+            "processes": replicas.size,
         }
         if is_best or (epoch == final_epoch and (best is None or not (folder / "model.txt").exists())):
             save(state, folder / "model.pt")
@@ -410,13 +424,13 @@ def train(settings: TrainSettings, resume_hint: str = "with --resume") -> list[M
             _write_logs(logs, folder.name, [*earlier, *measurements])
 
     kept = first_epoch - 1
-    if state is None or settings.overwrite:
+    if writes and (state is None or settings.overwrite):
         _remove_files(folder)
     if state is None:
         keep(-1, None)  # what a run that is killed in its first epoch goes on from
     try:
         fit(
-            model,
+            trained,
             optimizer,
             session,
             data,

@@ -1,0 +1,106 @@
+"""The callback for Lightning in several processes: replicas stay the same, and a resumed run equals the whole one."""
+
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+lightning = pytest.importorskip("lightning.pytorch")
+
+from ranks import run_script  # noqa: E402  after the check that Lightning is there
+from test_lightning import SETTINGS, Module, loader  # noqa: E402
+from torch.distributed.fsdp import FullyShardedDataParallel  # noqa: E402
+
+from mfac.integrations.lightning import PrunerCallback  # noqa: E402
+
+STOP, RANKS = 4, 2
+
+
+class Watching(PrunerCallback):
+    """Asserts after each step that all ranks have the same weights and masks."""
+
+    def on_train_batch_end(self, trainer, module, *arguments):
+        super().on_train_batch_end(trainer, module, *arguments)
+        masks = [mask.float() for mask in self.pruner.masks.values()]
+        flat = torch.cat([x.detach().reshape(-1) for x in (*module.parameters(), *masks)])
+        assert bool((trainer.strategy.all_gather(flat) == flat).all())
+
+
+class Seeing(Module):
+    """Keeps the samples of which gradients are taken."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def training_step(self, batch, index):
+        if not self.training:  # for a gradient
+            self.seen += batch[0][:, 0].tolist()
+        return super().training_step(batch, index)
+
+
+def run(path, checkpoint=None, **options):
+    lightning.seed_everything(0, verbose=False)
+    module = Seeing()
+    settings = {**SETTINGS, "num_grads": 3}  # no multiple of the ranks
+    callback = Watching(sparsity=0.8, start=2, end=7, frequency=2, recomputations=2, **settings)
+    saving = lightning.callbacks.ModelCheckpoint(path, every_n_train_steps=STOP, save_top_k=-1)
+    trainer = lightning.Trainer(
+        accelerator="cpu", strategy="ddp", devices=RANKS, logger=False, enable_progress_bar=False, max_epochs=2,
+        enable_model_summary=False, default_root_dir=path, callbacks=[callback, saving], **options,
+    )  # fmt: skip
+    trainer.fit(module, loader(), ckpt_path=checkpoint, **({"weights_only": False} if checkpoint else {}))
+    return module, callback, trainer
+
+
+def main(folder):
+    """What each process does."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    whole, callback, trainer = run(folder / "whole")
+    assert trainer.world_size == RANKS and [time for time, _ in callback.pruner.results] == [4, 6, 7]
+    assert whole.zeros() == round(0.8 * 256)
+    seen = [None] * RANKS
+    torch.distributed.all_gather_object(seen, whole.seen)
+    assert len(set(seen[0][:8]) | set(seen[1][:4])) == 12  # of the first round and a half, a part for each
+    checkpoint = next((folder / "whole").glob(f"*step={STOP}.ckpt"))
+    state = torch.load(checkpoint, weights_only=False)["callbacks"]
+    (masks,) = (value["masks"] for value in state.values() if "masks" in value)
+    assert 0 < sum(int((~mask).sum()) for mask in masks.values()) < whole.zeros()
+    resumed, again, _ = run(folder / "again", str(checkpoint))
+    assert [time for time, _ in again.pruner.results] == [4, 6, 7]
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+    (folder / f"done-{trainer.global_rank}").touch()
+
+
+def test_two_processes(tmp_path):
+    done = run_script(sys.executable, __file__, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+def test_sharded_models_are_refused(tmp_path):
+    """Lightning's own strategies for them need GPUs: what the callback sees of them is put in their place."""
+
+    def start(strategy, model, world_size=1):
+        trainer = SimpleNamespace(strategy=strategy, model=model, world_size=world_size)
+        PrunerCallback(sparsity=0.8, end=4, **SETTINGS).on_train_start(trainer, model)
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match=r"model: expected fully_shard or .*, got FullyShardedDataParallel"):
+            start(None, FullyShardedDataParallel(Module(), device_id=torch.device("cpu")))
+    finally:
+        torch.distributed.destroy_process_group()
+    for name in ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):
+        strategy = object.__new__(getattr(lightning.strategies, name))
+        with pytest.raises(ValueError, match=f"trainer: expected strategy='ddp' for several processes, .* got {name}"):
+            start(strategy, Module(), 2)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
