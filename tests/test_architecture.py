@@ -21,11 +21,11 @@ LAYERS = [
     {"gradients"},
     {"fisher"},
     {"sharded_fisher"},
+    {"sparse"},
     {"pruning"},
     {"export"},
     {"recipe"},
     {"integrations"},
-    {"sparse"},
     {"tutorial"},
     {"cli"},
 ]

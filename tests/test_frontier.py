@@ -81,3 +81,19 @@ def test_bad_input(change, error, message, unchanged):
     model = make_model()
     with unchanged(model), pytest.raises(error, match=message):
         mfac.frontier(model, **{"grads": GRADS, "sparsities": [0.5], **change})
+
+
+def test_times_of_the_converted_model(tmp_path, unchanged):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 8))
+    grads, x = torch.randn(8, 512 * 520) * 0.01, torch.randn(1, 512)
+    with unchanged(model):
+        result = mfac.frontier(model, grads, [0.5, 0.99], ["unstructured", [4, 1]], example_inputs=x, progress=False)
+    assert result.dense_milliseconds > 0 and all(0 < point.milliseconds for point in result.points)
+    lines = str(result).splitlines()
+    assert lines[0].split()[-1] == "ms" and lines[-1] == f"dense: {result.dense_milliseconds:.2f} ms"
+    result.to_csv(tmp_path / "points.csv")
+    rows = list(csv.DictReader((tmp_path / "points.csv").open()))
+    assert [float(row["milliseconds"]) for row in rows] == [point.milliseconds for point in result.points]
+    result.plot(tmp_path / "points.png")
+    assert (tmp_path / "points.png").read_bytes()[:4] == b"\x89PNG"

@@ -280,7 +280,7 @@ class Engine:
 
     def predict(
         self, grads: Gradients, fisher: Fisher, sparsities: Sparsities, selection: Selection
-    ) -> tuple[float, float | None]:
+    ) -> tuple[Tensor, Tensor, float | None]:
         """Predict a step without touching the model.
 
         Args:
@@ -290,12 +290,12 @@ class Engine:
             selection: Units and segments.
 
         Returns:
-            The sparsity reached, and ½ δᵀFδ.
+            The weights after it, [d] float32; its mask, [d] bool; and ½ δᵀFδ.
         """
         with torch.no_grad():
             _, weights, active, plan = self._prepare(grads, sparsities, selection)
             kept, loss = prune_vector(weights, active, fisher, plan)
-        return 1 - int(kept.sum()) / len(kept), loss
+        return weights, kept, loss
 
     def step(self, grads: Gradients | None, sparsities: Sparsities, progress: bool = False) -> PruneResult:
         """Prune the model in one step, under one set of gradients.
