@@ -16,6 +16,7 @@ from test_distributed import (
 )
 from torch import distributed as dist
 from torch import nn
+from torch.distributed import checkpoint
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
@@ -66,14 +67,18 @@ def test_the_same_as_one_process(how, size, exact):
         assert torch.equal(found[0][name] == 0, ~found[0][f"mask {name}"])
 
 
-def train(state, steps):
-    """Train and prune; return the Pruner's state and the weights."""
+def train(folder, steps, resumed):
+    """Train and prune, from a checkpoint to a checkpoint; return masks, sparsities by layer, and in all."""
     model = shard(make_model())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     options = {"num_grads": 8, "block_size": 64, "refresh": 4, "correction_batches": 2, "progress": False}
     pruner = mfac.Pruner(model, make_batches(), F.cross_entropy, sparsity=0.8, end=6, frequency=2, **options)
-    if state is not None:
-        pruner.load_state_dict(state)
+    state = {"model": model.state_dict(), "pruner": pruner.state_dict()}
+    if resumed:
+        checkpoint.load(state, checkpoint_id=folder)
+        model.load_state_dict(state["model"])
+        pruner.load_state_dict(state["pruner"])
+        assert int((whole(model[0].weight) == 0).sum()) == int((~pruner.masks["0.weight"]).sum()) > 0
     inputs, targets = make_batches(1)[0]
     for _ in range(steps):
         optimizer.zero_grad()
@@ -84,15 +89,16 @@ def train(state, steps):
         optimizer.step()
         pruner.step()
     reached = {name: found for name, (_, found) in pruner.layer_sparsities().items()}
-    return pruner.state_dict(), reached, pruner.sparsity
+    if not resumed:
+        checkpoint.save({"model": model.state_dict(), "pruner": pruner.state_dict()}, checkpoint_id=folder)
+    return pruner.masks, reached, pruner.sparsity
 
 
-def test_pruner_in_training_and_resumed_at_another_number_of_ranks():
-    first = run_ranks(train, 2, None, 4)
-    state = first[0][0]
-    assert 0 < first[0][2] < 0.8
-    assert all(torch.equal(mask, first[1][0]["masks"][name]) for name, mask in state["masks"].items())
-    for _, reached, sparsity in run_ranks(train, 3, state, 3):
+def test_pruner_in_training_and_resumed_at_another_number_of_ranks(tmp_path):
+    (masks, _, sparsity), (others, _, _) = run_ranks(train, 2, tmp_path, 4, False)
+    assert 0 < sparsity < 0.8
+    assert all(torch.equal(mask, others[name]) for name, mask in masks.items())
+    for _, reached, sparsity in run_ranks(train, 3, tmp_path, 3, True):
         assert sparsity == pytest.approx(0.8, abs=1e-3)
         assert all(0 < value < 1 for value in reached.values())
 

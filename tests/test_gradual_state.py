@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_gradual import SIZES, make, make_model, sgd, train, zeros
 from torch import nn
+from torch.distributed import checkpoint
 
 import mfac
 
@@ -207,3 +208,22 @@ def test_layer_sparsities_are_checked(settings, asked):
         model[0].weight.fill_(1)
     with pytest.raises(RuntimeError, match=r"model: expected the pruned weights of '0.weight' to be zero"):
         pruner.layer_sparsities()
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.distributed.checkpoint, without processes
+def test_torch_distributed_checkpoint(tmp_path):
+    """It loads into the state of a new Pruner, keys that are missing there being left out."""
+    model = make_model()
+    pruner = make(model, end=3)
+    for _ in range(3):
+        pruner.step()
+    checkpoint.save({"pruner": pruner.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    fresh = make(make_model(), end=3)
+    state = {"pruner": fresh.state_dict()}
+    checkpoint.load(state, checkpoint_id=tmp_path, no_dist=True)
+    fresh.load_state_dict(state["pruner"])
+    assert fresh.sparsity == pruner.sparsity > 0 and fresh.finished
+    assert all(torch.equal(mask, fresh.masks[name]) for name, mask in pruner.masks.items())
+    unpruned = make(make_model(), end=3)
+    unpruned.load_state_dict(make(make_model(), end=3).state_dict())
+    assert unpruned.masks == {} and unpruned.sparsity == 0

@@ -18,7 +18,7 @@ from mfac.distributed.shards import whole
 from mfac.model.names import shorten
 from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.engine import Engine
-from mfac.pruning.masks import check_masks, flatten_masks, mask_gradients
+from mfac.pruning.masks import check_masks, complete_masks, flatten_masks, mask_gradients
 from mfac.pruning.plan import PlannedUpdate, plan_updates
 from mfac.pruning.result import PruneResult
 from mfac.pruning.run import run
@@ -458,7 +458,8 @@ class Pruner:
     def state_dict(self, *, gradients: bool = False, results: bool = False) -> dict[str, Any]:
         """Return what :meth:`load_state_dict` of a Pruner with the same arguments needs to go on as if uninterrupted.
 
-        Masks, progress, settings, and the place in ``batches``. ``torch.load(..., weights_only=True)`` reads it.
+        Masks, progress, settings, and the place in ``batches``. ``torch.load(..., weights_only=True)`` reads it, and so
+        does torch.distributed.checkpoint, which loads into the state of a new Pruner: it has the same keys and shapes.
 
         Args:
             gradients: With the gradients of a buffer that the training loop feeds, which are many.
@@ -469,13 +470,13 @@ class Pruner:
         """
         settings = self._engine.settings
         state = {
-            "masks": {name: mask.clone() for name, mask in self.masks.items()},
+            "masks": {name: mask.clone() for name, mask in complete_masks(self.masks, self.params).items()},
             "calls": self._calls,
             "updates": self._updates,
             "time": self._time,
             "last": self._last,
-            "reached": dict(self._engine.reached),
-            "initial": {key: schedule.initial_sparsity for key, schedule in self._schedules.items()},
+            "reached": _with_names(self._engine.reached),
+            "initial": _with_names({key: schedule.initial_sparsity for key, schedule in self._schedules.items()}),
             "settings": {name: settings[name] for name in _SAVED_SETTINGS},
             "names": list(self._engine.names),
             "source": None if self._source is None else self._source.state_dict(),
@@ -509,16 +510,19 @@ class Pruner:
         self.check_state_dict(state, strict)
         engine, params = self._engine, self.params
         results = [(time, PruneResult.from_dict(values)) for time, values in state.get("results", ())]
-        masks = check_masks("state", state["masks"], params)
+        masks, reached, initial = state["masks"], _with_keys(state["reached"]), _with_keys(state["initial"])
+        masks = check_masks("state", masks, params)
+        if all(bool(mask.all()) for mask in masks.values()):
+            masks = {}  # nothing is pruned yet
         if "buffer" in state and self._buffer is not None:
             self._buffer.load_state_dict(state["buffer"])
         if self._source is not None and state["source"] is not None:
             self._source.load_state_dict(state["source"])
         engine.masks = {name: masks[name].to(p.device, copy=True) for name, p in params.items() if masks}
-        engine.reached = dict(state["reached"])
+        engine.reached = reached
         if engine.settings["initial_sparsity"] == "current":  # of the model as it was at first
             for key, schedule in self._schedules.items():
-                self._schedules[key] = dataclasses.replace(schedule, initial_sparsity=state["initial"][key])
+                self._schedules[key] = dataclasses.replace(schedule, initial_sparsity=initial[key])
         self._calls, self._updates = state["calls"], state["updates"]
         self._time, self._last = state["time"], state["last"]
         self.results = results
@@ -543,7 +547,7 @@ class Pruner:
         if list(state["names"]) != engine.names:
             raise ValueError(f"state: expected the parameters {shorten(engine.names)}, got {shorten(state['names'])}")
         for part in ("reached", "initial"):
-            if set(state[part]) != set(self._schedules):
+            if set(_with_keys(state[part])) != set(self._schedules):
                 raise ValueError(f"state: expected sparsities for {list(self._schedules)}, got {list(state[part])}")
         for name in ("calls", "updates"):
             check_int(f"state[{name!r}]", state[name], 0)
@@ -564,3 +568,13 @@ class Pruner:
         missing = set(self.params) - set(masks)
         if masks and missing:
             raise ValueError(f"state: expected a mask for each parameter, got none for {shorten(sorted(missing))}")
+
+
+def _with_names(values: Mapping[str | None, float]) -> dict[str, float]:
+    """Return values by key as a file holds them: the key of a global ranking is the empty string there."""
+    return {key or "": value for key, value in values.items()}
+
+
+def _with_keys(values: Mapping[str | None, float]) -> dict[str | None, float]:
+    """Return values by key of a file; older ones have None as key."""
+    return {key or None: value for key, value in values.items()}
