@@ -342,15 +342,6 @@ def test_batches_that_are_not_finite_do_not_judge():
     assert result.step_length == 0
 
 
-def test_several_processes_are_refused(monkeypatch):
-    def refuse(model):
-        raise ValueError("model: one of several processes")
-
-    monkeypatch.setattr("mfac.pruning.step.refuse_distributed", refuse)
-    with pytest.raises(ValueError, match="several processes"):
-        mfac.prune_step(make_model(), torch.randn(8, 180), 0.5, batches=make_batches(), loss_fn=LOSS)
-
-
 def test_an_update_whose_corrections_were_interrupted_stays_due():
     calls, model = [], make_model()
 
