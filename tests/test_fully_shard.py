@@ -130,3 +130,29 @@ def refusals():
 
 def test_refusals():
     assert run_ranks(refusals, 4)[0][0] > 0.3
+
+
+def partly_sharded(ignored):
+    """The first layer is no part of what is sharded, so each rank has other gradients of it."""
+    model = make_model()
+    if ignored:
+        fully_shard(model, ignored_params=set(model[0].parameters()))
+    else:
+        for layer in model[1:]:
+            fully_shard(layer)
+    before = whole(model[0].weight).clone()
+    text = "params: expected parameters that fully_shard has sharded, as others of the model are, got '0.weight'"
+    for how in (by_prune_step, by_prune):
+        with pytest.raises(ValueError, match=text):
+            how(model, make_batches())
+    assert torch.equal(whole(model[0].weight), before)
+    rest = {"params": ["3.weight", "5.weight"], "block_size": 64, "progress": False}
+    return mfac.prune(
+        model, make_batches(), F.cross_entropy, 0.5, num_grads=4, recomputations=1, final_corrections=1, **rest
+    ).masks
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_parameters_that_are_not_sharded(ignored):
+    first, second = run_ranks(partly_sharded, 2, ignored)
+    assert all(torch.equal(mask, second[name]) for name, mask in first.items())

@@ -75,3 +75,21 @@ def check_shards(params: Mapping[str, Tensor]) -> torch.distributed.ProcessGroup
             raise ValueError(f"model: expected all parameters on one mesh, got {mesh} and {p.device_mesh} ({name!r})")
         mesh = p.device_mesh
     return None if mesh is None else mesh.get_group()
+
+
+def check_all_sharded(params: Mapping[str, Tensor]) -> None:
+    """Check that no parameter is left out of a model that is sharded: ``fully_shard`` averages the others' gradients.
+
+    Args:
+        params: Name -> parameter, those that are pruned.
+
+    Raises:
+        ValueError: If one is a tensor of this process.
+    """
+    names = [name for name, p in params.items() if not is_sharded(p)]
+    if names:
+        raise ValueError(
+            f"params: expected parameters that fully_shard has sharded, as others of the model are, got {names[0]!r}, "
+            "whose gradient is that of each rank's own batch; call fully_shard for the whole model too, or leave it "
+            "out with exclude="
+        )

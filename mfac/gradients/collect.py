@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mfac.checks import check_instance, check_int, warn
 from mfac.distributed.models import find_replicas
 from mfac.distributed.replicas import Replicas
+from mfac.distributed.shards import check_all_sharded
 from mfac.gradients.arguments import check_grads_device, check_real
 from mfac.gradients.backward import Differentiator
 from mfac.gradients.batches import (
@@ -100,6 +101,8 @@ def collect_gradients(
     stream = BatchStream(batches, current_seed(), -(-num_grads // replicas.size), replicas.rank)
     if buffer is None:
         chosen = prunable_parameters(model, settings["params"], settings["exclude"])
+        if replicas.lockstep:
+            check_all_sharded(chosen)
         check_grads_device("grads_device", settings["grads_device"], next(iter(chosen.values())).device)
         buffer = make_buffer(num_grads, chosen, settings["dtype"], settings["grads_device"], replicas)
     else:
@@ -108,6 +111,8 @@ def collect_gradients(
         if num_grads > buffer.num_grads:
             raise ValueError(f"num_grads: expected at most the {buffer.num_grads} rows of the buffer, got {num_grads}")
         chosen = prunable_parameters(model, buffer.names)
+        if replicas.lockstep:
+            check_all_sharded(chosen)
         for name, p in chosen.items():
             check_real(f"model[{name!r}]", p)
         _check_no_conflict(buffer, settings, next(iter(chosen.values())).device)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mfac.checks import warn
 from mfac.distributed.models import find_replicas
-from mfac.distributed.shards import local, part_of, reshard, whole
+from mfac.distributed.shards import check_all_sharded, local, part_of, reshard, whole
 from mfac.fisher import Fisher
 from mfac.gradients.buffer import GradientBuffer, check_grads_device
 from mfac.gradients.sharded import ShardedBuffer
@@ -94,6 +94,8 @@ class Engine:
         self.sparsities, members = parse_sparsity(sparsity, list(chosen), table, settings["scope"])
         if only_keys and given is None and names is None and isinstance(sparsity, Mapping):
             chosen = prunable_parameters(model, [name for part in members.values() for name in part])
+        if self.replicas.lockstep:
+            check_all_sharded(chosen)
         self.names, self.device = list(chosen), _check_parameters(chosen)
         written = [*(given or ()), *(sparsity if isinstance(sparsity, Mapping) else ())]
         self._named = {name for entry in written if not entry.startswith("re:") for name in table.find(entry)}
