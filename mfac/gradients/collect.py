@@ -96,9 +96,15 @@ def collect_gradients(
     """
     model, replicas = find_replicas(model, settings["process_group"])
     mode, forward = settings["mode"], settings["forward"]
-    check_functions(loss_fn, forward)
-    num_grads = check_int("num_grads", num_grads)
-    stream = BatchStream(batches, current_seed(), -(-num_grads // replicas.size), replicas.rank)
+    given = {name: settings[name] for name in ("params", "exclude", "dtype", "mode", "forward")}
+    replicas.check_arguments({"num_grads": num_grads, "buffer": buffer is None, **given})
+
+    def start() -> BatchStream:
+        check_functions(loss_fn, forward)
+        share = -(-check_int("num_grads", num_grads) // replicas.size)
+        return BatchStream(batches, current_seed(), share, replicas.rank)
+
+    stream = replicas.call(start)
     if buffer is None:
         chosen = prunable_parameters(model, settings["params"], settings["exclude"])
         if replicas.lockstep:

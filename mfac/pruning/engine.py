@@ -46,6 +46,8 @@ def split_evenly(count: int, parts: int) -> list[int]:
 
 LossFn = Callable[[Any, Any], Tensor]
 
+# What may differ between ranks: where and how they compute, and what is shown.
+_OWN = ("process_group", "progress", "backend", "grads_device")
 _WARN_SPARSITY = 0.01  # of a model without masks
 
 
@@ -86,6 +88,8 @@ class Engine:
         """Check the arguments; the model is not touched."""
         given, masks = settings["params"], settings["masks"]
         self.model, self.replicas = find_replicas(model, settings["process_group"])
+        shared = {name: x for name, x in settings.items() if name not in _OWN}
+        self.replicas.check_arguments({"sparsity": sparsity, **shared, "grads": names})
         self.settings = {name: x for name, x in settings.items() if name not in ("masks", "buffer")}
         self.settings["progress"] = settings["progress"] and self.replicas.rank == 0
         model = self.model
@@ -96,7 +100,9 @@ class Engine:
             chosen = prunable_parameters(model, [name for part in members.values() for name in part])
         if self.replicas.lockstep:
             check_all_sharded(chosen)
-        self.names, self.device = list(chosen), _check_parameters(chosen)
+        self.names = list(chosen)
+        self.replicas.together(lambda: _check_parameters(chosen))  # the weights of one rank may be NaN
+        self.device = next(iter(chosen.values())).device
         written = [*(given or ()), *(sparsity if isinstance(sparsity, Mapping) else ())]
         self._named = {name for entry in written if not entry.startswith("re:") for name in table.find(entry)}
         self._chosen, self._members = chosen, members
@@ -112,7 +118,8 @@ class Engine:
         self.reached: Sparsities = self.selection.reached(flatten_masks(self.masks, chosen))
         self.result: PruneResult | None = None
         if not self.replicas.lockstep:
-            self.replicas.check_same("model: expected the same weights on all ranks, got others", chosen)
+            every = {name: p for name, p in named_parameters(model).items() if p.is_floating_point()}
+            self.replicas.check_same("model: expected the same weights on all ranks, got others", every)
         self._fisher: tuple[Any, int | None, Fisher | ShardedFisher] | None = (
             None  # gradients, their version, their Fisher
         )
