@@ -156,3 +156,42 @@ def partly_sharded(ignored):
 def test_parameters_that_are_not_sharded(ignored):
     first, second = run_ranks(partly_sharded, 2, ignored)
     assert all(torch.equal(mask, second[name]) for name, mask in first.items())
+
+
+def failing(kind):
+    model, batches, calls = shard(make_model()), make_batches(), iter(range(1000))
+    before = {name: whole(value).clone() for name, value in model.state_dict().items()}
+
+    def loss_fn(outputs, targets):
+        if kind.startswith("loss") and dist.get_rank() == 1 and next(calls) == int(kind.split()[1]):
+            raise ZeroDivisionError("of the user")
+        return F.cross_entropy(outputs, targets)
+
+    if kind == "loader":
+        batches = iter(batches[: 3 if dist.get_rank() else 40])
+    try:
+        if kind == "statistics":
+            mfac.reestimate_batchnorm(model, iter(make_batches(2 + 6 * (dist.get_rank() == 0))), 6)
+        else:
+            mfac.prune(model, batches, loss_fn, 0.5, num_grads=6, recomputations=1, block_size=64, progress=False)
+    except BaseException as error:
+        masks = getattr(error, "result", None) and error.result.masks
+        if not masks:
+            assert all(torch.equal(whole(value), before[name]) for name, value in model.state_dict().items())
+        mfac.collect_gradients(model, make_batches(), F.cross_entropy, 2, progress=False)  # no rank waits
+        raise
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "text"),
+    [
+        ("loader", "ValueError", "batches: expected more batches, got an end after 3"),
+        ("statistics", "ValueError", "batches: expected more batches, got an end after 2"),
+        ("loss 2", "ZeroDivisionError", "of the user"),  # a gradient is collected
+        ("loss 7", "ZeroDivisionError", "of the user"),  # a correction is judged
+    ],
+)
+def test_an_error_of_one_rank_is_one_of_all(kind, name, text):
+    found = run_ranks(failing, 2, kind, fails=(0, 1))
+    assert [kind for kind, _ in found] == [name] * 2
+    assert all(text in message for _, message in found), found

@@ -94,6 +94,19 @@ class Replicas:
         self.together(lambda: results.append(work()))
         return results[0]
 
+    def phase(self, work: Callable[[], Any]) -> Any:
+        """Do a part of what :meth:`together` does, of ranks that run the model together.
+
+        They may begin its next part, which waits for the others, only when all have ended this one.
+
+        Args:
+            work: See :meth:`together`.
+
+        Returns:
+            Its result.
+        """
+        return self.call(work) if self.lockstep else work()
+
     def _raise(self, own: BaseException | None) -> None:
         """Raise this rank's error, or that of the first other rank which has one."""
         raised: list[Any] = [None] * self.size

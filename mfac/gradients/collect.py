@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mfac.checks import check_instance, check_int, warn
 from mfac.distributed.models import find_replicas
-from mfac.distributed.replicas import Replicas
+from mfac.distributed.replicas import ALONE, Replicas
 from mfac.distributed.shards import check_all_sharded
 from mfac.gradients.arguments import check_grads_device, check_real
 from mfac.gradients.backward import Differentiator
@@ -210,11 +210,13 @@ def append_batches(
     rows: list[tuple[float, float]] = []
     skipped, first, compared = buffer.skipped, not buffer.reached, False
     differentiate = Differentiator(model, params)
+    replicas = buffer.replicas if isinstance(buffer, ShardedBuffer) else ALONE
 
     def gradient() -> tuple[Sequence[Tensor | None], float, float]:
         nonlocal first
-        batch = move_batch(next(batches), device)
-        loss, grads = differentiate(partial(_checked_loss, model, batch, loss_fn, forward))
+        batch = replicas.phase(lambda: move_batch(next(batches), device))
+        losses = partial(_checked_loss, model, batch, loss_fn, forward)
+        loss, grads = differentiate(lambda: replicas.phase(losses))
         if first:
             _check_reached([name for name, grad in zip(buffer.names, grads, strict=True) if grad is None], buffer)
             first = False
@@ -277,6 +279,7 @@ def batch_losses(
     mode: str = "eval",
     forward: Forward | None = None,
     seed: int | None = None,
+    replicas: Replicas = ALONE,
 ) -> list[float]:
     """Measure losses; the model and the random state are as before afterwards.
 
@@ -288,12 +291,16 @@ def batch_losses(
         mode: ``"eval"`` or ``"train"``.
         forward: Function of (model, batch), or None.
         seed: Of what the model draws at random; None: it goes on from torch's random state.
+        replicas: Ranks that may run the model together.
 
     Returns:
         The loss of each batch.
     """
     device = model_device(model)
+
+    def loss() -> float:
+        batch = replicas.phase(lambda: move_batch(next(batches), device))
+        return replicas.phase(lambda: float(batch_loss(model, batch, loss_fn, forward)))
+
     with evaluation(model, (), mode, seed), torch.no_grad():
-        return [
-            float(batch_loss(model, move_batch(next(batches), device), loss_fn, forward)) for _ in range(num_batches)
-        ]
+        return [loss() for _ in range(num_batches)]

@@ -79,7 +79,7 @@ def _reestimate(
 
     def run() -> None:
         for _ in range(num_batches):
-            run_model(model, move_batch(next(stream), device), forward)
+            run_model(model, replicas.phase(lambda: move_batch(next(stream), device)), forward)
 
     with evaluation(model, keep=layers), torch.no_grad():
         try:
