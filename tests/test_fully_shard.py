@@ -195,3 +195,21 @@ def test_an_error_of_one_rank_is_one_of_all(kind, name, text):
     found = run_ranks(failing, 2, kind, fails=(0, 1))
     assert [kind for kind, _ in found] == [name] * 2
     assert all(text in message for _, message in found), found
+
+
+def by_fed_buffer(model, batches):
+    buffer = mfac.GradientBuffer(4, mfac.prunable_parameters(model))
+    model.eval()
+    for inputs, targets in batches[:4]:
+        model.zero_grad()
+        F.cross_entropy(model(inputs), targets).backward()
+        buffer.append(model)
+    return mfac.prune_step(model, buffer, 0.7, block_size=64)
+
+
+@pytest.mark.parametrize(("how", "size"), [(by_fed_buffer, 2), (by_prune_step, 1), (by_prune, 1)])
+def test_gradients_that_are_sharded_in_a_buffer_of_one_process(how, size):
+    alone, found = outcome(how), run_ranks(outcome, size, how)
+    for other in found:
+        assert all(torch.equal(other[name], value) for name, value in alone.items() if name.startswith("mask"))
+        assert torch.equal(other["0.weight"], found[0]["0.weight"])
