@@ -213,3 +213,18 @@ def test_gradients_that_are_sharded_in_a_buffer_of_one_process(how, size):
     for other in found:
         assert all(torch.equal(other[name], value) for name, value in alone.items() if name.startswith("mask"))
         assert torch.equal(other["0.weight"], found[0]["0.weight"])
+
+
+def buffers_of_others():
+    sharded, group = shard(make_model()), {"process_group": dist.group.WORLD}
+    buffer = mfac.collect_gradients(make_model(), make_batches(), F.cross_entropy, 4, progress=False, **group)
+    with pytest.raises(ValueError, match="buffer: expected one that collect_gradients made for the same processes"):
+        mfac.collect_gradients(sharded, make_batches(), F.cross_entropy, 4, buffer=buffer, progress=False)
+    with pytest.raises(ValueError, match="grads: expected gradients of the same processes and kind of model"):
+        mfac.prune_step(sharded, buffer, 0.5)
+    again = dist.new_group([0, 1])
+    mfac.prune_step(make_model(), buffer, 0.5, process_group=again)
+
+
+def test_buffers_of_others():
+    run_ranks(buffers_of_others, 2)

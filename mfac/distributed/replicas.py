@@ -51,6 +51,13 @@ class Replicas:
         """Return rank and size."""
         return f"Replicas(rank {self.rank} of {self.size})"
 
+    def matches(self, other: Replicas) -> bool:
+        """Return whether others are the same processes, which run the model in the same way."""
+        return self._processes() == other._processes() and self.lockstep == other.lockstep
+
+    def _processes(self) -> list[int] | None:
+        return None if self.size == 1 else dist.get_process_group_ranks(self.group)
+
     def together(self, work: Callable[[], Any], count: int = 0) -> list[tuple[float, ...]]:
         """Do some work on every rank, and give each rank's numbers to all.
 

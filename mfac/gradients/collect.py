@@ -156,10 +156,15 @@ def make_buffer(
 
 def _check_ranks(buffer: GradientBuffer, replicas: Replicas) -> None:
     """Check that a buffer is spread over the processes that fill it."""
-    ranks = buffer.replicas.size if isinstance(buffer, ShardedBuffer) else 1
-    if ranks != replicas.size:
+    found = buffer.replicas if isinstance(buffer, ShardedBuffer) else ALONE
+    if found.size != replicas.size:
         raise ValueError(
-            f"buffer: expected one that collect_gradients made for {replicas.size} processes, got one of {ranks}"
+            f"buffer: expected one that collect_gradients made for {replicas.size} processes, got one of {found.size}"
+        )
+    if not found.matches(replicas):
+        raise ValueError(
+            "buffer: expected one that collect_gradients made for the same processes and kind of model (sharded or "
+            "replicated), got one of others; a new one is needed"
         )
 
 

@@ -235,6 +235,11 @@ class Engine:
                     f"grads: expected gradients of the {self.replicas.size} processes that prune, got those of "
                     f"{checked.replicas.size}; pass process_group=, or the DistributedDataParallel model"
                 )
+            if isinstance(checked, ShardedBuffer) and not checked.replicas.matches(self.replicas):
+                raise ValueError(
+                    "grads: expected gradients of the same processes and kind of model (sharded or replicated), got "
+                    "those of others"
+                )
             options = {"backend": settings["backend"], "precision": settings["precision"], "device": self.device}
             self._fisher = grads, version, fisher_of(checked, **options)
         return self._fisher[2]
