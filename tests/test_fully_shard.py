@@ -16,7 +16,7 @@ from test_distributed import (
 )
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 import mfac
@@ -228,3 +228,37 @@ def buffers_of_others():
 
 def test_buffers_of_others():
     run_ranks(buffers_of_others, 2)
+
+
+def accumulated(collects, sync, mixed):
+    """Gradients of two batches, the first without communication; mfac collects in between."""
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
+    model = nn.Sequential(*(layer for layer in make_model() if not isinstance(layer, nn.BatchNorm1d)))
+    for layer in (model[0], model):
+        fully_shard(layer, mp_policy=policy)
+
+    def loss_fn(outputs, targets):
+        return F.cross_entropy(outputs.float(), targets)
+
+    (first, second), rows = make_batches(2), []
+
+    def collect():
+        rows.append(mfac.collect_gradients(model, make_batches(), loss_fn, 1, progress=False).mean())
+
+    collect()
+    model.set_requires_gradient_sync(False)
+    loss_fn(model(first[0]), first[1]).backward()
+    model.set_requires_gradient_sync(sync)
+    if collects:
+        collect()
+        assert torch.equal(*rows)
+    model.set_requires_gradient_sync(True)
+    loss_fn(model(second[0]), second[1]).backward()
+    return [whole(p.grad) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("sync", [True, False])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_gradients_that_training_accumulates(sync, mixed):
+    (expected, _), (found, _) = (run_ranks(accumulated, 2, collects, sync, mixed) for collects in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
