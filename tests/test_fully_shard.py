@@ -21,6 +21,7 @@ from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 import mfac
 from mfac.distributed.shards import part_of, whole
+from mfac.recipe.manager import Manager
 
 
 def shard(model):
@@ -262,3 +263,30 @@ def accumulated(collects, sync, mixed):
 def test_gradients_that_training_accumulates(sync, mixed):
     (expected, _), (found, _) = (run_ranks(accumulated, 2, collects, sync, mixed) for collects in (False, True))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def constant_masks():
+    """Training with masks of the zeros that there are, by a recipe and by hand; after evaluation weights are whole."""
+    recipe = "modifiers: [!ConstantPruningModifier {params: __ALL_PRUNABLE__}, !EpochRangeModifier {end_epoch: 9}]"
+    model, (inputs, targets) = make_model(), make_batches(1)[0]
+    with torch.no_grad():
+        model[0].weight[::2] = 0
+        model[5].weight[:, ::2] = 0
+    masks = {name: model.get_parameter(name) != 0 for name in ("0.weight", "3.weight", "5.weight")}
+    shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    session = Manager.from_recipe(recipe).apply(model, optimizer)
+    for step in range(3):
+        F.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+        with torch.no_grad():
+            model(inputs)
+        session.step((step + 1) / 3) if step < 2 else mfac.apply_masks(model, masks)
+    for layer in (model[0], model):
+        layer.reshard()
+    zeros = {name: whole(model.get_parameter(name)) == 0 for name in masks}
+    assert all(torch.equal(zeros[name], ~mask) for name, mask in masks.items())
+
+
+def test_constant_masks():
+    run_ranks(constant_masks, 2)
