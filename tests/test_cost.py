@@ -20,8 +20,8 @@ def sent(size, block_size, substeps, dtype):
     replicas = []
     original = Replicas.__init__
 
-    def init(self, group):
-        original(self, group)
+    def init(self, *arguments, **options):
+        original(self, *arguments, **options)
         replicas.append(self)
 
     Replicas.__init__ = init

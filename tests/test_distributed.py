@@ -263,3 +263,47 @@ def test_wrapped_models(group):
     flat = FullyShardedDataParallel(nn.Linear(4, 3), device_id=torch.device("cpu"))
     with pytest.raises(ValueError, match="model: expected fully_shard or DistributedDataParallel, got FullySharded"):
         find_replicas(nn.Sequential(flat))
+
+
+def differing(name, value):
+    """One rank is given something else."""
+    model, batches = DistributedDataParallel(make_model()), share(make_batches(), 2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    options = {**OPTIONS, "recomputations": 2, "final_corrections": 1, "sparsity": 0.7, "batches": batches}
+    if dist.get_rank() == 1:
+        if name == "a weight":
+            with torch.no_grad():
+                model.module[0].weight[0, 0] = torch.nan
+        elif name == "a bias":
+            with torch.no_grad():
+                model.module[0].bias[0] += 1
+        else:
+            options[name] = value
+    try:
+        mfac.prune(model, loss_fn=F.cross_entropy, **options)
+    except (TypeError, ValueError):
+        others = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
+        assert len(others) == (dist.get_rank() if name.startswith("a ") else 0)
+        whole = {"process_group": dist.group.WORLD, "progress": False}
+        mfac.collect_gradients(make_model(), batches, F.cross_entropy, 2, **whole)  # no rank waits
+        raise
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("num_grads", 8, "num_grads: expected the same on all ranks, got others"),
+        ("damping", 1e-2, "damping: expected the same on all ranks, got others"),
+        ("block_size", 32, "block_size: expected the same on all ranks, got others"),
+        ("sparsity", 0.8, "sparsity: expected the same on all ranks, got others"),
+        ("params", ["0.weight"], "params: expected the same on all ranks, got others"),
+        ("masks", {"0.weight": torch.ones(64, 20) > 0}, "masks: expected the same on all ranks, got others"),
+        ("recomputations", 3, "recomputations: expected the same on all ranks, got others"),
+        ("batches", 3, "batches: expected an iterable of batches, got int"),
+        ("a weight", None, "model: expected finite weights, got NaN or infinity in '0.weight'"),
+        ("a bias", None, "model: expected the same weights on all ranks, got others, of which '0.bias'"),
+    ],
+)
+def test_what_differs_between_ranks(name, value, text):
+    found = run_ranks(differing, 2, name, value, fails=(0, 1))
+    assert all(text in message for _, message in found), found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+from mfac.distributed.shards import whole
 
 _CHUNK = 1 << 20  # numbers of a tensor whose bits are summed at a time
 
@@ -48,6 +51,13 @@ class Replicas:
         """Return rank and size."""
         return f"Replicas(rank {self.rank} of {self.size})"
 
+    def matches(self, other: Replicas) -> bool:
+        """Return whether others are the same processes, which run the model in the same way."""
+        return self._processes() == other._processes() and self.lockstep == other.lockstep
+
+    def _processes(self) -> list[int] | None:
+        return None if self.size == 1 else dist.get_process_group_ranks(self.group)
+
     def together(self, work: Callable[[], Any], count: int = 0) -> list[tuple[float, ...]]:
         """Do some work on every rank, and give each rank's numbers to all.
 
@@ -83,6 +93,32 @@ class Replicas:
         if error is not None:  # also if the others cannot be reached any more, as after Ctrl-C, which ends them all
             raise error
         return [row[1:] for row in rows]
+
+    def call(self, work: Callable[[], Any]) -> Any:
+        """Return what some work of this rank gives, on all ranks or on none.
+
+        Args:
+            work: See :meth:`together`.
+
+        Returns:
+            Its result.
+        """
+        results: list[Any] = []
+        self.together(lambda: results.append(work()))
+        return results[0]
+
+    def phase(self, work: Callable[[], Any]) -> Any:
+        """Do a part of what :meth:`together` does, of ranks that run the model together.
+
+        They may begin its next part, which waits for the others, only when all have ended this one.
+
+        Args:
+            work: See :meth:`together`.
+
+        Returns:
+            Its result.
+        """
+        return self.call(work) if self.lockstep else work()
 
     def _raise(self, own: BaseException | None) -> None:
         """Tell this rank's error, if it has one; else raise that of the first other rank which has one."""
@@ -137,13 +173,35 @@ class Replicas:
         """
         if self.size == 1:
             return
-        own = torch.stack([_fingerprint(tensor) for tensor in tensors.values()])
-        differing = (self._gather(own) != own.cpu()).flatten(2).any(2).any(0) if tensors else torch.zeros(0)
+        own = torch.stack([_fingerprint(tensor).cpu() for tensor in tensors.values()])
+        differing = (self._gather(own) != own).flatten(2).any(2).any(0) if tensors else torch.zeros(0)
         names = [name for name, differs in zip(tensors, differing.tolist(), strict=True) if differs]
         # A rank sees only whether the others differ from itself: all must come to the same end.
         if any(found for (found,) in self.together(lambda: (float(bool(names)),), 1)):
             where = f", of which {names[0]!r} differs between ranks" if names else ", which differ between ranks"
             raise ValueError(f"{what}{where}")
+
+    def check_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """Check that all ranks have been given the same, before they do anything together.
+
+        Args:
+            arguments: By name; on each rank the same names. Of functions, batches and the like only whether there are
+                any counts.
+
+        Raises:
+            ValueError: If they differ.
+        """
+        if self.size == 1:
+            return
+        own = {name: _digest(value) for name, value in arguments.items()}
+        digests = self._gather(torch.tensor([_digest(own)])).flatten().tolist()
+        if len(set(digests)) == 1:
+            return
+        found: list[Any] = [None] * self.size
+        with self._reachable():
+            dist.all_gather_object(found, own, self.group)
+        name = next((name for name in own if any(other.get(name) != found[0].get(name) for other in found)), "call")
+        raise ValueError(f"{name}: expected the same on all ranks, got others (process_group)")
 
     def gather_columns(self, own: Tensor, edges: Sequence[int]) -> Tensor:
         """Put the parts of a vector together.
@@ -265,6 +323,22 @@ def shard_edges(d: int, unit: int, size: int) -> list[int]:
     """
     units = -(-d // unit)
     return [min(d, unit * (units * rank // size)) for rank in range(size)] + [d]
+
+
+def _digest(value: Any) -> int:
+    """63 bits that follow from what an argument says: the same in every process."""
+    return int.from_bytes(hashlib.sha256(_described(value).encode()).digest()[:8], "big") >> 1
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)} {_fingerprint(whole(value)).tolist()}"
+    if isinstance(value, Mapping):
+        return repr(sorted((repr(key), _described(item)) for key, item in value.items()))
+    if isinstance(value, (list, tuple)):
+        return repr([_described(item) for item in value])
+    plain = value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
+    return repr(value) if plain else "given"
 
 
 def _fingerprint(tensor: Tensor) -> Tensor:

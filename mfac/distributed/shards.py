@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mfac.interrupts import write_whole
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -48,6 +53,50 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+@contextmanager
+def no_accumulation(model: nn.Module) -> Iterator[None]:
+    """Within it a backward pass of a model under ``fully_shard`` reduces its own gradients, and nothing else.
+
+    Gradients that a training loop accumulates without communication (``set_requires_gradient_sync(False)``) lie in
+    ``fully_shard``'s own objects rather than in ``.grad``. They are put aside, and back on exit, as are its flags.
+
+    Args:
+        model: Any module.
+
+    Yields:
+        Nothing.
+    """
+    states = [module._get_fsdp_state() for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+    groups = [group for state in states for group in _param_groups(state)]
+    holders: list[tuple[Any, dict[str, Any]]] = [(group, _FLAGS) for group in groups]
+    holders += [(state._state_ctx, {"is_last_backward": True}) for state in states]
+    for param in (param for group in groups for param in group.fsdp_params):
+        holders.append((param, {"unsharded_accumulated_grad": None}))
+        if hasattr(param, "_unsharded_param"):
+            holders.append((param._unsharded_param, {"grad": None}))
+    saved = [(holder, {name: getattr(holder, name) for name in values}) for holder, values in holders]
+
+    def write(states: list[tuple[Any, dict[str, Any]]]) -> None:
+        for holder, values in states:
+            for name, value in values.items():
+                setattr(holder, name, value)
+
+    try:
+        write(holders)
+        yield
+    finally:
+        write_whole(partial(write, saved))
+
+
+_FLAGS = {"reduce_grads": True, "all_reduce_grads": True}
+
+
+def _param_groups(state: Any) -> list[Any]:
+    """Those of a module, of which newer versions of torch may have several."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return [group for group in ([state._fsdp_param_group] if groups is None else groups) if group is not None]
+
+
 def check_shards(params: Mapping[str, Tensor]) -> torch.distributed.ProcessGroup | None:
     """Check how parameters are spread over processes.
 
@@ -75,3 +124,21 @@ def check_shards(params: Mapping[str, Tensor]) -> torch.distributed.ProcessGroup
             raise ValueError(f"model: expected all parameters on one mesh, got {mesh} and {p.device_mesh} ({name!r})")
         mesh = p.device_mesh
     return None if mesh is None else mesh.get_group()
+
+
+def check_all_sharded(params: Mapping[str, Tensor]) -> None:
+    """Check that no parameter is left out of a model that is sharded: ``fully_shard`` averages the others' gradients.
+
+    Args:
+        params: Name -> parameter, those that are pruned.
+
+    Raises:
+        ValueError: If one is a tensor of this process.
+    """
+    names = [name for name, p in params.items() if not is_sharded(p)]
+    if names:
+        raise ValueError(
+            f"params: expected parameters that fully_shard has sharded, as others of the model are, got {names[0]!r}, "
+            "whose gradient is that of each rank's own batch; call fully_shard for the whole model too, or leave it "
+            "out with exclude="
+        )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfac.distributed.shards import is_sharded
+from mfac.distributed.shards import is_sharded, no_accumulation
 from mfac.interrupts import write_whole
 
 Gradients = tuple[Tensor, Sequence[Tensor | None]]
@@ -39,7 +39,8 @@ class Differentiator:
         self._params, self._every = params, list(model.parameters())
         self._devices = sorted({p.device.index for p in self._every if p.device.type == "cuda"})
         self._first = True
-        self._by_backward = any(is_sharded(p) for p in params)  # whose parts are gathered and reduced by hooks
+        self._model, self._sharded = model, any(is_sharded(p) for p in params)
+        self._by_backward = self._sharded  # whose parts are gathered and reduced by hooks
 
     def __call__(self, loss_of_batch: Callable[[], Tensor]) -> Gradients:
         """Compute the loss of a batch and its gradients.
@@ -80,6 +81,12 @@ class Differentiator:
         return repeated if self._by_backward else (loss, grads)
 
     def _backward(self, loss_of_batch: Callable[[], Tensor]) -> Gradients:
+        if self._sharded:
+            with no_accumulation(self._model):
+                return self._backward_here(loss_of_batch)
+        return self._backward_here(loss_of_batch)
+
+    def _backward_here(self, loss_of_batch: Callable[[], Tensor]) -> Gradients:
         loss = loss_of_batch()
         with _kept_grads([*self._every, *_leaves(loss)]):
             loss.backward()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mfac.checks import check_instance, check_int
+from mfac.distributed.shards import whole
 from mfac.gradients.arguments import check_dtype, check_grads_device, check_real, check_scale, check_state
 from mfac.gradients.memory import allocate_rows
 from mfac.interrupts import write_whole
@@ -309,6 +310,7 @@ class GradientBuffer:
                 check_real(f"grads[{name!r}]", grad)
             if grad.shape != shape:
                 raise ValueError(f"grads: expected shape {list(shape)} for {name!r}, got {list(grad.shape)}")
+        grads = [None if grad is None else whole(grad) for grad in grads]
         self.reached.update(name for name, grad in zip(self.names, grads, strict=True) if grad is not None)
         parts = [None if grad is None else _converted(grad, scale, self.dtype) for grad in grads]
         return parts if _finite([part for part in parts if part is not None]) else None

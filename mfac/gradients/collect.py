@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mfac.checks import check_instance, check_int, warn
 from mfac.distributed.models import find_replicas
-from mfac.distributed.replicas import Replicas
+from mfac.distributed.replicas import ALONE, Replicas
+from mfac.distributed.shards import check_all_sharded
 from mfac.gradients.arguments import check_grads_device, check_real
 from mfac.gradients.backward import Differentiator
 from mfac.gradients.batches import (
@@ -95,11 +96,19 @@ def collect_gradients(
     """
     model, replicas = find_replicas(model, settings["process_group"])
     mode, forward = settings["mode"], settings["forward"]
-    check_functions(loss_fn, forward)
-    num_grads = check_int("num_grads", num_grads)
-    stream = BatchStream(batches, current_seed(), -(-num_grads // replicas.size), replicas.rank)
+    given = {name: settings[name] for name in ("params", "exclude", "dtype", "mode", "forward")}
+    replicas.check_arguments({"num_grads": num_grads, "buffer": buffer is None, **given})
+
+    def start() -> BatchStream:
+        check_functions(loss_fn, forward)
+        share = -(-check_int("num_grads", num_grads) // replicas.size)
+        return BatchStream(batches, current_seed(), share, replicas.rank)
+
+    stream = replicas.call(start)
     if buffer is None:
         chosen = prunable_parameters(model, settings["params"], settings["exclude"])
+        if replicas.lockstep:
+            check_all_sharded(chosen)
         check_grads_device("grads_device", settings["grads_device"], next(iter(chosen.values())).device)
         buffer = make_buffer(num_grads, chosen, settings["dtype"], settings["grads_device"], replicas)
     else:
@@ -108,6 +117,8 @@ def collect_gradients(
         if num_grads > buffer.num_grads:
             raise ValueError(f"num_grads: expected at most the {buffer.num_grads} rows of the buffer, got {num_grads}")
         chosen = prunable_parameters(model, buffer.names)
+        if replicas.lockstep:
+            check_all_sharded(chosen)
         for name, p in chosen.items():
             check_real(f"model[{name!r}]", p)
         _check_no_conflict(buffer, settings, next(iter(chosen.values())).device)
@@ -145,10 +156,15 @@ def make_buffer(
 
 def _check_ranks(buffer: GradientBuffer, replicas: Replicas) -> None:
     """Check that a buffer is spread over the processes that fill it."""
-    ranks = buffer.replicas.size if isinstance(buffer, ShardedBuffer) else 1
-    if ranks != replicas.size:
+    found = buffer.replicas if isinstance(buffer, ShardedBuffer) else ALONE
+    if found.size != replicas.size:
         raise ValueError(
-            f"buffer: expected one that collect_gradients made for {replicas.size} processes, got one of {ranks}"
+            f"buffer: expected one that collect_gradients made for {replicas.size} processes, got one of {found.size}"
+        )
+    if not found.matches(replicas):
+        raise ValueError(
+            "buffer: expected one that collect_gradients made for the same processes and kind of model (sharded or "
+            "replicated), got one of others; a new one is needed"
         )
 
 
@@ -199,11 +215,13 @@ def append_batches(
     rows: list[tuple[float, float]] = []
     skipped, first, compared = buffer.skipped, not buffer.reached, False
     differentiate = Differentiator(model, params)
+    replicas = buffer.replicas if isinstance(buffer, ShardedBuffer) else ALONE
 
     def gradient() -> tuple[Sequence[Tensor | None], float, float]:
         nonlocal first
-        batch = move_batch(next(batches), device)
-        loss, grads = differentiate(partial(_checked_loss, model, batch, loss_fn, forward))
+        batch = replicas.phase(lambda: move_batch(next(batches), device))
+        losses = partial(_checked_loss, model, batch, loss_fn, forward)
+        loss, grads = differentiate(lambda: replicas.phase(losses))
         if first:
             _check_reached([name for name, grad in zip(buffer.names, grads, strict=True) if grad is None], buffer)
             first = False
@@ -269,6 +287,7 @@ def batch_losses(
     mode: str = "eval",
     forward: Forward | None = None,
     seed: int | None = None,
+    replicas: Replicas = ALONE,
 ) -> list[float]:
     """Measure losses; the model and the random state are as before afterwards.
 
@@ -280,12 +299,16 @@ def batch_losses(
         mode: ``"eval"`` or ``"train"``.
         forward: Function of (model, batch), or None.
         seed: Of what the model draws at random; None: it goes on from torch's random state.
+        replicas: Ranks that may run the model together.
 
     Returns:
         The loss of each batch.
     """
     device = model_device(model)
+
+    def loss() -> float:
+        batch = replicas.phase(lambda: move_batch(next(batches), device))
+        return replicas.phase(lambda: float(batch_loss(model, batch, loss_fn, forward)))
+
     with evaluation(model, (), mode, seed), torch.no_grad():
-        return [
-            float(batch_loss(model, move_batch(next(batches), device), loss_fn, forward)) for _ in range(num_batches)
-        ]
+        return [loss() for _ in range(num_batches)]

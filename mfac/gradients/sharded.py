@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mfac.distributed.replicas import Replicas, shard_edges
-from mfac.distributed.shards import whole
 from mfac.gradients.buffer import GradientBuffer, row_norm
 from mfac.interrupts import write_whole
 
@@ -100,8 +99,6 @@ class ShardedBuffer(GradientBuffer):
                 skip()
                 return _IDLE, 0.0, 0.0, 0.0
             grads, *numbers = compute()
-            if together:  # of the mean loss of all ranks' batches
-                grads = [None if grad is None else whole(grad) for grad in grads]
             parts = self._checked(grads)
             if parts is None:
                 return _SKIPPED, 0.0, *numbers

@@ -146,6 +146,7 @@ class GradientSource:
             The mean.
         """
         settings = {"seed": self._seed(SeedKind.MEASURE), "mode": self._mode, "forward": self._forward}
+        settings["replicas"] = self._replicas
         own, skipped = self._share(num_batches)
 
         def measured() -> tuple[float]:
@@ -183,6 +184,7 @@ class GradientSource:
         finally:
             self.batches.close()
         settings = {"seed": self._seed(SeedKind.MEASURE), "mode": self._mode, "forward": self._forward}
+        settings["replicas"] = self._replicas
         judges: list[int] | None = None  # those of finite loss at first, as gradients that are not finite are left out
 
         def losses_here() -> tuple[float, float]:

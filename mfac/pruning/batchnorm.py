@@ -55,10 +55,15 @@ def reestimate_batchnorm(
         >>> [round(float(x), 1) for x in model(torch.randn(10_000, 4) + 3).detach().var(0)]
         [1.0, 1.0]
     """
-    check_functions(None, forward)
-    num_batches = check_int("num_batches", num_batches)
     model, replicas = find_replicas(model, process_group)
-    stream = BatchStream(batches, current_seed(), rank=replicas.rank)
+    replicas.check_arguments({"num_batches": num_batches})
+
+    def start() -> BatchStream:
+        check_functions(None, forward)
+        check_int("num_batches", num_batches)
+        return BatchStream(batches, current_seed(), rank=replicas.rank)
+
+    stream = replicas.call(start)
     _reestimate(model, stream, num_batches, forward, replicas)
 
 
@@ -74,7 +79,7 @@ def _reestimate(
 
     def run() -> None:
         for _ in range(num_batches):
-            run_model(model, move_batch(next(stream), device), forward)
+            run_model(model, replicas.phase(lambda: move_batch(next(stream), device)), forward)
 
     with evaluation(model, keep=layers), torch.no_grad():
         try:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mfac.checks import warn
 from mfac.distributed.models import find_replicas
-from mfac.distributed.shards import local, part_of, reshard, whole
+from mfac.distributed.shards import check_all_sharded, local, part_of, reshard, whole
 from mfac.fisher import Fisher
 from mfac.gradients.buffer import GradientBuffer, check_grads_device
 from mfac.gradients.sharded import ShardedBuffer
@@ -46,6 +46,8 @@ def split_evenly(count: int, parts: int) -> list[int]:
 
 LossFn = Callable[[Any, Any], Tensor]
 
+# What may differ between ranks: where and how they compute, and what is shown.
+_OWN = ("process_group", "progress", "backend", "grads_device")
 _WARN_SPARSITY = 0.01  # of a model without masks
 
 
@@ -86,6 +88,8 @@ class Engine:
         """Check the arguments; the model is not touched."""
         given, masks = settings["params"], settings["masks"]
         self.model, self.replicas = find_replicas(model, settings["process_group"])
+        shared = {name: x for name, x in settings.items() if name not in _OWN}
+        self.replicas.check_arguments({"sparsity": sparsity, **shared, "grads": names})
         self.settings = {name: x for name, x in settings.items() if name not in ("masks", "buffer")}
         self.settings["progress"] = settings["progress"] and self.replicas.rank == 0
         model = self.model
@@ -94,7 +98,11 @@ class Engine:
         self.sparsities, members = parse_sparsity(sparsity, list(chosen), table, settings["scope"])
         if only_keys and given is None and names is None and isinstance(sparsity, Mapping):
             chosen = prunable_parameters(model, [name for part in members.values() for name in part])
-        self.names, self.device = list(chosen), _check_parameters(chosen)
+        if self.replicas.lockstep:
+            check_all_sharded(chosen)
+        self.names = list(chosen)
+        self.replicas.together(lambda: _check_parameters(chosen))  # the weights of one rank may be NaN
+        self.device = next(iter(chosen.values())).device
         written = [*(given or ()), *(sparsity if isinstance(sparsity, Mapping) else ())]
         self._named = {name for entry in written if not entry.startswith("re:") for name in table.find(entry)}
         self._chosen, self._members = chosen, members
@@ -110,7 +118,8 @@ class Engine:
         self.reached: Sparsities = self.selection.reached(flatten_masks(self.masks, chosen))
         self.result: PruneResult | None = None
         if not self.replicas.lockstep:
-            self.replicas.check_same("model: expected the same weights on all ranks, got others", chosen)
+            every = {name: p for name, p in named_parameters(model).items() if p.is_floating_point()}
+            self.replicas.check_same("model: expected the same weights on all ranks, got others", every)
         self._fisher: tuple[Any, int | None, Fisher | ShardedFisher] | None = (
             None  # gradients, their version, their Fisher
         )
@@ -225,6 +234,11 @@ class Engine:
                 raise ValueError(
                     f"grads: expected gradients of the {self.replicas.size} processes that prune, got those of "
                     f"{checked.replicas.size}; pass process_group=, or the DistributedDataParallel model"
+                )
+            if isinstance(checked, ShardedBuffer) and not checked.replicas.matches(self.replicas):
+                raise ValueError(
+                    "grads: expected gradients of the same processes and kind of model (sharded or replicated), got "
+                    "those of others"
                 )
             options = {"backend": settings["backend"], "precision": settings["precision"], "device": self.device}
             self._fisher = grads, version, fisher_of(checked, **options)

@@ -164,9 +164,10 @@ def frontier(
         raise ValueError(
             "example_inputs: expected None for a sharded model, of which no process has a whole one to time"
         )
+    patterns, sparsities = [patterns] if isinstance(patterns, str) else list(patterns), list(sparsities)
     wanted = sorted({check_sparsity("sparsities", sparsity) for sparsity in sparsities})
     plan: list[tuple[str | Sequence[int], list[float]]] = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in patterns:
         parsed = parse_pattern(pattern)
         within = [sparsity for sparsity in wanted if parsed.allows(sparsity)]
         if not within:
@@ -177,6 +178,7 @@ def frontier(
     (pattern, within), points = plan[0], []
     names = grads.names if isinstance(grads, GradientBuffer) else None
     engine = Engine(model, within[-1], {**settings, "pattern": pattern}, names)
+    engine.replicas.check_arguments({"sparsities": sparsities, "patterns": patterns})
     engine.warn_of_zeros()
     selections = [engine.selection_for(pattern) for pattern, _ in plan]
     for selection, (_, within) in zip(selections, plan, strict=True):

@@ -153,7 +153,9 @@ class Pruner:
             raise ValueError(
                 f"params: expected those of the buffer, {shorten(buffer.names)}, got {shorten(self._engine.names)}"
             )
-        self._source = None if batches is None else self._engine.source(batches, loss_fn)
+        replicas = self._engine.replicas
+        replicas.check_arguments({"end": end, "batches": batches is None})
+        self._source = None if batches is None else replicas.call(lambda: self._engine.source(batches, loss_fn))
         self._buffer = buffer
         initial = settings["initial_sparsity"]
         self._schedules = {  # they differ in sparsity only

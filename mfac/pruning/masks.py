@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mfac.checks import check_instance
-from mfac.distributed.shards import local, part_of
+from mfac.distributed.shards import local, part_of, reshard
 from mfac.model.names import NameTable, named_parameters, shorten
 
 
@@ -32,6 +32,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         >>> model.weight[0, 1].item()
         0.0
     """
+    reshard(model)
     params = named_parameters(model)
     zero_pruned(params, check_masks("masks", masks, params, NameTable.of_model(model)))
 

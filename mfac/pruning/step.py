@@ -70,20 +70,15 @@ def prune_step(
     """
     names = grads.names if isinstance(grads, GradientBuffer) else None
     engine = Engine(model, sparsity, settings, names)
+    engine.replicas.check_arguments({"grads": type(grads).__name__, "batches": batches is None})
     engine.check_reached()
     engine.warn_of_zeros()
     judges = None
     if batches is not None:
         if grads is None:
             raise ValueError("batches: expected None without gradients, which a correction needs, got batches")
-        judges = GradientSource(
-            batches,
-            loss_fn,
-            num_grads=1,
-            mode=settings["mode"],
-            forward=settings["forward"],
-            replicas=engine.replicas,
-        )
+        options = {"num_grads": 1, "mode": settings["mode"], "forward": settings["forward"]}
+        judges = engine.replicas.call(lambda: GradientSource(batches, loss_fn, **options, replicas=engine.replicas))
     try:
         progress = engine.settings["progress"]
         result = engine.step(grads, engine.sparsities, progress)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mfac.distributed.shards import reshard, whole
 from mfac.model.names import named_parameters
 from mfac.model.targets import prunable_parameters
 from mfac.pruning.masks import check_masks, zero_pruned
@@ -27,6 +28,7 @@ class _Masked(Action):
         self.masks: dict[str, Tensor] = {}
 
     def _params(self) -> dict[str, nn.Parameter]:
+        reshard(self._model)
         every = named_parameters(self._model)
         return {name: every[name] for name in self._names}
 
@@ -83,7 +85,7 @@ class _Constant(_Masked):
 
     def step(self, last: float, epoch: float) -> None:
         if last < max(self._start, 0.0) <= epoch:
-            self.masks = {name: p.detach() != 0 for name, p in self._params().items()}
+            self.masks = {name: whole(p) != 0 for name, p in self._params().items()}
         self.enforce()
         if epoch >= self._end:
             self.masks = {}
