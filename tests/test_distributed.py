@@ -11,6 +11,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import mfac
@@ -215,6 +216,47 @@ def test_all_ranks_raise_the_same(kind, types, text):
 def test_a_killed_rank():
     ((name, text), _) = run_ranks(failing, 2, "killed", 2, fails=(0,))
     assert (name, text[:60]) == ("RuntimeError", "process_group: expected all 2 ranks to take part, but one ha")
+
+
+class Checkpointed(nn.Module):
+    """Reentrant checkpointing, or a layer that is not used."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.first, self.spare, self.last = nn.Linear(20, 30), nn.Linear(30, 30), nn.Linear(30, 5)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        if self.reentrant:
+            return self.last(checkpoint(self.first, x.requires_grad_(), use_reentrant=True))
+        return self.last(self.first(x))
+
+
+def between_forward_and_backward(reentrant):
+    """mfac in the middle of a training step, where DistributedDataParallel's hooks wait for gradients."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(Checkpointed(reentrant), find_unused_parameters=not reentrant)
+    inputs, targets = share(make_batches(2), 2)[0]
+    loss = F.cross_entropy(model(inputs), targets)
+    params = ["first.weight", "spare.weight", "last.weight"]
+    batches = share(make_batches(), 2)
+    grads = mfac.collect_gradients(model, batches, F.cross_entropy, 4, progress=False, params=params)
+    loss.backward()
+    return grads.unreached, {name: p.grad for name, p in model.module.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_hooks_of_ddp_are_left_alone():
+    found = run_ranks(between_forward_and_backward, 2, False)
+    assert all(unreached == ["spare.weight"] for unreached, _ in found)
+    torch.manual_seed(0)
+    model = Checkpointed(False)
+    sum(0.5 * F.cross_entropy(model(x), y) for x, y in make_batches(2)).backward()
+    for _, grads in found:
+        for name in ("first.weight", "last.bias"):
+            torch.testing.assert_close(grads[name], dict(model.named_parameters())[name].grad)
+    for name, text in run_ranks(between_forward_and_backward, 2, True, fails=(0, 1)):
+        assert name == "ValueError" and "use_reentrant=False on several processes" in text, text
 
 
 def warned():

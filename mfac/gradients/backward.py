@@ -27,6 +27,8 @@ class Differentiator:
         model: The ``.grad`` of its parameters is as before after each batch; hooks that run after accumulation (fused
             optimizers) do not run.
         params: Parameters to differentiate with respect to.
+        replicated: Whether other processes hold copies of the model: there DistributedDataParallel's hooks would
+            average what ``loss.backward()`` computes, so it is not used.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -35,10 +37,10 @@ class Differentiator:
         ([3.0], None)
     """
 
-    def __init__(self, model: nn.Module, params: Sequence[nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, params: Sequence[nn.Parameter], replicated: bool = False) -> None:
         self._params, self._every = params, list(model.parameters())
         self._devices = sorted({p.device.index for p in self._every if p.device.type == "cuda"})
-        self._first = True
+        self._first, self._replicated = True, replicated
         self._model, self._sharded = model, any(is_sharded(p) for p in params)
         self._by_backward = self._sharded  # whose parts are gathered and reduced by hooks
 
@@ -53,6 +55,7 @@ class Differentiator:
 
         Raises:
             RuntimeError: If torch cannot differentiate the loss.
+            ValueError: If it takes ``loss.backward()`` to do so, in a replicated model.
         """
         if self._by_backward:
             return self._backward(loss_of_batch)
@@ -67,7 +70,16 @@ class Differentiator:
                     raise
                 grads = None
             elsewhere = any(p.grad is not None for p in self._params)
-        if grads is not None and not (first and (elsewhere or _count(grads) < len(grads))):
+        missed = grads is None or _count(grads) < len(grads)
+        if self._replicated and (grads is None or elsewhere or (first and missed and _nested(loss))):
+            raise ValueError(
+                "model: expected activation checkpointing with use_reentrant=False on several processes, got reentrant "
+                "checkpointing or another backward pass within that of the loss, whose gradients "
+                "DistributedDataParallel would average"
+            )
+        if grads is not None and (self._replicated or not first):
+            return loss, grads
+        if not missed and not elsewhere:
             return loss, grads
         if states is not None:
             self._set_random_states(states)
@@ -128,12 +140,23 @@ def _count(grads: Sequence[Tensor | None]) -> int:
 
 def _leaves(loss: Tensor) -> Iterator[Tensor]:
     """The leaves of a graph, to which backward() would write: also inputs, and parameters of the loss itself."""
+    for node in _nodes(loss):
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor) and variable.is_leaf:
+            yield variable
+
+
+def _nested(loss: Tensor) -> bool:
+    """Whether a graph holds reentrant checkpointing, by torch, DeepSpeed or FairScale."""
+    return any("CheckpointFunction" in node.name() for node in _nodes(loss))
+
+
+def _nodes(loss: Tensor) -> Iterator[Any]:
+    """The nodes of a graph."""
     nodes, seen = [loss.grad_fn], set()
     while nodes:
         node = nodes.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            variable = getattr(node, "variable", None)
-            if isinstance(variable, Tensor) and variable.is_leaf:
-                yield variable
+            yield node
             nodes.extend(following for following, _ in node.next_functions)

@@ -214,7 +214,8 @@ def append_batches(
     params, device = [chosen[name] for name in buffer.names], model_device(model)
     rows: list[tuple[float, float]] = []
     skipped, first, compared = buffer.skipped, not buffer.reached, False
-    differentiate = Differentiator(model, params)
+    replicated = isinstance(buffer, ShardedBuffer) and not buffer.replicas.lockstep
+    differentiate = Differentiator(model, params, replicated)
     replicas = buffer.replicas if isinstance(buffer, ShardedBuffer) else ALONE
 
     def gradient() -> tuple[Sequence[Tensor | None], float, float]:
