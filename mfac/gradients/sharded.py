@@ -54,6 +54,8 @@ class ShardedBuffer(GradientBuffer):
         self.replicas, self.unit = replicas, unit
         self.edges: list[int] = []
         replicas.together(lambda: super(ShardedBuffer, self).__init__(num_grads, params, dtype, device))
+        # Rows come where the parameters are, on every rank, wherever they are kept.
+        self._like = torch.empty(0, dtype=self.dtype, device=next(iter(params.values())).device)
 
     def _width(self) -> int:
         self.edges = shard_edges(sum(self._sizes), self.unit, self.replicas.size)
@@ -102,9 +104,8 @@ class ShardedBuffer(GradientBuffer):
             parts = self._checked(grads)
             if parts is None:
                 return _SKIPPED, 0.0, *numbers
-            like = next((part for part in parts if part is not None), self._rows)
             sized = zip(parts, self._sizes, strict=True)
-            row = torch.cat([like.new_zeros(n) if part is None else part.reshape(-1) for part, n in sized])
+            row = torch.cat([self._like.new_zeros(n) if part is None else part.reshape(-1) for part, n in sized])
             return _STORED, float(row_norm(row)), *numbers
 
         found = self.replicas.together(gradient, 4)
@@ -116,7 +117,7 @@ class ShardedBuffer(GradientBuffer):
             own = row[None, self.edges[self.replicas.rank] : self.edges[self.replicas.rank + 1]]
             self._store_rows(own, [found[0][1]])
             return [tuple(sum(column) / len(found) for column in list(zip(*found, strict=True))[2:])]
-        rows = self.replicas.exchange_rows(row, senders, self.edges, self._rows if row is None else row)
+        rows = self.replicas.exchange_rows(row, senders, self.edges, self._like)
         self._store_rows(rows, [found[rank][1] for rank in senders])
         return [tuple(found[rank][2:]) for rank in senders]
 
