@@ -3,6 +3,8 @@ PYTHON ?= python3
 # On a machine with an NVIDIA GPU: make TORCH=torch ...; the oldest supported: make test TORCH=torch==2.8.0
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
+# Tests at a time.
+JOBS   ?= 2
 BIN     = $(VENV)/bin
 # One stamp per torch, so that another TORCH is set up anew.
 READY   = $(VENV)/.ready-$(subst =,-,$(TORCH))
@@ -30,7 +32,7 @@ demo: $(READY)  ## train, prune and compare on real handwritten digits: a table 
 # threads set their number themselves.
 test: $(READY)  ## all tests, and the examples in the docstrings
 	$(BIN)/mfac doctor
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests --ignore=tests/test_cuda_kernels.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) tests --ignore=tests/test_cuda_kernels.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --doctest-modules mfac
 
 docs: $(READY)  ## the documentation as a site, in build/site; fails on a warning
