@@ -137,7 +137,7 @@ def test_no_columns():
 
 @pytest.fixture
 def broken_build(monkeypatch):
-    def fail():
+    def fail(extension):
         raise _build.BuildError("no compiler here")
 
     ops.load.cache_clear()

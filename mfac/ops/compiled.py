@@ -3,43 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mfac import _build
+from mfac.ops.extension import Extension
 
-_FAKES: dict[str, Callable] = {}
-
-
-def _fake(kernel: Callable) -> Callable:
-    """Register the fake kernel of the op that its name, `_fake_<op>`, says, once the extension is loaded."""
-    _FAKES[kernel.__name__.removeprefix("_fake_")] = kernel
-    return kernel
-
-
-@functools.cache
-def load() -> dict[str, Any]:
-    """Build (at first use) and load the extension, and register the fake kernels.
-
-    Returns:
-        How it was compiled.
-
-    Raises:
-        BuildError: If it cannot be built or loaded; says why and what to do.
-    """
-    module = _build.load()
-    _register_fakes()
-    return module.build_config()
-
-
-@functools.cache
-def _register_fakes() -> None:
-    """Register all fake kernels; an op accepts one only once per process."""
-    for name, fake in _FAKES.items():
-        torch.library.register_fake(f"mfac::{name}", fake)
+_extension = Extension("_C", "mfac")
+_FAKES, _fake = _extension.fakes, _extension.fake
+load = functools.cache(_extension.load)
 
 
 def block_factor(grads: Tensor, damping: float, block_size: int, active: Tensor | None = None) -> Tensor:
