@@ -177,25 +177,15 @@ class ShardedFisher:
 
     def quadratic_form(self, x: Tensor) -> float:
         """See :meth:`mfac.Fisher.quadratic_form`."""
-        loss = 0.0
-
-        def work() -> None:
-            nonlocal loss
-            loss = self._own.quadratic_form(self._part(x))
-
-        self._together(work)
-        return self._total(loss)
+        return self._total(self._together(lambda: self._own.quadratic_form(self._part(x))))
 
     def _part(self, x: Tensor) -> Tensor:
         """This rank's columns of a vector [..., d]."""
         return x[..., self._columns] if not self._empty else x.new_zeros(*x.shape[:-1], 1)
 
-    def _together(self, work: Callable[[], Any]) -> None:
+    def _together(self, work: Callable[[], Any]) -> Any:
         """Do this rank's part, which asks the others for nothing unless there is one block, on all ranks or on none."""
-        if self._whole:
-            work()
-        else:
-            self.replicas.together(work)
+        return work() if self._whole else self.replicas.call(work)
 
     def _total(self, loss: float) -> float:
         (total,) = self.replicas.sums(lambda: [0.0 if self._empty and not self._whole else loss], 1)
@@ -203,19 +193,13 @@ class ShardedFisher:
 
     def _gathered(self, work: Callable[[], Tensor]) -> Tensor:
         """Do this rank's part of a vector, and put the parts together."""
-        own: list[Tensor] = []
-        self._together(lambda: own.append(work()))
-        return self.replicas.gather_columns(own[0][..., :0] if self._empty else own[0], self.edges)
+        own = self._together(work)
+        return self.replicas.gather_columns(own[..., :0] if self._empty else own, self.edges)
 
     def _updated(self, weights: Tensor, kept: Tensor, update: Callable[[Tensor, Tensor], float]) -> float:
         """Update this rank's weights, then all of them; return the predicted loss increase."""
-        own, loss = self._part(weights).clone(), 0.0
-
-        def work() -> None:
-            nonlocal loss
-            loss = update(own, self._part(kept))
-
-        self._together(work)
+        own = self._part(weights).clone()
+        loss = self._together(lambda: update(own, self._part(kept)))
         weights.copy_(self.replicas.gather_columns(own[:0] if self._empty else own, self.edges))
         return self._total(loss)
 
@@ -244,9 +228,7 @@ class _OneBlock(Fisher):
             yield columns, page if used is None else page * used[columns]
 
     def _sum(self, work: Callable[[], Tensor]) -> Tensor:
-        own: list[Tensor] = []
-        self._replicas.together(lambda: own.append(work()))
-        return self._replicas.gather(own[0]).sum(0)
+        return self._replicas.gather(self._replicas.call(work)).sum(0)
 
     def _cholesky(self, used: Tensor | None) -> Tensor:
         def gram() -> Tensor:

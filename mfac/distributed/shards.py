@@ -49,7 +49,8 @@ def part_of(value: Tensor, tensor: Tensor) -> Tensor:
 def reshard(model: nn.Module) -> None:
     """Free the whole weights that ``fully_shard`` keeps after a forward pass: parameters are the parts again."""
     for module in model.modules():
-        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+        kind = type(module)  # a module itself takes long to say that it has no such attribute
+        if hasattr(kind, "reshard") and hasattr(kind, "unshard"):
             module.reshard()
 
 
