@@ -44,6 +44,19 @@ Epilogue<T> epilogue(const void* bias, float low, float high) {
   return {static_cast<const T*>(bias), low, high};
 }
 
+// W in slices; `shape` is rows, inputs, whether there are blocks.
+template <typename T>
+Weights<T> weights(const void* values, const void* columns, const void* pointers, const void* order,
+                   const int64_t* shape) {
+  return {static_cast<const T*>(values),
+          static_cast<const int16_t*>(columns),
+          static_cast<const int32_t*>(pointers),
+          static_cast<const int32_t*>(order),
+          shape[2] != 0,
+          shape[0],
+          shape[1]};
+}
+
 }  // namespace
 
 extern "C" {
@@ -51,18 +64,11 @@ extern "C" {
 void set_threads(int count) { mfac::cpu::threads = count; }
 int vector_bytes() { return mfac::cpu::kVectorBytes; }
 
-// W in slices; `shape` is rows, inputs, whether there are blocks.
 bool run_linear(bool half, const void* values, const void* columns, const void* pointers, const void* order,
                 const int64_t* shape, const void* bias, float low, float high, const void* x, int64_t m, void* y) {
   bool right = true;
   dispatch(half, [&]<typename T>(const T*) {
-    const Weights<T> w{static_cast<const T*>(values),
-                       static_cast<const int16_t*>(columns),
-                       static_cast<const int32_t*>(pointers),
-                       static_cast<const int32_t*>(order),
-                       shape[2] != 0,
-                       shape[0],
-                       shape[1]};
+    const auto w = weights<T>(values, columns, pointers, order, shape);
     right = linear(w, epilogue<T>(bias, low, high), static_cast<const T*>(x), m, static_cast<T*>(y));
   });
   return right;
@@ -74,13 +80,7 @@ void run_conv2d(bool half, const void* values, const void* columns, const void* 
                 void* y) {
   const Convolution c{size[0], size[1], size[2], size[3], {size[4], size[5]}, {size[6], size[7]}, {size[8], size[9]}};
   dispatch(half, [&]<typename T>(const T*) {
-    const Weights<T> w{static_cast<const T*>(values),
-                       static_cast<const int16_t*>(columns),
-                       static_cast<const int32_t*>(pointers),
-                       static_cast<const int32_t*>(order),
-                       shape[2] != 0,
-                       shape[0],
-                       shape[1]};
+    const auto w = weights<T>(values, columns, pointers, order, shape);
     conv2d(w, epilogue<T>(bias, low, high), c, static_cast<const T*>(x), static_cast<T*>(y));
   });
 }

@@ -11,7 +11,6 @@ measured, and what stands there is not run again.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import statistics
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from resnet20 import accuracy, endless_batches, load_images, load_model, run_all
+from resnet20 import accuracy, endless_batches, load_images, load_model, options_parser, run_all, spread
 from torch import Tensor
 
 from mfac.recipe.manager import Manager
@@ -125,11 +124,6 @@ class Bench:
         }
 
 
-def spread(values: list[float]) -> str:
-    """Return mean ± standard deviation."""
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
-
-
 def choose(log: Path, arguments: tuple, jobs: int) -> dict[str, dict]:
     """Return each method's best learning rate and frequency by held-out training images."""
     plan = [
@@ -147,15 +141,7 @@ def choose(log: Path, arguments: tuple, jobs: int) -> dict[str, dict]:
 
 def main() -> None:
     """Run what is not there yet; write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train/ and val/")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="state_dict of the dense ResNet-20")
-    parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
-    parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser = options_parser(__doc__, SPARSITIES, METHODS)
     options = parser.parse_args()
     log, common = options.output / "gradual.jsonl", (options.data, options.checkpoint, options.device)
     chosen = choose(log, common, options.jobs)

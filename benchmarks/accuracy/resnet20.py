@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import pickle
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -133,6 +135,33 @@ def accuracy(model: nn.Module, images: Tensor, targets: Tensor) -> float:
     pairs = zip(images.split(500), targets.split(500), strict=True)
     hits = sum(int((model(normalize(x.to(device))).argmax(1) == y.to(device)).sum()) for x, y in pairs)
     return 100 * hits / len(targets)
+
+
+def spread(values: list[float]) -> str:
+    """Return mean ± standard deviation; nothing of nothing."""
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def options_parser(text: str, sparsities: Sequence[float], methods: Iterable[str]) -> argparse.ArgumentParser:
+    """Return a parser of the options of both programs.
+
+    Args:
+        text: What the program does.
+        sparsities: The default.
+        methods: All of them, which is the default.
+    """
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with train/ and val/")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="state_dict of the dense ResNet-20")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=sparsities)
+    parser.add_argument("--methods", nargs="*", choices=list(methods), default=list(methods))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    return parser
 
 
 def run_all(plan: list[dict], log: Path, load: Callable, arguments: tuple, jobs: int) -> list[dict]:

@@ -12,7 +12,6 @@ without running anything). `--jobs` runs several at a time, which one GPU serves
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from resnet20 import accuracy, endless_batches, load_images, load_model, run_all
+from resnet20 import accuracy, endless_batches, load_images, load_model, options_parser, run_all, spread
 from torch import nn
 
 import mfac
@@ -162,13 +161,6 @@ def single_saliencies(model: nn.Module, grads: mfac.GradientBuffer, sparsity: fl
             p.copy_(new.view_as(p))
 
 
-def spread(values: list[float]) -> str:
-    """Return mean ± standard deviation; nothing of nothing."""
-    if not values:
-        return ""
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
-
-
 def table(rows: list[dict], key: str) -> str:
     """Return the Markdown table of one of the two accuracies."""
     mine = [row for row in rows if "method" in row]
@@ -233,16 +225,8 @@ def plot(rows: list[dict], dense: float, path: Path) -> None:
 
 def main() -> None:
     """Run what is not there yet; write table and plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train/ and val/")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="state_dict of the dense ResNet-20")
-    parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
-    parser.add_argument("--methods", nargs="*", choices=list(LABELS), default=list(LABELS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = options_parser(__doc__, SPARSITIES, LABELS)
     parser.add_argument("--patterns", nargs="*", choices=list(PATTERNS), default=list(PATTERNS))
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     options = parser.parse_args()
     plan = []
     for seed in range(options.seeds):  # the gradients of a seed are collected once
