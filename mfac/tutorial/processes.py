@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -87,6 +88,8 @@ def joined() -> Iterator[None]:
     else:
         with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
             yield
+    dist.barrier()  # none tears the group down while another still uses it
+    gc.collect()  # objects in cycles that hold the group, as DistributedDataParallel: threads of it would outlive it
     dist.destroy_process_group()
 
 
