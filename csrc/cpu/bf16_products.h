@@ -246,10 +246,9 @@ class InverseTiles {
 constexpr int64_t kSolveColumns = 96;
 static_assert(kSolveColumns % kPanel<float> == 0 && kSolveColumns % kSquare == 0);
 
-// norms[c] = ‖L⁻¹ g_c‖² and squares[c] = ‖g_c‖² for the columns c0 .. c0 + kSolveColumns of a block, in the terms of G
-// that the product uses.
+// norms[c] = ‖L⁻¹ g_c‖² for the columns c0 .. c0 + kSolveColumns of a block.
 template <typename G>
-void solve_terms(const Block<G>& block, const InverseTiles& l, int64_t c0, int terms, float* norms, float* squares) {
+void solve_terms(const Block<G>& block, const InverseTiles& l, int64_t c0, int terms, float* norms) {
   constexpr int64_t parts = kSolveColumns / kSquare;
   const int64_t tiles = l.squares(), next = tiles * kTileWords, stride = parts * 2 * next;
   Buffer<uint32_t> right(terms * stride);
@@ -260,8 +259,7 @@ void solve_terms(const Block<G>& block, const InverseTiles& l, int64_t c0, int t
   for (int64_t part = 0; part < parts; ++part)
     pack_right(block, 0, c0 + part * kSquare, tiles, terms, right + part * 2 * next, stride, next);
   Floats largest = {};
-  for (int64_t strip = 0; strip < 2 * parts; ++strip) {
-    Floats sums = {};
+  for (int64_t strip = 0; strip < 2 * parts; ++strip)
     for (int64_t p = 0; p < tiles * kTile; ++p) {
       Floats first = {}, second = {};
       for (int t = 0; t < terms; ++t) {
@@ -272,12 +270,9 @@ void solve_terms(const Block<G>& block, const InverseTiles& l, int64_t c0, int t
       }
       first *= first;
       second *= second;
-      sums += first + second;
       largest = first > largest ? first : largest;
       largest = second > largest ? second : largest;
     }
-    std::memcpy(squares + strip * kTile, &sums, sizeof sums);
-  }
   float most = 0;
   for (int64_t c = 0; c < kTile; ++c) most = std::max(most, largest[c]);
   const int inverse_terms = most <= l.two_terms() ? 2 : l.terms();

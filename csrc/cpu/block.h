@@ -92,14 +92,20 @@ Gradients<G> prefer_fisher_side(Gradients<G> grads) {
 // independent of each other, hence 2e-8 trace(A)/√n in norm, and change ‖L⁻¹ g‖² by up to that norm over the smallest
 // eigenvalue μ. Those of a float32 substitution change it by 6e-8 √(trace(A)/μ). Both bounds, over kCancellation, are
 // 1e-4. Those of float64 products are 2⁻²⁹ of float32 ones.
-constexpr double kProductRange = 1000, kExactRange = kProductRange * 0x1p29, kSolveRange = 1e5, kLongSum = 512;
+constexpr double kProductRange = 1000, kExactFactor = 0x1p29, kSolveRange = 1e5, kLongSum = 512;
 
-// The same for bfloat16 products, whose float32 sums are up to 256 terms long, and a factor of float32 columns: the
-// condition number may go up to kTermsRange n on the capacitance side and kTermsRange n / 3 on the other, n the order
-// of A. Measured against float64 with AMX on random, positive, sparse, scaled, nearly parallel and low-rank gradients,
-// m from 33 to 512, any damping: 1 - ‖L⁻¹ g‖² above kCancellation is then wrong by 4e-5 at most, and ‖L⁻¹ e_i‖² by
-// 7e-5. (Random errors E of A move gᵀA⁻¹g by gᵀA⁻¹EA⁻¹g, √n less than the norm of E would allow; with e_i for g it is
-// the largest of n errors, those of the diagonal.)
+// On the capacitance side ‖L⁻¹ g‖² = gᵀA⁻¹g changes by vᵀEv, v = A⁻¹g, for which errors E that are independent of each
+// other are √n smaller than their norm: the condition number may go up to kRandomRange n. Measured at that limit against
+// float64 on random, positive, sparse, scaled, nearly parallel and low-rank gradients and on those of a ResNet, m from
+// 33 to 512: what is left of 1 - ‖L⁻¹ g‖² above kCancellation is wrong by 6e-5 at most, a joint update by 1e-4 of its
+// norm. Gradients of a trained network have a μ hardly above the ridge: with the default damping and block size they
+// are within this range, and mostly outside of the one above.
+constexpr double kRandomRange = 200;
+
+// The same for bfloat16 products, whose float32 sums are up to 256 terms long, and a factor of float32 columns:
+// kTermsRange n on the capacitance side and kTermsRange n / 3 on the other. Measured in the same way with AMX:
+// 1 - ‖L⁻¹ g‖² is then wrong by 4e-5 at most, and ‖L⁻¹ e_i‖² by 7e-5. (With e_i for g, vᵀEv is the largest of n errors,
+// those of the diagonal.)
 constexpr double kTermsRange = 300;
 
 // bfloat16 products flush numbers below 2⁻¹²⁶ to zero: mean squares of gradients below this, 2²⁶ times as large, are
@@ -151,7 +157,8 @@ template <typename G>
 double product_range(const Block<G>& block, Products products) {
   const double n = static_cast<double>(block.order());
   if (products == Products::terms) return (block.capacitance() ? 1 : 1.0 / 3) * kTermsRange * n;
-  return (products == Products::exact ? kExactRange : kProductRange) * std::sqrt(n);
+  const double range = std::max(kProductRange * std::sqrt(n), block.capacitance() ? kRandomRange * n : 0);
+  return products == Products::exact ? kExactFactor * range : range;
 }
 
 // Factors A, computed with these products and rounding errors (rounding_of), in place. False if the products are not
@@ -207,27 +214,41 @@ Precision factor_block(const Block<G>& block, double* l, const F& observe = {}) 
   return precision_of(block, Products::exact, smallest_eigenvalue(l, block.order()), trace);
 }
 
-// The two passes over a block, G x and Gᵀ t, are bound by memory bandwidth. The second finds the block in the cache, if
-// it fits, and prefetches the next one.
-constexpr int64_t kStrip = 512;  // columns at a time: some rows of G and 4 KiB of a vector stay in L1
-constexpr int64_t kUnroll = 4;   // vectors of float64 per step: independent sums, and half a line of G to two lines
-constexpr int64_t kStepColumns = kUnroll * kLanes<double>;
+// The two passes over a block, G x and Gᵀ t, are bound by the memory: the first prefetches the rows that it comes to
+// next, the second finds the block in the cache, if it fits. Both take kRowsAtOnce rows at a time, so that a vector is read,
+// or written, once for all of them, kStrip columns each, which with a vector's 4 KiB stay in L1.
+constexpr int64_t kStrip = 512;
+constexpr int kRowsAtOnce = 4;
+constexpr int64_t kStepColumns = 2 * kLanes<double>;  // a line of float32 of each row
 
-// sum_c g[c] x[c]
-template <typename G>
-double dot(const G* g, const double* x, int64_t n) {
+// out[i] += sum_c G[r + i, c0 + c] x[c] for i < rows, c < columns. `ahead`: prefetch the rows that far below these.
+template <int rows, typename G>
+void dot_rows(const Block<G>& block, int64_t r, int64_t c0, int64_t columns, const double* x, int64_t ahead,
+              double* out) {
   constexpr int64_t lanes = kLanes<double>;
-  Vector<double> sums[kUnroll] = {};
+  const G* source[rows];
+  for (int i = 0; i < rows; ++i) source[i] = block.row(r + i) + c0;
+  const int64_t next = ahead * block.grads.stride;
+  Vector<double> sums[rows][2] = {};  // each latency of an addition is behind others
   int64_t c = 0;
-  for (; c + kStepColumns <= n; c += kStepColumns) {
+  for (; c + kStepColumns <= columns; c += kStepColumns) {
+    if (ahead)
 #pragma GCC unroll 4
-    for (int64_t u = 0; u < kUnroll; ++u) sums[u] += load<double>(g + c + u * lanes) * load<double>(x + c + u * lanes);
+      for (int i = 0; i < rows; ++i) __builtin_prefetch(source[i] + next + c, 0, 2);
+#pragma GCC unroll 2
+    for (int u = 0; u < 2; ++u) {
+      const Vector<double> values = load<double>(x + c + u * lanes);
+#pragma GCC unroll 4
+      for (int i = 0; i < rows; ++i) sums[i][u] += load<double>(source[i] + c + u * lanes) * values;
+    }
   }
-  const Vector<double> sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  double total = 0;
-  for (int64_t v = 0; v < lanes; ++v) total += sum[v];
-  for (; c < n; ++c) total += convert<double>(g[c]) * x[c];
-  return total;
+  for (int i = 0; i < rows; ++i) {
+    const Vector<double> sum = sums[i][0] + sums[i][1];
+    double total = 0;
+    for (int64_t v = 0; v < lanes; ++v) total += sum[v];
+    for (int64_t k = c; k < columns; ++k) total += convert<double>(source[i][k]) * x[k];
+    out[i] += total;
+  }
 }
 
 // t[v][r] = sum_c G[r, c] x[v][c] for `count` vectors x[count, width], over all columns of the block, in float64. One
@@ -235,11 +256,20 @@ double dot(const G* g, const double* x, int64_t n) {
 template <typename G>
 void multiply_rows(const Block<G>& block, const double* x, int64_t count, double* t) {
   const int64_t m = block.grads.m, width = block.width;
-  parallel_for(m, width * count, [&](int64_t r) {
-    const G* row = block.row(r);
-    for (int64_t v = 0; v < count; ++v) t[v * m + r] = 0;
+  parallel_for(ceil_div(m, kRowsAtOnce), kRowsAtOnce * width * count, [&](int64_t task) {
+    const int64_t r = task * kRowsAtOnce, rows = std::min<int64_t>(kRowsAtOnce, m - r);
+    const int64_t ahead = r + 2 * kRowsAtOnce <= m ? kRowsAtOnce : 0;
+    for (int64_t v = 0; v < count; ++v) std::fill_n(t + v * m + r, rows, 0.0);
     for (int64_t c = 0; c < width; c += kStrip)
-      for (int64_t v = 0; v < count; ++v) t[v * m + r] += dot(row + c, x + v * width + c, std::min(kStrip, width - c));
+      for (int64_t v = 0; v < count; ++v) {
+        const int64_t columns = std::min(kStrip, width - c);
+        const double* part = x + v * width + c;
+        double* sums = t + v * m + r;
+        if (rows == kRowsAtOnce)
+          dot_rows<kRowsAtOnce>(block, r, c, columns, part, v == 0 ? ahead : 0, sums);
+        else
+          for (int64_t i = 0; i < rows; ++i) dot_rows<1>(block, r + i, c, columns, part, 0, sums + i);
+      }
   });
 }
 
@@ -248,7 +278,6 @@ template <int rows, typename G>
 void add_rows(const Block<G>& block, int64_t r, int64_t c0, int64_t columns, const double* scale, double* out) {
   constexpr int64_t lanes = kLanes<double>;
   const G* source[rows];
-  const int64_t ahead = block.last() ? 0 : block.width;
   Vector<double> factor[rows];
   for (int i = 0; i < rows; ++i) {
     source[i] = block.row(r + i) + c0;
@@ -256,9 +285,7 @@ void add_rows(const Block<G>& block, int64_t r, int64_t c0, int64_t columns, con
   }
   int64_t c = 0;
   for (; c + kStepColumns <= columns; c += kStepColumns) {
-#pragma GCC unroll 4
-    for (int i = 0; i < rows; ++i) prefetch(source[i] + ahead + c, kStepColumns);
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int64_t u = c; u < c + kStepColumns; u += lanes) {
       Vector<double> sum = load<double>(out + u);
 #pragma GCC unroll 4
@@ -274,14 +301,14 @@ void add_rows(const Block<G>& block, int64_t r, int64_t c0, int64_t columns, con
 // of G.
 template <typename G>
 void multiply_columns(const Block<G>& block, const double* t, int64_t count, double* x) {
-  constexpr int rows = 4;  // of G at a time: x is read and written once for four of them
   const int64_t m = block.grads.m, width = block.width;
   parallel_for(ceil_div(width, kStrip), kStrip * m * count, [&](int64_t s) {
     const int64_t c0 = s * kStrip, columns = std::min(kStrip, width - c0);
     for (int64_t v = 0; v < count; ++v) std::fill_n(x + v * width + c0, columns, 0.0);
     int64_t r = 0;
-    for (; r + rows <= m; r += rows)
-      for (int64_t v = 0; v < count; ++v) add_rows<rows>(block, r, c0, columns, t + v * m + r, x + v * width + c0);
+    for (; r + kRowsAtOnce <= m; r += kRowsAtOnce)
+      for (int64_t v = 0; v < count; ++v)
+        add_rows<kRowsAtOnce>(block, r, c0, columns, t + v * m + r, x + v * width + c0);
     for (; r < m; ++r)
       for (int64_t v = 0; v < count; ++v) add_rows<1>(block, r, c0, columns, t + v * m + r, x + v * width + c0);
   });

@@ -8,107 +8,174 @@
 
 namespace mfac::cpu {
 
-// Columns per step of the factorisation, a multiple of every kRows. Larger steps mean fewer passes over A, smaller ones
-// less work in the diagonal blocks, which are slower; these are factored in steps of kDiagonal.
-constexpr int64_t kCholesky = 48, kDiagonal = round_up(12, kRows);
+// Columns per step of the factorisation: all of them are known when the rows below are solved, so larger steps mean
+// fewer passes over A, and smaller ones less work in the diagonal blocks, which one thread factors.
+constexpr int64_t kCholesky = 128;
+
+// A = L Lᵀ in place, as cholesky, for n <= kPanel<double>. Column by column; the rows of Lᵀ are vectors.
+inline double cholesky_of_panel(double* a, int64_t n, int64_t lda) {
+  constexpr int64_t width = kPanel<double>;
+  double smallest = INFINITY;
+  alignas(64) double rows[width][width] = {};
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j <= i; ++j) rows[j][i] = a[i * lda + j];
+  for (int64_t j = 0; j < n; ++j) {
+    const double pivot = rows[j][j];
+    if (!(pivot > 0)) return pivot;
+    smallest = std::min(smallest, pivot);
+    const double root = std::sqrt(pivot), inverse = 1 / root;
+    Vector<double> row[kVectors];
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) row[v] = load<double>(rows[j] + v * kLanes<double>) * inverse;
+    std::memcpy(rows[j], row, sizeof row);
+    rows[j][j] = root;
+    for (int64_t i = j + 1; i < n; ++i) {
+      const double scale = rows[j][i];
+#pragma GCC unroll 3
+      for (int v = 0; v < kVectors; ++v) {
+        Vector<double>& out = reinterpret_cast<Vector<double>*>(rows[i])[v];
+        out -= scale * row[v];
+      }
+    }
+  }
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j <= i; ++j) a[i * lda + j] = rows[j][i];
+  return smallest;
+}
+
+// The same for n <= kCholesky, a panel of rows after the other: L is solved for in the columns that are known, and what
+// is left on the diagonal is factored. `l` becomes L too.
+inline double cholesky_by_rows(double* a, int64_t n, int64_t lda, Triangle<double>& l) {
+  constexpr int64_t width = kPanel<double>;
+  double smallest = INFINITY;
+  alignas(64) double panel[kCholesky * width];
+  for (int64_t i = 0; i < n; i += width) {
+    const int64_t count = std::min(width, n - i);
+    double* rows = a + i * lda;
+    if (i > 0) {
+      if (count < width) std::fill_n(panel, i * width, 0.0);
+      transpose_copy(rows, lda, count, i, panel, width);
+      solve<double>(l, panel, nullptr);
+      transpose_copy(static_cast<const double*>(panel), width, i, count, rows, lda);
+      gram<double>(panel, count, i, -1.0, rows + i, lda);
+    }
+    const double pivot = cholesky_of_panel(rows + i, count, lda);
+    if (!(pivot > 0)) return pivot;
+    smallest = std::min(smallest, pivot);
+    l.pack(a, i + count, lda, i);
+  }
+  return smallest;
+}
 
 // A = L Lᵀ in place: the lower triangle of A[n, n] (row stride lda) becomes L; the rest is not touched. Returns the
 // smallest pivot min L_ii², or the first pivot that is not positive (<= 0 or NaN); A is then undefined. Right-looking,
-// kStep columns at a time; their diagonal block is factored the same way in smaller steps. The rows below it are solved
-// and multiplied in T, and the products are accumulated in float64.
-template <typename T = double, int64_t kStep = kCholesky>
+// kCholesky columns at a time. The rows below a diagonal block are solved and multiplied in T, and the products are
+// accumulated in float64.
+template <typename T = double>
 double cholesky(double* a, int64_t n, int64_t lda) {
   constexpr int64_t width = kPanel<T>;
+  static_assert(kCholesky <= kDepth);
   double smallest = INFINITY;
-  if constexpr (kStep == 1) {
-    for (int64_t j = 0; j < n; ++j) {
-      double* column = a + j;
-      const double pivot = column[j * lda];
-      if (!(pivot > 0)) return pivot;
-      smallest = std::min(smallest, pivot);
-      column[j * lda] = std::sqrt(pivot);
-      const double inverse = 1 / column[j * lda];
-      for (int64_t i = j + 1; i < n; ++i) column[i * lda] *= inverse;
-      for (int64_t i = j + 1; i < n; ++i)
-        for (int64_t s = j + 1; s <= i; ++s) a[i * lda + s] -= column[i * lda] * column[s * lda];
-    }
-    return smallest;
-  } else {
-    static_assert(kStep % kRows == 0);
-    Buffer<T> panels(round_up(n, width) * kStep);
-    Triangle<T> diagonal(kStep);
-    for (int64_t k = 0; k < n; k += kStep) {
-      const int64_t end = std::min(n, k + kStep), depth = end - k, below = n - end;
-      const double pivot = cholesky<double, kStep == kCholesky ? kDiagonal : 1>(a + k * lda + k, depth, lda);
-      if (!(pivot > 0)) return pivot;
-      smallest = std::min(smallest, pivot);
-      if (below == 0) break;  // from here on depth is kStep
-      diagonal.pack(a + k * lda + k, depth, lda);
-      // Rows below the diagonal block, transposed into panels, are solved there and are then the operand of the update.
-      parallel_for(ceil_div(below, width), width * depth * depth, [&](int64_t j) {
-        T* panel = panels + j * depth * width;
-        double* rows = a + (end + j * width) * lda + k;
-        const int64_t columns = std::min(width, below - j * width);
-        if (columns < width) std::fill_n(panel, depth * width, T(0));
-        if constexpr (std::is_same_v<T, double>) {
-          transpose_copy(rows, lda, columns, depth, panel, width);
-          solve<T>(diagonal, panel, static_cast<T*>(nullptr));
-          transpose_copy(panel, width, depth, columns, rows, lda);
-        } else {
-          alignas(64) T square[width * kStep];
-          for (int64_t c = 0; c < columns; ++c)
-            for (int64_t r = 0; r < depth; ++r) square[c * kStep + r] = static_cast<T>(rows[c * lda + r]);
-          transpose_copy<T>(square, kStep, columns, depth, panel, width);
-          solve<T>(diagonal, panel, static_cast<T*>(nullptr));
-          transpose_copy<T>(panel, width, depth, columns, square, kStep);
-          for (int64_t c = 0; c < columns; ++c)
-            for (int64_t r = 0; r < depth; ++r) rows[c * lda + r] = square[c * kStep + r];
-        }
-      });
-      gram<T>(panels, below, depth, -1.0, a + end * lda + end, lda);
-    }
-    return smallest;
+  Buffer<T> panels(n > kCholesky ? round_up(n - kCholesky, width) * kCholesky : 0);
+  Triangle<double> exact(std::min(n, kCholesky));
+  Triangle<T> rounded(std::is_same_v<T, double> || n <= kCholesky ? 0 : kCholesky);
+  for (int64_t k = 0; k < n; k += kCholesky) {
+    const int64_t end = std::min(n, k + kCholesky), depth = end - k, below = n - end;
+    const double pivot = cholesky_by_rows(a + k * lda + k, depth, lda, exact);
+    if (!(pivot > 0)) return pivot;
+    smallest = std::min(smallest, pivot);
+    if (below == 0) break;  // from here on depth is kCholesky
+    if constexpr (!std::is_same_v<T, double>) rounded.pack(a + k * lda + k, depth, lda);
+    // Rows below the diagonal block, transposed into panels, are solved there and are then the operand of the update.
+    parallel_for(ceil_div(below, width), width * depth * depth, [&](int64_t j) {
+      T* panel = panels + j * depth * width;
+      double* rows = a + (end + j * width) * lda + k;
+      const int64_t columns = std::min(width, below - j * width);
+      if (columns < width) std::fill_n(panel, depth * width, T(0));
+      if constexpr (std::is_same_v<T, double>) {
+        transpose_copy(rows, lda, columns, depth, panel, width);
+        solve<T>(exact, panel, nullptr);
+        transpose_copy(panel, width, depth, columns, rows, lda);
+      } else {
+        alignas(64) T square[width * kCholesky];
+        for (int64_t c = 0; c < columns; ++c)
+          for (int64_t r = 0; r < depth; ++r) square[c * kCholesky + r] = static_cast<T>(rows[c * lda + r]);
+        transpose_copy<T>(square, kCholesky, columns, depth, panel, width);
+        solve<T>(rounded, panel, nullptr);
+        transpose_copy<T>(panel, width, depth, columns, square, kCholesky);
+        for (int64_t c = 0; c < columns; ++c)
+          for (int64_t r = 0; r < depth; ++r) rows[c * lda + r] = square[c * kCholesky + r];
+      }
+    });
+    gram<T>(panels, below, depth, -1.0, a + end * lda + end, lda);
   }
+  return smallest;
 }
 
-// x <- (L Lᵀ)⁻¹ x for one vector, L[n, n] of row stride ldl. Four rows at a time, for four independent sums.
+// x <- (L Lᵀ)⁻¹ x for one vector, L[n, n] of row stride ldl. As many rows at a time as a vector has elements: their sums
+// are transposed and added as vectors, and their triangle is solved in one vector, an element of it final at each step.
 inline void cholesky_solve(const double* l, int64_t n, int64_t ldl, double* x) {
-  constexpr int64_t rows = 4, lanes = kLanes<double>;
-  for (int64_t i = 0; i < n; i += rows) {
-    const double* row = l + i * ldl;
-    const int64_t count = std::min(rows, n - i);
-    Vector<double> sums[rows] = {};
-    int64_t known = 0;
-    for (; count == rows && known + lanes <= i; known += lanes) {
-      const Vector<double> part = load<double>(x + known);
-#pragma GCC unroll 4
-      for (int64_t r = 0; r < rows; ++r) sums[r] += load<double>(row + r * ldl + known) * part;
+  constexpr int64_t lanes = kLanes<double>;
+  using Square = Vector<double>[lanes];
+  const int64_t whole = n / lanes * lanes;
+  // The rows i .. i + lanes of the same columns, and the reciprocals of their diagonal.
+  const auto triangle = [&](int64_t i, Square& out) {
+    Vector<double> diagonal;
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < lanes; ++r) {
+      out[r] = load<double>(l + (i + r) * ldl + i);
+      diagonal[r] = out[r][r];
     }
-    for (int64_t r = 0; r < count; ++r) {
-      double value = x[i + r];
-      for (int64_t v = 0; v < lanes; ++v) value -= sums[r][v];
-      for (int64_t j = known; j < i + r; ++j) value -= row[r * ldl + j] * x[j];
-      x[i + r] = value / row[r * ldl + i + r];
+    return 1 / diagonal;
+  };
+  for (int64_t i = 0; i < whole; i += lanes) {
+    Square sums = {}, columns;
+    for (int64_t j = 0; j < i; j += lanes) {
+      const Vector<double> known = load<double>(x + j);
+#pragma GCC unroll 8
+      for (int64_t r = 0; r < lanes; ++r) sums[r] += load<double>(l + (i + r) * ldl + j) * known;
     }
+    const Vector<double> inverse = triangle(i, columns);
+    transpose<double>(columns);
+    transpose<double>(sums);
+    Vector<double> rest = load<double>(x + i), sum = {}, solved;
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < lanes; ++r) sum += sums[r];
+    rest -= sum;
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < lanes; ++r) {
+      const Vector<double> value = rest * inverse;
+      solved[r] = value[r];
+      rest -= columns[r] * value[r];
+    }
+    std::memcpy(x + i, &solved, sizeof solved);
   }
-  for (int64_t i = (n - 1) / rows * rows; i >= 0; i -= rows) {
-    const double* row = l + i * ldl;
-    const int64_t count = std::min(rows, n - i);
-    Vector<double> step[rows] = {};
-    for (int64_t r = count - 1; r >= 0; --r) {
-      x[i + r] /= row[r * ldl + i + r];
-      for (int64_t s = 0; s < r; ++s) x[i + s] -= row[r * ldl + i + s] * x[i + r];
-      step[r] += x[i + r];
+  for (int64_t i = whole; i < n; ++i) {
+    for (int64_t j = 0; j < i; ++j) x[i] -= l[i * ldl + j] * x[j];
+    x[i] /= l[i * ldl + i];
+  }
+  for (int64_t i = n - 1; i >= whole; --i) {
+    x[i] /= l[i * ldl + i];
+    for (int64_t j = 0; j < i; ++j) x[j] -= l[i * ldl + j] * x[i];
+  }
+  for (int64_t i = whole - lanes; i >= 0; i -= lanes) {
+    Square rows, solved;  // solved: each element in all places
+    const Vector<double> inverse = triangle(i, rows);
+    Vector<double> rest = load<double>(x + i), own;
+#pragma GCC unroll 8
+    for (int64_t r = lanes - 1; r >= 0; --r) {
+      const Vector<double> value = rest * inverse;
+      own[r] = value[r];
+      solved[r] = Vector<double>{} + value[r];
+      rest -= rows[r] * solved[r];
     }
-    int64_t j = 0;
-    for (; count == rows && j + lanes <= i; j += lanes) {
+    std::memcpy(x + i, &own, sizeof own);
+    for (int64_t j = 0; j < i; j += lanes) {
       Vector<double> value = load<double>(x + j);
-#pragma GCC unroll 4
-      for (int64_t r = 0; r < rows; ++r) value -= load<double>(row + r * ldl + j) * step[r];
+#pragma GCC unroll 8
+      for (int64_t r = 0; r < lanes; ++r) value -= load<double>(l + (i + r) * ldl + j) * solved[r];
       std::memcpy(x + j, &value, sizeof value);
     }
-    for (; j < i; ++j)
-      for (int64_t r = 0; r < count; ++r) x[j] -= row[r * ldl + j] * x[i + r];
   }
 }
 

@@ -7,7 +7,7 @@
 // never stored; or L⁻¹ G is a bfloat16 product (bf16_products.h).
 //
 // 1 - ‖.‖² loses digits where the data constrain a weight far more than λ does: a panel in which it falls below
-// kCancellation is solved again in float64, from a float64 factor, and 1/F_ii <= [F⁻¹]_ii is its lower bound. On the
+// kCancellation is solved again in float64, from a float64 factor, with 1/F_ii <= [F⁻¹]_ii as a lower bound. On the
 // Fisher side, where nothing cancels, 1/λ is the upper bound.
 #pragma once
 
@@ -31,20 +31,23 @@ double solve_panel(const Block<G>& block, const Triangle<T>& l, int64_t c0, doub
     for (int64_t c = 0; c < columns; ++c) out[c] = std::min(m * norms[c], 1 / damping);
     return 1;
   }
+  const bool ahead = block.dense && c0 + 2 * width <= block.width;
   for (int64_t r = 0; r < n; ++r) {
-    if (block.dense && c0 + 2 * width <= block.width) prefetch(block.row(r) + c0 + width, width);
+    if (ahead) prefetch(block.row(r) + c0 + width, width);
     pack_row(block, r, c0, panel + r * width);
   }
-  std::fill(panel + n * width, panel + padded * width, T(0));
   double squares[width] = {};
-  for (int64_t r = 0; r < n; ++r)
-    for (int64_t c = 0; c < width; ++c) squares[c] += static_cast<double>(panel[r * width + c]) * panel[r * width + c];
+  if constexpr (std::is_same_v<T, double>)
+    for (int64_t r = 0; r < n; ++r)
+      for (int64_t c = 0; c < width; ++c) squares[c] += panel[r * width + c] * panel[r * width + c];
+  std::fill(panel + n * width, panel + padded * width, T(0));
   solve(l, static_cast<T*>(panel), norms);
   double smallest = 1;
   for (int64_t c = 0; c < columns; ++c) {
-    const double rest = 1 - static_cast<double>(norms[c]), bound = 1 / (damping + squares[c] / m);
+    const double rest = 1 - static_cast<double>(norms[c]);
     if (!(rest >= smallest)) smallest = rest;  // NaN too, from gradients that overflow float32
-    out[c] = rest / damping > bound ? rest / damping : bound;
+    out[c] = rest / damping;
+    if constexpr (std::is_same_v<T, double>) out[c] = std::max(out[c], 1 / (damping + squares[c] / m));
   }
   return smallest;
 }
@@ -52,14 +55,13 @@ double solve_panel(const Block<G>& block, const Triangle<T>& l, int64_t c0, doub
 // The same for kSolveColumns columns by bfloat16 products. done[j]: nothing cancelled in panel j of float32.
 template <typename G>
 void solve_columns(const Block<G>& block, const InverseTiles& l, int64_t c0, int terms, double* out, char* done) {
-  float norms[kSolveColumns], squares[kSolveColumns];
-  const double damping = block.grads.damping, m = static_cast<double>(block.grads.m);
-  solve_terms(block, l, c0, terms, norms, squares);
+  float norms[kSolveColumns];
+  solve_terms(block, l, c0, terms, norms);
   for (int64_t c = 0; c < std::min(kSolveColumns, block.size() - c0); ++c) {
-    const double rest = 1 - static_cast<double>(norms[c]), bound = 1 / (damping + squares[c] / m);
+    const double rest = 1 - static_cast<double>(norms[c]);
     char& good = done[c / kPanel<float>];
     good = (c % kPanel<float> == 0 || good) && rest >= kCancellation;
-    out[c] = std::max(rest / damping, bound);
+    out[c] = rest / block.grads.damping;
   }
 }
 

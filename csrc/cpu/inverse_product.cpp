@@ -1,6 +1,6 @@
 // F⁻¹ x for the k rows of x, from the factors of block_factor. Equation: block.h. On the capacitance side G is read
-// from memory once for all vectors: the second pass over a block finds it in the cache, if it fits, and prefetches the
-// next block. Float64 sums; 4 m flops per weight and vector.
+// from memory once for all vectors: the second pass over a block finds it in the cache, if it fits. Float64 sums; 4 m
+// flops per weight and vector.
 #include "kernels.h"
 
 namespace mfac::cpu {

@@ -69,7 +69,8 @@ void update_from_gradients(const Block<G>& block, int64_t index, HeldGram& gram,
   Buffer<double> r(m);
   parallel_for(m, width, [&](int64_t i) {
     if (i + 3 < m) prefetch(block.row(i + 3), width);
-    r[i] = removed != 0 ? dot(block.row(i), static_cast<const double*>(x), width) : 0;
+    r[i] = 0;
+    if (removed != 0) dot_rows<1>(block, i, 0, width, x, 0, r + i);
     if (packed.copied()) packed.copy_row(i);
     if (packed_rest.copied()) packed_rest.copy_row(i);
   });

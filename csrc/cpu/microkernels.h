@@ -42,7 +42,7 @@ template <typename T>
 constexpr int kPanel = kVectors * kLanes<T>;
 
 // Depth of a panel that is multiplied at once: two panels take 24 KiB, which fits in L1.
-constexpr int64_t kDepth = 12 * 1024 / (kVectors * kVectorBytes);
+constexpr int64_t kDepth = 128;
 constexpr int64_t kPartial = 32;  // terms of a partial sum, for smaller rounding errors (see multiply)
 
 // out[r][v] = sum_p a[p * stride + r] * panel[p][v], p < depth, for the first kUsed vectors v of the panel. In partial
@@ -130,15 +130,30 @@ class Triangle {
  public:
   explicit Triangle(int64_t capacity) : data_(offset(ceil_div(capacity, kRows))) {}
 
-  void pack(const double* l, int64_t n, int64_t ldl) {
+  // L[n, n], row stride ldl. Rows before `first`, a multiple of kRows, are packed already.
+  void pack(const double* l, int64_t n, int64_t ldl, int64_t first = 0) {
+    constexpr int64_t lanes = kLanes<double>;
     n_ = n;
-    for (int64_t g = 0; g < groups(); ++g) {
+    for (int64_t g = first / kRows; g < groups(); ++g) {
       T* out = data_ + offset(g);
       const int64_t i0 = g * kRows, rows = std::min<int64_t>(kRows, n - i0);
+      int64_t transposed = 0;
+      if constexpr (kRows == lanes)
+        for (; rows == kRows && transposed + lanes <= i0; transposed += lanes) {
+          Vector<double> square[lanes];
+#pragma GCC unroll 8
+          for (int r = 0; r < lanes; ++r) square[r] = load<double>(l + (i0 + r) * ldl + transposed);
+          transpose<double>(square);
+#pragma GCC unroll 8
+          for (int r = 0; r < lanes; ++r) {
+            const auto values = __builtin_convertvector(square[r], VectorN<T, lanes>);
+            std::memcpy(out + (transposed + r) * kRows, &values, sizeof values);
+          }
+        }
       for (int64_t r = 0; r < kRows; ++r) {
         const double* row = l + (i0 + r) * ldl;
         const int64_t count = r < rows ? i0 + r : 0;
-        for (int64_t j = 0; j < count; ++j) out[j * kRows + r] = static_cast<T>(row[j]);
+        for (int64_t j = transposed; j < count; ++j) out[j * kRows + r] = static_cast<T>(row[j]);
         for (int64_t j = count; j < i0 + kRows; ++j) out[j * kRows + r] = T(0);
         out[(i0 + r) * kRows + r] = r < rows ? static_cast<T>(1 / row[i0 + r]) : T(1);
       }
