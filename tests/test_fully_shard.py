@@ -19,9 +19,10 @@ from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import mfac
-from mfac.distributed.shards import part_of, whole
+from mfac.distributed.shards import local, part_of, whole
 from mfac.recipe.manager import Manager
 
 
@@ -127,6 +128,10 @@ def refusals():
         with pytest.raises(ValueError, match="model: expected parameters cut along their first dimension over a mesh"):
             mfac.prune_step(model, None, 0.5, criterion="magnitude")
         assert torch.equal(whole(model.weight), before)
+    parallel = nn.Sequential(nn.Linear(8, 8))
+    parallelize_module(parallel, init_device_mesh("cpu", (4,)), {"0": ColwiseParallel()})
+    with pytest.raises(ValueError, match=r"model: expected parameters that fully_shard has cut, got '0.weight'"):
+        mfac.prune_step(parallel, None, 0.5, criterion="magnitude")
     other = dist.new_group([0, 1, 2, 3])
     sharded = shard(make_model())
     with pytest.raises(ValueError, match="process_group: expected None or that of the sharded parameters, got another"):
@@ -296,3 +301,29 @@ def constant_masks():
 
 def test_constant_masks():
     run_ranks(constant_masks, 2)
+
+
+def set_params():
+    """A number and a list; a run that goes on takes them back."""
+    recipe = """
+    modifiers:
+      - !SetParamModifier {params: [0.weight], val: 0.25}
+      - !SetParamModifier {params: [5.bias], val: [1, 2, 3, 4, 5]}
+      - !EpochRangeModifier {end_epoch: 9}
+    """
+    model = shard(make_model())
+    before = {name: whole(p).clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    session = Manager.from_recipe(recipe).apply(model, optimizer)
+    assert (whole(model[0].weight) == 0.25).all() and whole(model[5].bias).tolist() == [1, 2, 3, 4, 5]
+    session.step(1.0)
+    state = session.state_dict()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            local(p).copy_(part_of(before[name], p))
+    Manager.from_recipe(recipe).apply(model, optimizer).load_state_dict(state)
+    assert all(torch.equal(whole(p), before[name]) for name, p in model.named_parameters())
+
+
+def test_set_params():
+    run_ranks(set_params, 3)

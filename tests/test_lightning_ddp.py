@@ -1,4 +1,7 @@
-"""The callback for Lightning in several processes: replicas stay the same, and a resumed run equals the whole one."""
+"""The callback for Lightning in several processes, with whole models and with sharded ones.
+
+Ranks stay the same, and a resumed run equals the whole one.
+"""
 
 import sys
 import warnings
@@ -12,8 +15,9 @@ lightning = pytest.importorskip("lightning.pytorch")
 
 from ranks import run_script  # noqa: E402  after the check that Lightning is there
 from test_lightning import SETTINGS, Module, loader  # noqa: E402
-from torch.distributed.fsdp import FullyShardedDataParallel  # noqa: E402
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard  # noqa: E402
 
+from mfac.distributed.shards import is_sharded, whole  # noqa: E402
 from mfac.integrations.lightning import PrunerCallback  # noqa: E402
 
 STOP, RANKS = 4, 2
@@ -25,7 +29,7 @@ class Watching(PrunerCallback):
     def on_train_batch_end(self, trainer, module, *arguments):
         super().on_train_batch_end(trainer, module, *arguments)
         masks = [mask.float() for mask in self.pruner.masks.values()]
-        flat = torch.cat([x.detach().reshape(-1) for x in (*module.parameters(), *masks)])
+        flat = torch.cat([whole(x).reshape(-1) for x in (*module.parameters(), *masks)])
         assert bool((trainer.strategy.all_gather(flat) == flat).all())
 
 
@@ -42,49 +46,74 @@ class Seeing(Module):
         return super().training_step(batch, index)
 
 
-def run(path, checkpoint=None, **options):
+class Sharded(Seeing):
+    """Without BatchNorm, whose statistics are each rank's own, while a checkpoint holds those of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[1] = torch.nn.LayerNorm(16)
+
+    def configure_model(self):
+        for layer in (self.net[0], self.net[3], self):
+            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+    def on_before_zero_grad(self, optimizer):
+        pass
+
+
+def strategy_of(kind):
+    if kind == "whole":
+        return "ddp"
+    return lightning.strategies.ModelParallelStrategy(RANKS, 1, process_group_backend="gloo")
+
+
+def run(kind, path, checkpoint=None, **options):
     lightning.seed_everything(0, verbose=False)
-    module = Seeing()
+    module = Sharded() if kind == "sharded" else Seeing()
     settings = {**SETTINGS, "num_grads": 3}  # no multiple of the ranks
     callback = Watching(sparsity=0.8, start=2, end=7, frequency=2, recomputations=2, **settings)
     saving = lightning.callbacks.ModelCheckpoint(path, every_n_train_steps=STOP, save_top_k=-1)
     trainer = lightning.Trainer(
-        accelerator="cpu", strategy="ddp", devices=RANKS, logger=False, enable_progress_bar=False, max_epochs=2,
-        enable_model_summary=False, default_root_dir=path, callbacks=[callback, saving], **options,
+        accelerator="cpu", strategy=strategy_of(kind), devices=RANKS, logger=False, enable_progress_bar=False,
+        max_epochs=2, enable_model_summary=False, default_root_dir=path, callbacks=[callback, saving], **options,
     )  # fmt: skip
     trainer.fit(module, loader(), ckpt_path=checkpoint, **({"weights_only": False} if checkpoint else {}))
     return module, callback, trainer
 
 
-def main(folder):
+def main(folder, kind):
     """What each process does."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    whole, callback, trainer = run(folder / "whole")
+    module, callback, trainer = run(kind, folder / "first")
     assert trainer.world_size == RANKS and [time for time, _ in callback.pruner.results] == [4, 6, 7]
-    assert whole.zeros() == round(0.8 * 256)
+    values = [whole(p) for p in module.parameters()]
+    assert is_sharded(next(module.parameters())) == (kind == "sharded")
+    pruned = round(0.8 * 256)
+    assert sum(int((value == 0).sum()) for value in values if value.dim() == 2) == pruned
     seen = [None] * RANKS
-    torch.distributed.all_gather_object(seen, whole.seen)
+    torch.distributed.all_gather_object(seen, module.seen)
     assert len(set(seen[0][:8]) | set(seen[1][:4])) == 12  # of the first round and a half, a part for each
-    checkpoint = next((folder / "whole").glob(f"*step={STOP}.ckpt"))
-    state = torch.load(checkpoint, weights_only=False)["callbacks"]
+    checkpoint = next((folder / "first").glob(f"*step={STOP}.ckpt"))
+    state = torch.load(checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint, weights_only=False)["callbacks"]
     (masks,) = (value["masks"] for value in state.values() if "masks" in value)
-    assert 0 < sum(int((~mask).sum()) for mask in masks.values()) < whole.zeros()
-    resumed, again, _ = run(folder / "again", str(checkpoint))
+    assert 0 < sum(int((~mask).sum()) for mask in masks.values()) < pruned
+    resumed, again, _ = run(kind, folder / "again", str(checkpoint))
     assert [time for time, _ in again.pruner.results] == [4, 6, 7]
-    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert all(torch.equal(value, whole(p)) for value, p in zip(values, resumed.parameters(), strict=True))
     (folder / f"done-{trainer.global_rank}").touch()
 
 
-def test_two_processes(tmp_path):
-    done = run_script(sys.executable, __file__, tmp_path)
+@pytest.mark.parametrize("kind", ["whole", "sharded"])
+def test_two_processes(tmp_path, kind):
+    done = run_script(sys.executable, __file__, tmp_path, kind)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
 
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
-def test_sharded_models_are_refused(tmp_path):
-    """Lightning's own strategies for them need GPUs: what the callback sees of them is put in their place."""
+def test_refusals(tmp_path):
+    """Strategies that need GPUs: what the callback sees of them is put in their place."""
 
     def start(strategy, model, world_size=1):
         trainer = SimpleNamespace(strategy=strategy, model=model, world_size=world_size)
@@ -96,11 +125,13 @@ def test_sharded_models_are_refused(tmp_path):
             start(None, FullyShardedDataParallel(Module(), device_id=torch.device("cpu")))
     finally:
         torch.distributed.destroy_process_group()
-    for name in ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):
+    for name in ("FSDPStrategy", "DeepSpeedStrategy"):
         strategy = object.__new__(getattr(lightning.strategies, name))
-        with pytest.raises(ValueError, match=f"trainer: expected strategy='ddp' for several processes, .* got {name}"):
+        with pytest.raises(
+            ValueError, match=f"trainer: expected strategy='ddp' or ModelParallelStrategy .* got {name}"
+        ):
             start(strategy, Module(), 2)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

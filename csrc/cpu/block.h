@@ -95,11 +95,11 @@ Gradients<G> prefer_fisher_side(Gradients<G> grads) {
 constexpr double kProductRange = 1000, kExactFactor = 0x1p29, kSolveRange = 1e5, kLongSum = 512;
 
 // On the capacitance side ‖L⁻¹ g‖² = gᵀA⁻¹g changes by vᵀEv, v = A⁻¹g, for which errors E that are independent of each
-// other are √n smaller than their norm: the condition number may go up to kRandomRange n. Measured at that limit against
-// float64 on random, positive, sparse, scaled, nearly parallel and low-rank gradients and on those of a ResNet, m from
-// 33 to 512: what is left of 1 - ‖L⁻¹ g‖² above kCancellation is wrong by 6e-5 at most, a joint update by 1e-4 of its
-// norm. Gradients of a trained network have a μ hardly above the ridge: with the default damping and block size they
-// are within this range, and mostly outside of the one above.
+// other are √n smaller than their norm: the condition number may go up to kRandomRange n. Measured at that limit
+// against float64 on random, positive, sparse, scaled, nearly parallel and low-rank gradients and on those of a ResNet,
+// m from 33 to 512: what is left of 1 - ‖L⁻¹ g‖² above kCancellation is wrong by 5e-5 at most, a joint update by 1e-4
+// of its norm. Gradients of a trained network have a μ hardly above the ridge: with the default damping and block size
+// nearly all blocks are within this range, and a third of them outside of the one above.
 constexpr double kRandomRange = 200;
 
 // The same for bfloat16 products, whose float32 sums are up to 256 terms long, and a factor of float32 columns:
@@ -215,8 +215,8 @@ Precision factor_block(const Block<G>& block, double* l, const F& observe = {}) 
 }
 
 // The two passes over a block, G x and Gᵀ t, are bound by the memory: the first prefetches the rows that it comes to
-// next, the second finds the block in the cache, if it fits. Both take kRowsAtOnce rows at a time, so that a vector is read,
-// or written, once for all of them, kStrip columns each, which with a vector's 4 KiB stay in L1.
+// next, the second finds the block in the cache, if it fits. Both take kRowsAtOnce rows at a time, so that a vector is
+// read, or written, once for all of them, kStrip columns each, which with a vector's 4 KiB stay in L1.
 constexpr int64_t kStrip = 512;
 constexpr int kRowsAtOnce = 4;
 constexpr int64_t kStepColumns = 2 * kLanes<double>;  // a line of float32 of each row

@@ -112,8 +112,9 @@ double cholesky(double* a, int64_t n, int64_t lda) {
   return smallest;
 }
 
-// x <- (L Lᵀ)⁻¹ x for one vector, L[n, n] of row stride ldl. As many rows at a time as a vector has elements: their sums
-// are transposed and added as vectors, and their triangle is solved in one vector, an element of it final at each step.
+// x <- (L Lᵀ)⁻¹ x for one vector, L[n, n] of row stride ldl. As many rows at a time as a vector has elements: their
+// sums are transposed and added as vectors, and their triangle is solved in one vector, an element of it final at each
+// step.
 inline void cholesky_solve(const double* l, int64_t n, int64_t ldl, double* x) {
   constexpr int64_t lanes = kLanes<double>;
   using Square = Vector<double>[lanes];

@@ -41,7 +41,8 @@ constexpr int kVectors = 3;  // per panel row: with 3, a broadcast serves three 
 template <typename T>
 constexpr int kPanel = kVectors * kLanes<T>;
 
-// Depth of a panel that is multiplied at once: two panels take 24 KiB, which fits in L1.
+// Depth of a panel that is multiplied at once. With AVX-512 two panels take 48 KiB: all of an Intel's L1, and more than an
+// AMD's, where the one that changes less stays there; adding a product to C then costs half as much as at 64.
 constexpr int64_t kDepth = 128;
 constexpr int64_t kPartial = 32;  // terms of a partial sum, for smaller rounding errors (see multiply)
 
@@ -171,7 +172,7 @@ class Triangle {
 // panel <- L⁻¹ panel, from row group `first` on (rows before it are known to be zero); norms[c] = ‖column c‖² of the
 // result. The panel has round_up(n, kRows) rows, those past n zero. Blocked substitution, in steps of at most kDepth
 // rows: the known rows are subtracted from all rows of a step before the step is solved, so that two pieces of the
-// panel stay in L1 while L is streamed once.
+// panel stay near while L is streamed once.
 template <typename T>
 void solve(const Triangle<T>& l, T* panel, T* norms, int64_t first = 0) {
   constexpr int64_t step = kDepth / kRows;

@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mfac.checks import check_instance, check_module, warn
 from mfac.distributed.replicas import ALONE, Replicas
-from mfac.distributed.shards import check_shards, reshard
+from mfac.distributed.shards import check_fully_sharded, check_shards, reshard
 
 _warned = False  # of a group that is not used
 
@@ -40,6 +40,7 @@ def find_replicas(model: nn.Module, process_group: dist.ProcessGroup | None = No
         )
     reshard(inner)
     group = check_shards(dict(inner.named_parameters()))
+    check_fully_sharded(inner)
     if process_group is not None:
         check_instance("process_group", process_group, dist.ProcessGroup, "a torch.distributed process group")
         if dist.get_rank(process_group) < 0:

@@ -67,7 +67,7 @@ def no_accumulation(model: nn.Module) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    states = [module._get_fsdp_state() for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+    states = _fsdp_states(model)
     groups = [group for state in states for group in _param_groups(state)]
     holders: list[tuple[Any, dict[str, Any]]] = [(group, _FLAGS) for group in groups]
     holders += [(state._state_ctx, {"is_last_backward": True}) for state in states]
@@ -90,6 +90,11 @@ def no_accumulation(model: nn.Module) -> Iterator[None]:
 
 
 _FLAGS = {"reduce_grads": True, "all_reduce_grads": True}
+
+
+def _fsdp_states(model: nn.Module) -> list[Any]:
+    """Those of the modules that ``fully_shard`` was called for."""
+    return [module._get_fsdp_state() for module in model.modules() if hasattr(module, "_get_fsdp_state")]
 
 
 def _param_groups(state: Any) -> list[Any]:
@@ -125,6 +130,26 @@ def check_shards(params: Mapping[str, Tensor]) -> torch.distributed.ProcessGroup
             raise ValueError(f"model: expected all parameters on one mesh, got {mesh} and {p.device_mesh} ({name!r})")
         mesh = p.device_mesh
     return None if mesh is None else mesh.get_group()
+
+
+def check_fully_sharded(model: nn.Module) -> None:
+    """Check that all DTensors of a model are those of ``fully_shard``, whose ranks have batches of their own.
+
+    Args:
+        model: Any module, of which no parameter is a whole one for a while (:func:`reshard`).
+
+    Raises:
+        ValueError: If another parameter is a DTensor: with tensor parallelism all ranks need the same batch.
+    """
+    groups = [group for state in _fsdp_states(model) for group in _param_groups(state)]
+    owners = [param._module_info for group in groups for param in group.fsdp_params]
+    own = {id(getattr(owner.module, owner.param_name)) for owner in owners}
+    for name, p in model.named_parameters():
+        if is_sharded(p) and id(p) not in own:
+            raise ValueError(
+                f"model: expected parameters that fully_shard has cut, got {name!r}, a DTensor of another kind, such "
+                "as of tensor parallelism"
+            )
 
 
 def check_all_sharded(params: Mapping[str, Tensor]) -> None:

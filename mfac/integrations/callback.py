@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, distributed, nn
 
 from mfac.checks import check_choice, warn
+from mfac.distributed.shards import is_sharded
 from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.gradual import Pruner
-from mfac.pruning.masks import merge_masks
+from mfac.pruning.masks import has_pruned, merge_masks
 from mfac.recipe.manager import Manager, Session
 
 UNITS = ("step", "epoch")
@@ -30,9 +31,13 @@ def needs_batches(settings: Mapping[str, Any]) -> bool:
     return settings.get("buffer") is None and (criterion is None or criterion.needs_gradients)
 
 
-def all_processes(count: int) -> dict[str, Any]:
-    """Return the setting ``process_group`` of a trainer with so many processes; nothing for one."""
-    return {"process_group": distributed.group.WORLD} if count > 1 else {}
+def all_processes(count: int, model: nn.Module) -> dict[str, Any]:
+    """Return the setting ``process_group`` of a trainer with so many processes.
+
+    Nothing for one, and for a model that ``fully_shard`` has cut, which brings its own group.
+    """
+    alone = count == 1 or any(is_sharded(p) for p in model.parameters())
+    return {} if alone else {"process_group": distributed.group.WORLD}
 
 
 def masks_so_far(pruner: Pruner | Session | None, model: nn.Module) -> dict[str, Any]:
@@ -98,9 +103,7 @@ def masks_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
 def warn_if_dense(pruner: Pruner | Session, model: nn.Module) -> None:
     """Warn of a model that is not pruned as the masks say, such as an earlier checkpoint that was loaded at the end."""
     params = pruner.params if pruner.model is model else {}
-    if any(
-        bool((p.detach()[~pruner.masks[name].to(p.device)] != 0).any()) for name, p in params.items() if pruner.masks
-    ):
+    if any(has_pruned(p, pruner.masks[name]) for name, p in params.items() if pruner.masks):
         warn(
             "model: weights that the Pruner has pruned are not zero; was a checkpoint from before loaded as the best? "
             "Choose among the checkpoints after the last update, or call mfac.apply_masks(model, callback.pruner.masks)"

@@ -30,11 +30,11 @@ from mfac.recipe.manager import Session
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.strategies import DDPStrategy
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 except ImportError:
     try:
         from pytorch_lightning import Callback, LightningModule, Trainer
-        from pytorch_lightning.strategies import DDPStrategy
+        from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
     except ImportError as error:
         raise ImportError(install_hint("lightning", "lightning")) from error
 
@@ -45,7 +45,8 @@ class PrunerCallback(Callback):
     Works with gradient accumulation and mixed precision. Pruned weights do not count in the norm by which gradients are
     clipped. The state is part of Lightning's checkpoints, so ``trainer.fit(..., ckpt_path=...)`` goes on in the middle
     of a schedule. Parameters have the names of the LightningModule, such as ``net.0.weight``. With several processes
-    (``strategy="ddp"``) each takes gradients from batches of its own, and all prune alike.
+    (``strategy="ddp"``, or ``ModelParallelStrategy`` with ``fully_shard``) each takes gradients from batches of its
+    own, and all prune alike.
 
     Args:
         batches: Where gradients come from; None: the training dataloader, in an order of its own.
@@ -101,15 +102,16 @@ class PrunerCallback(Callback):
         """
         refuse_flat(trainer.model)
         strategy = trainer.strategy
-        if trainer.world_size > 1 and (not isinstance(strategy, DDPStrategy) or "DeepSpeed" in type(strategy).__name__):
+        supported = isinstance(strategy, (DDPStrategy, ModelParallelStrategy))
+        if trainer.world_size > 1 and (not supported or "DeepSpeed" in type(strategy).__name__):
             raise ValueError(
-                "trainer: expected strategy='ddp' for several processes, each of which holds the whole model, got "
+                "trainer: expected strategy='ddp' or ModelParallelStrategy for several processes, got "
                 f"{type(strategy).__name__}"
             )
         if self._unit == "epoch" and math.isinf(trainer.num_training_batches):
             raise ValueError("unit: expected 'step' with a dataloader of unknown length, got 'epoch'")
         so_far = {} if self._recipe is not None else masks_so_far(self.pruner, pl_module)
-        settings = {**all_processes(trainer.world_size), **so_far, **self._settings}
+        settings = {**all_processes(trainer.world_size, pl_module), **so_far, **self._settings}
         if self._recipe is None and self._state is not None and self._state["masks"]:
             settings["masks"] = self._state["masks"]
         batches = self._batches

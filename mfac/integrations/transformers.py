@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mfac.checks import warn
 from mfac.distributed.models import refuse_flat
+from mfac.distributed.shards import whole
 from mfac.extras import install_hint
 from mfac.integrations.callback import (
     all_processes,
@@ -27,6 +28,7 @@ from mfac.integrations.callback import (
 from mfac.model.names import named_parameters
 from mfac.model.targets import prunable_parameters
 from mfac.pruning.gradual import Pruner
+from mfac.pruning.masks import zero_elements
 from mfac.recipe.manager import Session
 
 try:
@@ -43,8 +45,8 @@ class PrunerCallback(TrainerCallback):
 
     Works with gradient accumulation and mixed precision. Pruned weights do not count in the norm by which gradients are
     clipped. The state lies in the folder of each checkpoint, as ``pruner.pt``, so ``trainer.train(
-    resume_from_checkpoint=...)`` goes on in the middle of a schedule. With several processes (torchrun) each takes
-    gradients from batches of its own, and all prune alike.
+    resume_from_checkpoint=...)`` goes on in the middle of a schedule. With several processes (torchrun; also with
+    ``fsdp_config`` of version 2) each takes gradients from batches of its own, and all prune alike.
 
     Args:
         batches: Where gradients come from; None: the training dataloader, in an order of its own.
@@ -106,13 +108,12 @@ class PrunerCallback(TrainerCallback):
         """
         if args.n_gpu > 1:
             raise ValueError(f"args: expected one GPU per process (torchrun), got {args.n_gpu}")
-        if args.fsdp or args.deepspeed:
-            got = f"fsdp={args.fsdp!r}" if args.fsdp else f"deepspeed={args.deepspeed!r}"
-            raise ValueError(f"args: expected a model that each process holds whole, got {got}")
+        if args.deepspeed:
+            raise ValueError(f"args: expected a model without DeepSpeed, got deepspeed={args.deepspeed!r}")
         model, batches, saved = objects["model"], self._batches, None
         refuse_flat(model)
         so_far = {} if self._recipe is not None else masks_so_far(self.pruner, model)
-        settings = {**all_processes(args.world_size), **so_far, **self._settings}
+        settings = {**all_processes(args.world_size, model), **so_far, **self._settings}
         if state.global_step > 0:
             saved = self._saved(args, state, model)
             if self._recipe is None and saved["masks"]:
@@ -152,7 +153,7 @@ class PrunerCallback(TrainerCallback):
         masks = masks_of(saved)
         params = prunable_parameters(model, list(masks)) if masks else {}
         for name, p in params.items():
-            zero, mask = p.detach().cpu() == 0, masks[name].cpu()
+            zero, mask = whole(p).cpu() == 0, masks[name].cpu()
             if bool((~zero & ~mask).any()) or float((zero & mask).float().mean()) > _CHANCE_ZEROS:
                 raise ValueError(
                     f"resume_from: expected the state of this model, got {folder / FILE}, whose masks do not fit the "
@@ -207,4 +208,4 @@ class _MaskGradient:
         self.remaining -= 1
         mask = self.masks.get(self._name)
         if mask is not None and p.grad is not None:
-            p.grad.masked_fill_(~mask.to(p.grad.device), 0)
+            zero_elements(p.grad, mask)

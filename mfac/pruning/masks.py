@@ -44,10 +44,20 @@ def zero_pruned(params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> No
         params: Name -> parameter.
         masks: Name -> bool tensor, True = kept, of some of them.
     """
-    with torch.no_grad():
-        for name, mask in masks.items():
-            own = local(params[name])
-            own.masked_fill_(~part_of(mask, params[name]).to(own.device), 0)
+    for name, mask in masks.items():
+        zero_elements(params[name], mask)
+
+
+def zero_elements(values: Tensor, mask: Tensor) -> None:
+    """Set the elements to zero where a mask of the same shape is False; in a DTensor those of this process's part."""
+    own = local(values)
+    own.masked_fill_(~part_of(mask, values).to(own.device), 0)
+
+
+def has_pruned(values: Tensor, mask: Tensor) -> bool:
+    """Return whether elements are not zero where the mask is False, in this process's part of a DTensor."""
+    own = local(values)
+    return bool((own[~part_of(mask, values).to(own.device)] != 0).any())
 
 
 def merge_masks(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -73,11 +83,9 @@ def mask_gradients(params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) ->
         params: Name -> parameter.
         masks: Name -> bool tensor, True = kept, of some of them.
     """
-    with torch.no_grad():
-        for name, mask in masks.items():
-            if params[name].grad is not None:
-                own = local(params[name].grad)
-                own.masked_fill_(~part_of(mask, params[name].grad).to(own.device), 0)
+    for name, mask in masks.items():
+        if params[name].grad is not None:
+            zero_elements(params[name].grad, mask)
 
 
 def check_masks(

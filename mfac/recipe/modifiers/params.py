@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mfac.distributed.shards import local, part_of, reshard
 from mfac.model.names import NameTable, named_parameters
 from mfac.recipe.modifiers.base import Action, Modifier, Target, flag, names
 
@@ -126,19 +127,20 @@ class _Fill(Action):
     def step(self, last: float, epoch: float) -> None:
         self._undo = {}
         if last < max(self._start, 0.0) <= epoch:
+            reshard(self._model)
             every = named_parameters(self._model)
-            with torch.no_grad():
-                for name in self._names:
-                    before = every[name].detach().clone()
-                    every[name].copy_(self._value)
-                    if last == -math.inf:
-                        self._undo[name] = before, every[name]._version
+            for name in self._names:
+                p, own = every[name], local(every[name])
+                before = own.clone()
+                own.copy_(part_of(self._value, p) if self._value.dim() else self._value)
+                if last == -math.inf:
+                    self._undo[name] = before, p._version
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what was set when the recipe was applied: the run that goes on has set it long ago."""
+        reshard(self._model)
         every = named_parameters(self._model)
-        with torch.no_grad():
-            for name, (before, version) in self._undo.items():
-                if every[name]._version == version:  # else the model was loaded after that
-                    every[name].copy_(before)
+        for name, (before, version) in self._undo.items():
+            if every[name]._version == version:  # else the model was loaded after that
+                local(every[name]).copy_(before)
         self._undo = {}
