@@ -55,10 +55,12 @@ template <int V, bool kBlocks, typename T, typename Sink>
     const int16_t* column = weights.columns + begin * (kBlocks ? 1 : kSliceRows);
     for (int64_t step = begin; step < end; ++step, value += kSliceRows, column += kBlocks ? 1 : kSliceRows) {
       Floats x[V];
+      uint64_t places = static_cast<uint16_t>(column[0]);  // of the four rows, one load for all (little-endian)
+      if constexpr (!kBlocks) std::memcpy(&places, column, sizeof places);
 #pragma GCC unroll 4
       for (int r = 0; r < kSliceRows; ++r) {
         if (!kBlocks || r == 0) {
-          const Floats* source = reinterpret_cast<const Floats*>(tile + column[r] * width);
+          const Floats* source = reinterpret_cast<const Floats*>(tile + (places >> 16 * r & 0xffff) * width);
 #pragma GCC unroll 4
           for (int v = 0; v < V; ++v) x[v] = source[v];
         }
