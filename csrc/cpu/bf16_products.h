@@ -25,8 +25,8 @@ int product_terms(const Block<G>& block) {
   return terms;
 }
 
-// Whether L⁻¹ G is a bfloat16 product too: with two terms of L⁻¹, which is twice the work, only AMX is faster than a
-// float32 substitution.
+// Whether L⁻¹ G is a bfloat16 product too: with two or three terms of L⁻¹, and as many times the work, only AMX is
+// faster than a float32 substitution.
 template <typename G>
 bool inverse_by_products(const Block<G>& block) {
   return block.capacitance() && bf16_path() != BFloat16Path::avx512;

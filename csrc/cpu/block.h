@@ -147,7 +147,7 @@ double factor_double(const Block<G>& block, double* l, const F& observe = {}) {
 
 // Whether bfloat16 products of the gradients, given the trace of A, are normal numbers.
 template <typename G>
-bool above_denormal(const Block<G>& block, double trace) {
+bool products_are_normal(const Block<G>& block, double trace) {
   const double elements = static_cast<double>(block.grads.m) * static_cast<double>(block.size());
   return trace - static_cast<double>(block.order()) * block.ridge() >= kMinMeanSquare * elements;
 }
@@ -197,7 +197,7 @@ Precision factor_block(const Block<G>& block, double* l, const F& observe = {}) 
   bool single = true;  // whether float32 products may be good enough
   if (const int terms = product_terms(block)) {
     const double trace = gram_block<float>(block, block.ridge(), l, terms), rounding = rounding_of(block, trace);
-    if (above_denormal(block, trace)) {
+    if (products_are_normal(block, trace)) {
       observe(l, Products::terms, rounding);
       if (factor_products(block, Products::terms, rounding, l, smallest))
         return precision_of(block, Products::terms, smallest, trace);
@@ -219,7 +219,7 @@ Precision factor_block(const Block<G>& block, double* l, const F& observe = {}) 
 // read, or written, once for all of them, kStrip columns each, which with a vector's 4 KiB stay in L1.
 constexpr int64_t kStrip = 512;
 constexpr int kRowsAtOnce = 4;
-constexpr int64_t kStepColumns = 2 * kLanes<double>;  // a line of float32 of each row
+constexpr int64_t kStepColumns = 2 * kLanes<double>;  // with AVX-512 a cache line of float32 of each row
 
 // out[i] += sum_c G[r + i, c0 + c] x[c] for i < rows, c < columns. `ahead`: prefetch the rows that far below these.
 template <int rows, typename G>
@@ -229,7 +229,7 @@ void dot_rows(const Block<G>& block, int64_t r, int64_t c0, int64_t columns, con
   const G* source[rows];
   for (int i = 0; i < rows; ++i) source[i] = block.row(r + i) + c0;
   const int64_t next = ahead * block.grads.stride;
-  Vector<double> sums[rows][2] = {};  // each latency of an addition is behind others
+  Vector<double> sums[rows][2] = {};  // independent sums hide the latency of additions
   int64_t c = 0;
   for (; c + kStepColumns <= columns; c += kStepColumns) {
     if (ahead)

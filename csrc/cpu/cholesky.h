@@ -1,5 +1,5 @@
-// Cholesky factorisation of the small matrix of a block and solves with the factor, in float64, with the kernels of
-// microkernels.h.
+// Cholesky factorisation of the small matrix of a block, which is stored in float64 whatever its rows are solved in,
+// and float64 solves with the factor; with the kernels of microkernels.h.
 #pragma once
 
 #include <cmath>
@@ -10,7 +10,7 @@ namespace mfac::cpu {
 
 // Columns per step of the factorisation: all of them are known when the rows below are solved, so larger steps mean
 // fewer passes over A, and smaller ones less work in the diagonal blocks, which one thread factors.
-constexpr int64_t kCholesky = 128;
+constexpr int64_t kCholeskyColumns = 128;
 
 // A = L Lᵀ in place, as cholesky, for n <= kPanel<double>. Column by column; the rows of Lᵀ are vectors.
 inline double cholesky_of_panel(double* a, int64_t n, int64_t lda) {
@@ -43,12 +43,12 @@ inline double cholesky_of_panel(double* a, int64_t n, int64_t lda) {
   return smallest;
 }
 
-// The same for n <= kCholesky, a panel of rows after the other: L is solved for in the columns that are known, and what
-// is left on the diagonal is factored. `l` becomes L too.
+// The same for n <= kCholeskyColumns, a panel of rows after the other: L is solved for in the columns that are known,
+// and what is left on the diagonal is factored. `l` becomes L too.
 inline double cholesky_by_rows(double* a, int64_t n, int64_t lda, Triangle<double>& l) {
   constexpr int64_t width = kPanel<double>;
   double smallest = INFINITY;
-  alignas(64) double panel[kCholesky * width];
+  alignas(64) double panel[kCholeskyColumns * width];
   for (int64_t i = 0; i < n; i += width) {
     const int64_t count = std::min(width, n - i);
     double* rows = a + i * lda;
@@ -69,22 +69,22 @@ inline double cholesky_by_rows(double* a, int64_t n, int64_t lda, Triangle<doubl
 
 // A = L Lᵀ in place: the lower triangle of A[n, n] (row stride lda) becomes L; the rest is not touched. Returns the
 // smallest pivot min L_ii², or the first pivot that is not positive (<= 0 or NaN); A is then undefined. Right-looking,
-// kCholesky columns at a time. The rows below a diagonal block are solved and multiplied in T, and the products are
-// accumulated in float64.
+// kCholeskyColumns columns at a time. The rows below a diagonal block are solved and multiplied in T, and the products
+// are accumulated in float64.
 template <typename T = double>
 double cholesky(double* a, int64_t n, int64_t lda) {
   constexpr int64_t width = kPanel<T>;
-  static_assert(kCholesky <= kDepth);
+  static_assert(kCholeskyColumns <= kDepth);
   double smallest = INFINITY;
-  Buffer<T> panels(n > kCholesky ? round_up(n - kCholesky, width) * kCholesky : 0);
-  Triangle<double> exact(std::min(n, kCholesky));
-  Triangle<T> rounded(std::is_same_v<T, double> || n <= kCholesky ? 0 : kCholesky);
-  for (int64_t k = 0; k < n; k += kCholesky) {
-    const int64_t end = std::min(n, k + kCholesky), depth = end - k, below = n - end;
+  Buffer<T> panels(n > kCholeskyColumns ? round_up(n - kCholeskyColumns, width) * kCholeskyColumns : 0);
+  Triangle<double> exact(std::min(n, kCholeskyColumns));
+  Triangle<T> rounded(std::is_same_v<T, double> || n <= kCholeskyColumns ? 0 : kCholeskyColumns);
+  for (int64_t k = 0; k < n; k += kCholeskyColumns) {
+    const int64_t end = std::min(n, k + kCholeskyColumns), depth = end - k, below = n - end;
     const double pivot = cholesky_by_rows(a + k * lda + k, depth, lda, exact);
     if (!(pivot > 0)) return pivot;
     smallest = std::min(smallest, pivot);
-    if (below == 0) break;  // from here on depth is kCholesky
+    if (below == 0) break;  // from here on depth is kCholeskyColumns
     if constexpr (!std::is_same_v<T, double>) rounded.pack(a + k * lda + k, depth, lda);
     // Rows below the diagonal block, transposed into panels, are solved there and are then the operand of the update.
     parallel_for(ceil_div(below, width), width * depth * depth, [&](int64_t j) {
@@ -97,14 +97,14 @@ double cholesky(double* a, int64_t n, int64_t lda) {
         solve<T>(exact, panel, nullptr);
         transpose_copy(panel, width, depth, columns, rows, lda);
       } else {
-        alignas(64) T square[width * kCholesky];
+        alignas(64) T square[width * kCholeskyColumns];
         for (int64_t c = 0; c < columns; ++c)
-          for (int64_t r = 0; r < depth; ++r) square[c * kCholesky + r] = static_cast<T>(rows[c * lda + r]);
-        transpose_copy<T>(square, kCholesky, columns, depth, panel, width);
+          for (int64_t r = 0; r < depth; ++r) square[c * kCholeskyColumns + r] = static_cast<T>(rows[c * lda + r]);
+        transpose_copy<T>(square, kCholeskyColumns, columns, depth, panel, width);
         solve<T>(rounded, panel, nullptr);
-        transpose_copy<T>(panel, width, depth, columns, square, kCholesky);
+        transpose_copy<T>(panel, width, depth, columns, square, kCholeskyColumns);
         for (int64_t c = 0; c < columns; ++c)
-          for (int64_t r = 0; r < depth; ++r) rows[c * lda + r] = square[c * kCholesky + r];
+          for (int64_t r = 0; r < depth; ++r) rows[c * lda + r] = square[c * kCholeskyColumns + r];
       }
     });
     gram<T>(panels, below, depth, -1.0, a + end * lda + end, lda);
@@ -112,31 +112,31 @@ double cholesky(double* a, int64_t n, int64_t lda) {
   return smallest;
 }
 
-// x <- (L Lᵀ)⁻¹ x for one vector, L[n, n] of row stride ldl. As many rows at a time as a vector has elements: their
-// sums are transposed and added as vectors, and their triangle is solved in one vector, an element of it final at each
-// step.
-inline void cholesky_solve(const double* l, int64_t n, int64_t ldl, double* x) {
+// The triangle of L in the rows i .. i + kLanes, one vector per row, and the reciprocals of its diagonal.
+inline Vector<double> load_triangle(const double* l, int64_t i, int64_t ldl, Vector<double> (&rows)[kLanes<double>]) {
   constexpr int64_t lanes = kLanes<double>;
-  using Square = Vector<double>[lanes];
-  const int64_t whole = n / lanes * lanes;
-  // The rows i .. i + lanes of the same columns, and the reciprocals of their diagonal.
-  const auto triangle = [&](int64_t i, Square& out) {
-    Vector<double> diagonal;
+  Vector<double> diagonal;
 #pragma GCC unroll 8
-    for (int64_t r = 0; r < lanes; ++r) {
-      out[r] = load<double>(l + (i + r) * ldl + i);
-      diagonal[r] = out[r][r];
-    }
-    return 1 / diagonal;
-  };
-  for (int64_t i = 0; i < whole; i += lanes) {
-    Square sums = {}, columns;
+  for (int64_t r = 0; r < lanes; ++r) {
+    rows[r] = load<double>(l + (i + r) * ldl + i);
+    diagonal[r] = rows[r][r];
+  }
+  return 1 / diagonal;
+}
+
+// x <- L⁻¹ x for one vector, L[n, n] of row stride ldl. As many rows at a time as a vector has elements: their sums are
+// transposed and added as vectors, and their triangle is solved in one vector, an element of it final at each step.
+inline void forward_substitution(const double* l, int64_t n, int64_t ldl, double* x) {
+  constexpr int64_t lanes = kLanes<double>;
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    Vector<double> sums[lanes] = {}, columns[lanes];
     for (int64_t j = 0; j < i; j += lanes) {
       const Vector<double> known = load<double>(x + j);
 #pragma GCC unroll 8
       for (int64_t r = 0; r < lanes; ++r) sums[r] += load<double>(l + (i + r) * ldl + j) * known;
     }
-    const Vector<double> inverse = triangle(i, columns);
+    const Vector<double> inverse = load_triangle(l, i, ldl, columns);
     transpose<double>(columns);
     transpose<double>(sums);
     Vector<double> rest = load<double>(x + i), sum = {}, solved;
@@ -151,17 +151,23 @@ inline void cholesky_solve(const double* l, int64_t n, int64_t ldl, double* x) {
     }
     std::memcpy(x + i, &solved, sizeof solved);
   }
-  for (int64_t i = whole; i < n; ++i) {
+  for (; i < n; ++i) {
     for (int64_t j = 0; j < i; ++j) x[i] -= l[i * ldl + j] * x[j];
     x[i] /= l[i * ldl + i];
   }
-  for (int64_t i = n - 1; i >= whole; --i) {
-    x[i] /= l[i * ldl + i];
-    for (int64_t j = 0; j < i; ++j) x[j] -= l[i * ldl + j] * x[i];
+}
+
+// x <- L⁻ᵀ x, in the same way from the last rows on.
+inline void backward_substitution(const double* l, int64_t n, int64_t ldl, double* x) {
+  constexpr int64_t lanes = kLanes<double>;
+  int64_t i = n;
+  for (; i % lanes != 0; --i) {
+    const double *row = l + (i - 1) * ldl, value = x[i - 1] /= row[i - 1];
+    for (int64_t j = 0; j < i - 1; ++j) x[j] -= row[j] * value;
   }
-  for (int64_t i = whole - lanes; i >= 0; i -= lanes) {
-    Square rows, solved;  // solved: each element in all places
-    const Vector<double> inverse = triangle(i, rows);
+  for (i -= lanes; i >= 0; i -= lanes) {
+    Vector<double> rows[lanes], solved[lanes];  // solved: each element in all places
+    const Vector<double> inverse = load_triangle(l, i, ldl, rows);
     Vector<double> rest = load<double>(x + i), own;
 #pragma GCC unroll 8
     for (int64_t r = lanes - 1; r >= 0; --r) {
@@ -180,8 +186,14 @@ inline void cholesky_solve(const double* l, int64_t n, int64_t ldl, double* x) {
   }
 }
 
-// An upper estimate of the smallest eigenvalue of L Lᵀ, by inverse iteration: four solves, n² flops each, nearly always
-// come within a factor of two. (The smallest pivot of L may be n times too large.)
+// x <- (L Lᵀ)⁻¹ x for one vector.
+inline void cholesky_solve(const double* l, int64_t n, int64_t ldl, double* x) {
+  forward_substitution(l, n, ldl, x);
+  backward_substitution(l, n, ldl, x);
+}
+
+// An upper estimate of the smallest eigenvalue of L Lᵀ, by inverse iteration: four solves, 2 n² flops each, nearly
+// always come within a factor of two. (The smallest pivot of L may be n times too large.)
 inline double smallest_eigenvalue(const double* l, int64_t n) {
   Buffer<double> x(n);
   double norm = 0;

@@ -181,7 +181,7 @@ bool factor_held(const Block<G>& block, const std::vector<int32_t>& where, const
   double smallest = 0;
   const double trace = block.capacitance() ? gram.subtract(block, removed, l) : gram.extract(where, l);
   const double rounding = block.capacitance() ? gram.rounding() : rounding_of(block, trace);
-  if (products == Products::terms && !above_denormal(block, trace)) return false;
+  if (products == Products::terms && !products_are_normal(block, trace)) return false;
   if (!factor_products(block, products, rounding, l, smallest)) return false;
   precision = precision_of(block, products, smallest, trace);
   return true;

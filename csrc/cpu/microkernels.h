@@ -30,8 +30,8 @@
 
 namespace mfac::cpu {
 
-// Rows of a tile: 3 accumulators per row fill the registers, of which AVX-512 and aarch64 have 32 and AVX2 and SSE 16.
-// (With SSE it must divide the panel width, which is 6 in double.)
+// Rows of a tile, which divide the width of a panel: with 3 accumulators each they nearly fill the registers, of which
+// AVX-512 and aarch64 have 32 and AVX2 16.
 #if defined(__aarch64__)
 constexpr int kRows = 6;
 #else
@@ -40,9 +40,10 @@ constexpr int kRows = kVectorBytes / 8;
 constexpr int kVectors = 3;  // per panel row: with 3, a broadcast serves three multiply-adds
 template <typename T>
 constexpr int kPanel = kVectors * kLanes<T>;
+static_assert(kPanel<float> % kRows == 0 && kPanel<double> % kRows == 0);
 
-// Depth of a panel that is multiplied at once. With AVX-512 two panels take 48 KiB: all of an Intel's L1, and more than an
-// AMD's, where the one that changes less stays there; adding a product to C then costs half as much as at 64.
+// Depth of a panel that is multiplied at once. With AVX-512 two panels take 48 KiB: all of an Intel's L1, and more than
+// an AMD's, where the one that changes less stays there; adding a product to C then costs half as much as at 64.
 constexpr int64_t kDepth = 128;
 constexpr int64_t kPartial = 32;  // terms of a partial sum, for smaller rounding errors (see multiply)
 

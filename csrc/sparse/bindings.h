@@ -53,10 +53,10 @@ Tensor linear_op(const Tensor& x, const Tensor& values, const Tensor& columns, c
   Tensor y = at::empty(sizes, x.options());
   if (y.numel() == 0) return y;
   dispatch(x, [&]<typename T>(T) {
-    const bool right = linear(weights_of<T>(values, columns, pointers, order, shape), epilogue_of<T>(b, activation),
-                              static_cast<const T*>(input.const_data_ptr()), y.numel() / shape[0],
-                              static_cast<T*>(y.mutable_data_ptr()));
-    if (!right) check_columns(columns, x.size(-1));
+    const bool in_range = linear(weights_of<T>(values, columns, pointers, order, shape), epilogue_of<T>(b, activation),
+                                 static_cast<const T*>(input.const_data_ptr()), y.numel() / shape[0],
+                                 static_cast<T*>(y.mutable_data_ptr()));
+    if (!in_range) check_columns(columns, x.size(-1));
   });
   return y;
 }

@@ -28,7 +28,8 @@ inline void check_input(const at::Tensor& x, const std::optional<at::Tensor>& bi
 
 inline void check_type(const at::Tensor& t, const char* name, at::ScalarType type) {
   TORCH_CHECK_TYPE(t.scalar_type() == type, name, ": expected ", type, ", got ", t.scalar_type());
-  TORCH_CHECK_VALUE(t.device().is_cpu() && t.is_contiguous(), name, ": expected a contiguous tensor on the CPU");
+  TORCH_CHECK_VALUE(t.device().is_cpu() && t.is_contiguous(), name, ": expected a contiguous tensor on the CPU, got ",
+                    "strides ", t.strides(), " on ", t.device());
 }
 
 // All of a sparse W of this shape (schemas.h) but the numbers in columns; x has `given` inputs per output.
@@ -58,13 +59,18 @@ inline void check_weights(const at::Tensor& values, const at::Tensor& columns, c
                     " to ", begin[slices]);
   bool falls = false, misplaced = false;  // no branch per element: large layers have thousands
   for (int64_t s = 0; s < slices; ++s) falls |= begin[s] > begin[s + 1];
-  TORCH_CHECK_VALUE(!falls, "pointers: expected numbers that do not fall, got others");
+  for (int64_t s = 0; falls && s < slices; ++s)
+    TORCH_CHECK_VALUE(begin[s] <= begin[s + 1], "pointers: expected non-decreasing numbers, got ", begin[s], " before ",
+                      begin[s + 1]);
   const int32_t* row = order.const_data_ptr<int32_t>();
   const auto count = static_cast<int32_t>(outputs), places = static_cast<int32_t>(slices * kSliceRows);
-  for (int32_t i = 0; i < places; ++i)
-    misplaced |= (row[i] != -1) & ((row[i] < 0) | (row[i] >= count) | ((row[i] ^ i) >= kWindowRows));
-  TORCH_CHECK_VALUE(!misplaced, "order: expected -1 or rows below ", outputs, " in their windows of ", kWindowRows,
-                    ", got others");
+  const auto wrong = [&](int32_t i) {
+    return (row[i] != -1) & ((row[i] < 0) | (row[i] >= count) | ((row[i] ^ i) >= kWindowRows));
+  };
+  for (int32_t i = 0; i < places; ++i) misplaced |= wrong(i);
+  for (int32_t i = 0; misplaced && i < places; ++i)
+    TORCH_CHECK_VALUE(!wrong(i), "order: expected -1 or rows below ", outputs, " in their windows of ", kWindowRows,
+                      ", got ", row[i], " at position ", i);
 }
 
 // Columns [..] in [0, inputs]: one pass over 2 bytes per entry.
@@ -90,7 +96,7 @@ inline void check_linear(const at::Tensor& x, const at::Tensor& values, const at
   TORCH_CHECK_VALUE(x.dim() >= 1, "x: expected shape [..., inputs], got a scalar");
   check_input(x, bias, shape[0]);
   check_weights(values, columns, pointers, order, shape, x.size(-1), x.scalar_type());
-  if (x.numel() != x.size(-1)) check_columns(columns, x.size(-1));  // for one sample the kernel does
+  if (x.size(-1) == 0 || x.numel() != x.size(-1)) check_columns(columns, x.size(-1));  // for one sample the kernel does
   check_activation(activation);
 }
 

@@ -30,8 +30,6 @@ int split_runs(int64_t first, int64_t count, int64_t row, int64_t plane, Run* ru
   return n;
 }
 
-constexpr int kMaxWidth = kMaxVectors * kFloats;
-
 // row[start + stride · lane] for the lanes where that lies in the row, [0, width), and zeros.
 template <typename T>
 inline Floats load_strided(const T* row, int64_t start, int64_t stride, int64_t width) {

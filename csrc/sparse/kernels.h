@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../cpu/scratch.h"
 #include "../cpu/vector.h"
 
 namespace mfac::sparse {
@@ -12,6 +13,7 @@ using cpu::BFloat16;
 
 constexpr int kSliceRows = 4;     // rows of a slice: schemas.h
 constexpr int kWindowRows = 128;  // rows within which `order` permutes; a power of two (checks.h)
+constexpr int kWindowSlices = kWindowRows / kSliceRows;
 
 // W [rows, inputs] in slices (schemas.h).
 template <typename T>
@@ -23,8 +25,8 @@ struct Weights {
   bool blocks;
   int64_t rows, inputs;
 
-  int64_t slices() const { return (rows + kSliceRows - 1) / kSliceRows; }
-  int64_t windows() const { return (rows + kWindowRows - 1) / kWindowRows; }
+  int64_t slices() const { return cpu::ceil_div(rows, kSliceRows); }
+  int64_t windows() const { return cpu::ceil_div(rows, kWindowRows); }
 };
 
 // What follows the sum: y = clamp(sum + bias, low, high); low = -inf and high = inf for no activation.

@@ -98,35 +98,35 @@ bool multiply_vector(const Weights<T>& weights, const Epilogue<T>& epilogue, con
   widen_row(x, weights.inputs, input);
   input[weights.inputs] = 0;
   const int64_t entries = static_cast<int64_t>(weights.pointers[weights.slices()]) * kSliceRows;
-  constexpr int64_t per_window = kWindowRows / kSliceRows;
-  std::atomic<bool> right = true;
-  // An entry costs as much as some 8 multiply-adds of a dense product.
-  cpu::parallel_for(weights.windows(), 8 * entries / std::max<int64_t>(weights.windows(), 1), [&](int64_t window) {
-    const int64_t first = window * kWindowRows, rows = std::min<int64_t>(kWindowRows, weights.rows - first);
-    const int64_t last = std::min(weights.slices(), (window + 1) * per_window);
-    alignas(64) float sums[kWindowRows + 1];  // and one for what is no row
-    Columns seen{};
-    for (int64_t slice = window * per_window; slice < last; ++slice) {
-      const FourRows four = multiply_slice(weights, slice, input, seen);
-      for (int r = 0; r < kSliceRows; ++r) {
-        const int64_t row = weights.order[slice * kSliceRows + r];
-        sums[row < 0 ? kWindowRows : row - first] = four[r];
-      }
-    }
-    for (int i = 0; i < kFloats; ++i)
-      if (seen[i] > weights.inputs) right = false;
-    for (int64_t i = 0; i < rows; i += kFloats) {
-      const Floats bias = epilogue.bias ? load_partial(epilogue.bias + first + i, rows - i) : Floats{};
-      store_partial(y + first + i, finish(cpu::load<float>(sums + i) + bias, 0, epilogue.low, epilogue.high), rows - i);
-    }
-  });
-  return right;
+  std::atomic<bool> in_range = true;
+  constexpr int64_t kEntryCost = 8;  // multiply-adds of a dense product that take as long as an entry, for parallel_for
+  cpu::parallel_for(
+      weights.windows(), kEntryCost * entries / std::max<int64_t>(weights.windows(), 1), [&](int64_t window) {
+        const int64_t first = window * kWindowRows, rows = std::min<int64_t>(kWindowRows, weights.rows - first);
+        const int64_t last = std::min(weights.slices(), (window + 1) * kWindowSlices);
+        alignas(64) float sums[kWindowRows + 1];  // and one for what is no row
+        Columns seen{};
+        for (int64_t slice = window * kWindowSlices; slice < last; ++slice) {
+          const FourRows four = multiply_slice(weights, slice, input, seen);
+          for (int r = 0; r < kSliceRows; ++r) {
+            const int64_t row = weights.order[slice * kSliceRows + r];
+            sums[row < 0 ? kWindowRows : row - first] = four[r];
+          }
+        }
+        for (int i = 0; i < kFloats; ++i)
+          if (seen[i] > weights.inputs) in_range = false;
+        for (int64_t i = 0; i < rows; i += kFloats) {
+          const Floats bias = epilogue.bias ? load_partial(epilogue.bias + first + i, rows - i) : Floats{};
+          store_partial(y + first + i, finish(cpu::load<float>(sums + i) + bias, 0, epilogue.low, epilogue.high),
+                        rows - i);
+        }
+      });
+  return in_range;
 }
 
 // Collects the rows of a window, and writes them to y[m, rows] transposed.
 template <typename T>
 struct TransposedSink {
-  static constexpr int64_t kMaxWidth = kMaxVectors * kFloats;
   const Epilogue<T>& epilogue;
   T* y;
   int64_t rows, count, first_row;  // of W; samples of the tile; first row of the window
@@ -169,7 +169,7 @@ bool linear(const Weights<T>& weights, const Epilogue<T>& epilogue, const T* x, 
     if constexpr (std::is_same_v<T, float>) {
       cpu::transpose_copy<float>(x + first * inputs, inputs, count, inputs, tile, width);
     } else {
-      const int64_t stride = (inputs + kFloats - 1) / kFloats * kFloats;
+      const int64_t stride = cpu::round_up(inputs, kFloats);
       cpu::Buffer<float> wide(count * stride);
       for (int64_t i = 0; i < count; ++i) widen_row(x + (first + i) * inputs, inputs, wide + i * stride);
       cpu::transpose_copy<float>(wide, stride, count, inputs, tile, width);

@@ -29,6 +29,7 @@ constexpr int kMaxVectors = 4;
 #else
 constexpr int kMaxVectors = 2;
 #endif
+constexpr int kMaxWidth = kMaxVectors * kFloats;
 constexpr int kMinVectors = 2;  // also where such a tile exceeds L1: measured, 1 is a tenth slower at 512 inputs
 constexpr int64_t kTileBytes = 32 * 1024;  // of an L1 cache of 48 KiB, beside entries and results
 
@@ -91,20 +92,19 @@ void dispatch_vectors(int64_t vectors, bool blocks, const F& f) {
 // the shape alone.
 template <typename Sink, typename T, typename Pack, typename MakeSink>
 void multiply(const Weights<T>& weights, int64_t samples, const Pack& pack, const MakeSink& make_sink) {
-  const int64_t width = tile_vectors(weights.inputs) * kFloats, tiles = (samples + width - 1) / width;
+  const int64_t width = tile_vectors(weights.inputs) * kFloats, tiles = cpu::ceil_div(samples, width);
   const int64_t windows = weights.windows(), slices = weights.slices(), rows = weights.inputs + 1;
   const int64_t entries = static_cast<int64_t>(weights.pointers[slices]) * kSliceRows;
   const auto fill = [&](int64_t t, float* tile) {
-    const int64_t count = std::min(width, samples - t * width), used = (count + kFloats - 1) / kFloats * kFloats;
+    const int64_t count = std::min(width, samples - t * width), used = cpu::round_up(count, kFloats);
     pack(t * width, count, used, tile);
     std::fill_n(tile + weights.inputs * used, used, 0.0f);
   };
   const auto multiply_window = [&](int64_t t, int64_t window, const float* tile) {
-    constexpr int64_t per_window = kWindowRows / kSliceRows;
     const int64_t count = std::min(width, samples - t * width);
-    const int64_t first = window * per_window, last = std::min(slices, first + per_window);
+    const int64_t first = window * kWindowSlices, last = std::min(slices, first + kWindowSlices);
     Sink sink = make_sink(t * width, count, window);
-    dispatch_vectors((count + kFloats - 1) / kFloats, weights.blocks, [&](auto vectors, auto blocks) {
+    dispatch_vectors(cpu::ceil_div(count, kFloats), weights.blocks, [&](auto vectors, auto blocks) {
       multiply_slices<vectors(), blocks()>(weights, first, last, tile, sink);
     });
     sink.finish_window();
