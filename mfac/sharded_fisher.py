@@ -19,20 +19,26 @@ _PAGE = 1 << 16  # columns that are taken to float64 at a time
 
 
 class ShardedFisher:
-    """The Fisher of a :class:`ShardedBuffer`, with the methods of :class:`mfac.Fisher`.
+    """The Fisher of a :class:`ShardedBuffer`: all methods of :class:`mfac.Fisher` that pruning uses.
 
     Rank r owns whole blocks: their factors, diagonal and updates are computed from its columns alone, nothing is
     approximated, and a block's numbers are those of a single process bit for bit. One block for all weights needs an
     m x m matrix of all ranks besides. Vectors are whole on every rank, as the weights of replicated models are: each
     method reads its columns and gathers the parts, d numbers per vector.
 
-    Methods are collective. Those that are not documented here do what Fisher's do.
+    Methods are collective but for ``accepts``, ``replace`` and ``step_memory``. Those that are not documented here do
+    what Fisher's do.
 
     Args:
         grads: The gradients.
         damping: As for Fisher.
         block_size: As for Fisher: a divisor of the inner edges of the shards, or None.
         options: ``backend``, ``precision`` and ``device`` of Fisher.
+
+    Attributes:
+        replicas: The ranks.
+        edges: [W + 1], from 0 to d: rank r has the columns ``edges[r]`` to ``edges[r + 1]``.
+        shape: (m, d), of the gradients of all ranks.
 
     Raises:
         ValueError: If a block would lie on two ranks; and as for Fisher.
@@ -60,7 +66,7 @@ class ShardedFisher:
         """Settings and backend are those of this rank's part."""
         if name in ("damping", "mean_square", "backend", "precision", "device", "kernels"):
             return getattr(self._blocks, name)
-        raise AttributeError(name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def _own(self) -> Fisher:
@@ -103,7 +109,7 @@ class ShardedFisher:
 
     def project(self, x: Tensor) -> Tensor:
         """See :meth:`mfac.Fisher.project`."""
-        return self.replicas.gather(self._own.project(self._part(x)).double()).sum(0)
+        return self.replicas.gather(self._own.project(self._part(x)).double()).sum(0).float()
 
     def inverse_diagonal(self) -> Tensor:
         """See :meth:`mfac.Fisher.inverse_diagonal`."""
@@ -217,7 +223,7 @@ class _OneBlock(Fisher):
 
     def __init__(self, part: Fisher, replicas: Replicas) -> None:
         """Take over the settings."""
-        self.__dict__.update(part.__dict__)
+        self.__dict__.update(part.__dict__)  # its tensors and settings, which have been checked
         self._replicas = replicas
 
     def _pages(self, used: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
@@ -280,7 +286,8 @@ class _OneBlock(Fisher):
         for columns, page in self._pages(used):
             weights[columns] += (inner @ page).float()
         weights.masked_fill_(~kept, 0)
-        return self.quadratic_form(weights - before), self._diagonal(factor, used) if diagonal else weights
+        inverse = self._diagonal(factor, used) if diagonal else weights.new_empty(0)
+        return self.quadratic_form(weights - before), inverse
 
     def independent_update(self, weights: Tensor, kept: Tensor, inverse_diagonal: Tensor) -> None:
         gone = ~kept if self._active is None else self._active & ~kept

@@ -14,7 +14,7 @@ PACKAGE = Path(mfac.__file__).parent
 REPO = Path(__file__).parents[1]
 LAYERS = [
     {"checks", "extras", "interrupts", "progress"},
-    {"settings", "_build"},
+    {"settings", "_build", "files"},
     {"ops"},
     {"distributed"},
     {"model"},
@@ -112,7 +112,7 @@ def test_every_op_of_sparse_inference_has_its_files():
 
 
 def test_sparse_inference_stands_alone():
-    """It knows no pruning: only the build, the choice of a backend and the checks."""
+    """It knows no pruning: only the build, the choice of a backend, files and checks."""
     for path in (PACKAGE / "sparse").glob("*.py"):
         others = {name.split(".")[1] for name in imports(path)} - {"sparse"}
-        assert others <= {"_build", "checks", "ops"}, path.name
+        assert others <= {"_build", "checks", "files", "ops"}, path.name

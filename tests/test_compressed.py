@@ -168,7 +168,7 @@ def test_tensors_that_share_a_part_of_their_memory(tmp_path):
     rows = {"a": whole[:2], "b": whole[2:]}  # apart
     save_compressed(rows, tmp_path / "m.safetensors")
     assert torch.equal(load_compressed(tmp_path / "m.safetensors")["b"], rows["b"])
-    with pytest.raises(TypeError, match="metadata: expected strings, none with the key 'mfac', got 'mfac'"):
+    with pytest.raises(ValueError, match="metadata: expected keys other than 'mfac', which is the format's own"):
         save_compressed(rows, tmp_path / "m.safetensors", metadata={"mfac": "1"})
     with pytest.raises(ValueError, match=r"path: expected a file that can be written, got .*: No such file"):
         save_compressed(rows, tmp_path / "no" / "m.safetensors")
@@ -227,8 +227,8 @@ def test_files_that_are_no_safetensors(tmp_path):
     entry = header["a"]
     bad = {
         "its first 8 bytes": [b"", b"abc", b"\xff" * 20, good[: length // 2]],
-        "its header is no JSON": [good[:8] + b"\xff" + good[9:], good[:8] + b"[" * length + good[8 + length :]],
-        "its header is no table": [of([1]), of(header | {"__metadata__": {"a": 1}})],
+        "its header is not JSON": [good[:8] + b"\xff" + good[9:], good[:8] + b"[" * length + good[8 + length :]],
+        "its header is not a table": [of([1]), of(header | {"__metadata__": {"a": 1}})],
         "'a' has no known dtype, shape and place": [
             of(header | {"a": entry | change})
             for change in (

@@ -323,6 +323,10 @@ def set_params():
             local(p).copy_(part_of(before[name], p))
     Manager.from_recipe(recipe).apply(model, optimizer).load_state_dict(state)
     assert all(torch.equal(whole(p), before[name]) for name, p in model.named_parameters())
+    session = Manager.from_recipe(recipe).apply(model, optimizer)
+    local(model[0].weight).fill_(0.75)  # as a checkpoint that is read in place
+    session.load_state_dict(state)
+    assert (whole(model[0].weight) == 0.75).all()
 
 
 def test_set_params():

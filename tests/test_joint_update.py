@@ -5,6 +5,9 @@ import pytest
 import torch
 from oracle import BACKENDS, DAMPINGS, KINDS, SHAPES, TOLERANCE
 
+from mfac.ops import compiled as ops
+from mfac.ops import reference
+
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -55,3 +58,30 @@ def test_weights_of_any_stride(backend):
     BACKENDS[backend].joint_update(grads, expected, kept, 1e-3, 25)
     BACKENDS[backend].joint_update(grads, out[::2], kept, 1e-3, 25)
     assert torch.equal(out[::2], expected) and torch.equal(out[1::2], base[1::2])
+
+
+@pytest.mark.parametrize("pruned", ["last tenth", "largest"])
+def test_few_columns_dominate(pruned):
+    """Near the largest condition number at which float32 products are used, errors of A are not independent here."""
+    torch.manual_seed(0)
+    m, d = 256, 560
+    grads = torch.randn(m, d) * torch.arange(1, d + 1) ** -2.4
+    kept = torch.arange(d) < d - 56 if pruned == "last tenth" else torch.arange(d) > 0
+    weights = torch.randn(d).masked_fill(kept, 0)
+    damping = float(grads[:, kept].double().square().sum()) / (190 * m * m)
+    expected, found = weights.double(), weights.clone()
+    reference.joint_update(grads.double(), expected, kept, damping, d)
+    ops.joint_update(grads, found, kept, damping, d)
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("m", [1, 8])
+def test_gradients_that_are_not_finite(m):
+    grads, kept, weights = torch.randn(m, 6), torch.arange(6) < 5, torch.randn(6)
+    before = weights.clone()
+    grads[0, 5] = torch.inf  # a pruned column, which no factor has
+    with pytest.raises(RuntimeError, match=r"grads: expected rows whose block 0 .* got NaN or infinity"):
+        ops.joint_update(grads, weights, kept, 0.1, 6)
+    assert torch.equal(weights, before)
+    with pytest.raises(RuntimeError, match=r"grads: expected rows whose block 0 .* got NaN or infinity"):
+        ops.inverse_diagonal(grads, 0.1, 6)

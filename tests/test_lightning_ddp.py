@@ -125,6 +125,11 @@ def test_refusals(tmp_path):
             start(None, FullyShardedDataParallel(Module(), device_id=torch.device("cpu")))
     finally:
         torch.distributed.destroy_process_group()
+    strategy = object.__new__(lightning.strategies.ModelParallelStrategy)
+    with pytest.raises(
+        ValueError, match=r"module: expected a configure_model that calls fully_shard .* got no sharded"
+    ):
+        start(strategy, Module(), 2)
     for name in ("FSDPStrategy", "DeepSpeedStrategy"):
         strategy = object.__new__(getattr(lightning.strategies, name))
         with pytest.raises(

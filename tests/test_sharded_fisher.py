@@ -67,7 +67,7 @@ def outcomes(fisher, weights, x, kept, active, groups, subsets):
             found["next"] = got[1]
         if name != "independent_update":
             found[f"{name} loss"] = torch.tensor(got[0] if name == "joint_step" else got)
-    found["project"] = fisher.project(x).float()
+    found["project"] = fisher.project(x)
     half = fisher.rows(0, fisher.shape[0] // 2).replace(damping="1e-2*mean")
     found["half"] = half.inverse_diagonal()
     found["half damping"] = torch.tensor(half.damping)

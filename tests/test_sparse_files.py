@@ -74,9 +74,49 @@ def test_wrong_files(network, tmp_path):  # noqa: F811
     with pytest.raises(ValueError, match=r"path: expected a file of mfac.sparse.save, got .*model.pt without"):
         mfac.sparse.load(model, path)
     mfac.sparse.save(mfac.sparse.convert(model, x, policy="sparse"), path)
-    with pytest.raises(ValueError, match=r"model: expected the layers of .*, got none called 'sections"):
+    with pytest.raises(ValueError, match=r"model: expected the layers of .*, got none of that name for 'sections"):
         mfac.sparse.load(nn.Linear(2, 2), path)
-    with pytest.raises(ValueError, match=r"model: expected the network of .*, got another: Error"):
+    with pytest.raises(ValueError, match=r"model: expected the network of .*, got another: 'sections"):
         mfac.sparse.load(MobileNetV1(num_classes=10, width=0.5), path)
     with pytest.raises(ValueError, match=r"model: expected one that torch\.fx can trace, as was the one in"):
         mfac.sparse.load(Branching(), path)
+
+
+def convolution(inputs=16, size=1, stride=1, padding=0, activation=nn.ReLU, norm=True):
+    layers = [nn.Conv2d(inputs, 64, size, stride, padding), nn.BatchNorm2d(64), activation(), nn.Conv2d(64, 8, 1)]
+    return nn.Sequential(*[layer for layer in layers if norm or not isinstance(layer, nn.BatchNorm2d)])
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize(
+    ("other", "text"),
+    [
+        ({"inputs": 32}, r"'0' is SparseConv2d, shape=\[64, 16\], .* there, SparseConv2d, shape=\[64, 32\]"),
+        ({"size": 3}, r"'0' is .*kernel=\[1, 1\].* there, .*kernel=\[3, 3\]"),
+        ({"stride": 2}, r"'0' is .*stride=\[1, 1\].* there, .*stride=\[2, 2\]"),
+        ({"padding": 1}, r"'0' is .*padding=\[0, 0\].* there, .*padding=\[1, 1\]"),
+        ({"activation": nn.GELU}, r"'0' is .*activation=relu there, .*activation=none"),
+    ],
+)
+def test_another_network_of_the_same_names(tmp_path, suffix, other, text):
+    path = tmp_path / f"model.{suffix}"
+    fast = mfac.sparse.convert(prune(convolution().eval(), 0.9), torch.randn(1, 16, 8, 8), policy="sparse")
+    mfac.sparse.save(fast, path)
+    mfac.sparse.load(convolution(), path)
+    with pytest.raises(ValueError, match=rf"model: expected the network of .*, got another: {text}"):
+        mfac.sparse.load(convolution(**other), path)
+    with pytest.raises(ValueError, match=r"model: expected the layers of .*, got ReLU for '.'|got none of that name"):
+        mfac.sparse.load(convolution(norm=False), path)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_damaged_files(tmp_path, suffix):
+    path = tmp_path / f"model.{suffix}"
+    fast = mfac.sparse.convert(prune(convolution().eval(), 0.9), torch.randn(1, 16, 8, 8), policy="sparse")
+    mfac.sparse.save(fast, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=rf"path: expected a .*, got .*model.{suffix}"):
+        mfac.sparse.load(convolution(), path)
+    with pytest.raises(ValueError, match=r"path: expected an existing file, got .*none"):
+        mfac.sparse.load(convolution(), tmp_path / "none")

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mfac.recipe.manager import Manager
 
-EPOCHS, BATCH = 10, 128
+EPOCHS, PRUNING_EPOCHS, BATCH = 10, 7.0, 128
 SPARSITIES = (0.9, 0.95, 0.98)
 RATES, FREQUENCIES = (0.01, 0.03, 0.1), (0.5, 1.0)  # to choose from; of updates, in epochs
 METHODS = {  # label, modifier, its arguments
@@ -42,7 +42,7 @@ RECIPE = """
 modifiers:
   - !EpochRangeModifier {{start_epoch: 0.0, end_epoch: {epochs}}}
   - !{modifier}
-    {{params: __ALL_PRUNABLE__, init_sparsity: 0.5, final_sparsity: {sparsity}, start_epoch: 0.0, end_epoch: 7.0,
+    {{params: __ALL_PRUNABLE__, init_sparsity: 0.5, final_sparsity: {sparsity}, start_epoch: 0.0, end_epoch: {end},
      update_frequency: {frequency}, inter_func: cubic, mask_type: unstructured, {arguments}}}
 """
 
@@ -89,8 +89,9 @@ class Bench:
         model = load_model(self.checkpoint, self.device)
         optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4, nesterov=True)
         text = RECIPE.format(
-            epochs=EPOCHS, modifier=modifier, sparsity=key["sparsity"], frequency=frequency, arguments=arguments
-        )
+            epochs=EPOCHS, end=PRUNING_EPOCHS, modifier=modifier, sparsity=key["sparsity"], frequency=frequency,
+            arguments=arguments,
+        )  # fmt: skip
         manager = Manager.from_recipe(text)
         gradients = endless_batches(*self.train, 1000 + key["seed"], 32, augment=False)
         session = manager.apply(model, optimizer, gradients, F.cross_entropy)
@@ -110,7 +111,7 @@ class Bench:
                 start = time.perf_counter()
                 if session.step(done / steps):
                     pruning += time.perf_counter() - start
-                    if done / steps >= 7 - frequency / 2:
+                    if done / steps >= PRUNING_EPOCHS - frequency / 2:
                         after = accuracy(model, *self.validation)
                         model.train()
         return {

@@ -97,9 +97,10 @@ constexpr double kProductRange = 1000, kExactFactor = 0x1p29, kSolveRange = 1e5,
 // On the capacitance side ‖L⁻¹ g‖² = gᵀA⁻¹g changes by vᵀEv, v = A⁻¹g, for which errors E that are independent of each
 // other are √n smaller than their norm: the condition number may go up to kRandomRange n. Measured at that limit
 // against float64 on random, positive, sparse, scaled, nearly parallel and low-rank gradients and on those of a ResNet,
-// m from 33 to 512: what is left of 1 - ‖L⁻¹ g‖² above kCancellation is wrong by 5e-5 at most, a joint update by 1e-4
-// of its norm. Gradients of a trained network have a μ hardly above the ridge: with the default damping and block size
-// nearly all blocks are within this range, and a third of them outside of the one above.
+// m from 33 to 512: what is left of 1 - ‖L⁻¹ g‖² above kCancellation is wrong by 5e-5 at most. A joint update may be
+// wrong by 6e-4 of its norm, where few columns dominate all sums, and is therefore refined (joint.h). Gradients of a
+// trained network have a μ hardly above the ridge: with the default damping and block size nearly all blocks are within
+// this range, and a third of them outside of the one above.
 constexpr double kRandomRange = 200;
 
 // The same for bfloat16 products, whose float32 sums are up to 256 terms long, and a factor of float32 columns:
@@ -178,14 +179,17 @@ bool factor_products(const Block<G>& block, Products products, double rounding, 
 struct Precision {
   bool exact_factor;  // from float64 products
   bool float_solve;   // float32 is precise enough for substitutions with it
+  bool refine;        // A⁻¹ x is to be refined by a residual: errors of A that few columns dominate are not independent
   int terms;          // bfloat16 terms of G in the products; 0: not from bfloat16
   double smallest;    // estimate of the smallest eigenvalue of A
 };
 
 template <typename G>
-Precision precision_of(const Block<G>& block, Products products, double smallest, double trace) {
+Precision precision_of(const Block<G>& block, Products products, double smallest, double trace, double rounding) {
   const int terms = products == Products::terms ? product_terms(block) : 0;
-  return {products == Products::exact, smallest * kSolveRange >= trace, terms, smallest};
+  const double range = kProductRange * std::sqrt(static_cast<double>(block.order()));
+  const bool refine = products == Products::terms || (products == Products::single && smallest * range < rounding);
+  return {products == Products::exact, smallest * kSolveRange >= trace, refine, terms, smallest};
 }
 
 // Cholesky factor of A into l[n, n] (row-major, lower triangle; above it zero), from bfloat16 products if the precision
@@ -200,7 +204,7 @@ Precision factor_block(const Block<G>& block, double* l, const F& observe = {}) 
     if (products_are_normal(block, trace)) {
       observe(l, Products::terms, rounding);
       if (factor_products(block, Products::terms, rounding, l, smallest))
-        return precision_of(block, Products::terms, smallest, trace);
+        return precision_of(block, Products::terms, smallest, trace, rounding);
       single = smallest * product_range(block, Products::single) >= rounding;
     }
   }
@@ -208,10 +212,10 @@ Precision factor_block(const Block<G>& block, double* l, const F& observe = {}) 
     const double trace = gram_block<float>(block, block.ridge(), l), rounding = rounding_of(block, trace);
     observe(l, Products::single, rounding);
     if (factor_products(block, Products::single, rounding, l, smallest))
-      return precision_of(block, Products::single, smallest, trace);
+      return precision_of(block, Products::single, smallest, trace, rounding);
   }
   const double trace = factor_double(block, l, observe);
-  return precision_of(block, Products::exact, smallest_eigenvalue(l, block.order()), trace);
+  return precision_of(block, Products::exact, smallest_eigenvalue(l, block.order()), trace, 0);
 }
 
 // The two passes over a block, G x and Gᵀ t, are bound by the memory: the first prefetches the rows that it comes to

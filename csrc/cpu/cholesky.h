@@ -22,6 +22,7 @@ inline double cholesky_of_panel(double* a, int64_t n, int64_t lda) {
   for (int64_t j = 0; j < n; ++j) {
     const double pivot = rows[j][j];
     if (!(pivot > 0)) return pivot;
+    if (pivot == INFINITY) return NAN;
     smallest = std::min(smallest, pivot);
     const double root = std::sqrt(pivot), inverse = 1 / root;
     Vector<double> row[kVectors];

@@ -183,7 +183,7 @@ bool factor_held(const Block<G>& block, const std::vector<int32_t>& where, const
   const double rounding = block.capacitance() ? gram.rounding() : rounding_of(block, trace);
   if (products == Products::terms && !products_are_normal(block, trace)) return false;
   if (!factor_products(block, products, rounding, l, smallest)) return false;
-  precision = precision_of(block, products, smallest, trace);
+  precision = precision_of(block, products, smallest, trace, rounding);
   return true;
 }
 

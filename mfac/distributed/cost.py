@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from mfac.checks import check_int, check_number
 
 _VECTORS = 6  # float32 [d] at a time: weights, weights before, scores, diagonal, and two while parts are gathered
-_STATUS = 5 * 8  # bytes of a rank's report in a round of collecting
+_MASKS = 2  # bool [d] at a time: of before and after the step
+_STATUS = 5 * 8  # bytes of a rank's report in a round of collecting: five float64 (ShardedBuffer.append_round)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def cost(
 ) -> Cost:
     """Estimate what a step of ``prune_step`` takes on W processes that hold copies of a model (no group patterns).
 
-    Columns are spread over the ranks: the gradients take m d / W numbers each, and each of the m / W rounds of
+    Columns are spread over the ranks: the gradients take m d / W numbers each, and each of the ⌈m / W⌉ rounds of
     collecting sends the (W - 1) / W of a row that other ranks own. A step of S sub-steps gathers 2 S vectors, of which
     each rank sends its d / W numbers to the W - 1 others. Its arithmetic is that of Gram matrix and triangular solve,
     2 m min(m, B) flops per weight and sub-step, and of an update, as many again in all. One block for all weights sends
@@ -96,7 +97,7 @@ def cost(
     flops = 2.0 * m * min(m, block) * columns * (2 * substeps)
     return Cost(
         gradient_bytes=itemsize * m * columns,
-        vector_bytes=(4 * _VECTORS + 2) * d,
+        vector_bytes=(4 * _VECTORS + _MASKS) * d,
         sent_collecting=collecting,
         sent_stepping=stepping,
         flops=flops,

@@ -21,8 +21,9 @@ _CHUNK = 1 << 20  # numbers of a tensor whose bits are summed at a time
 class Replicas:
     """The ranks of a process group, each with a copy of the model; or one process by itself.
 
-    All methods but :meth:`__repr__` are collective: every rank has to call them in the same order. An error of one rank
-    is raised by all of them, so that none waits for a rank that has given up.
+    All methods but :meth:`matches` and :meth:`share` are collective (:meth:`phase` only in lockstep): every rank has to
+    call them in the same order. An error of one rank is raised by all of them, so that none waits for a rank that has
+    given up.
 
     Args:
         group: A process group that this process belongs to; None: this process by itself.
@@ -200,8 +201,10 @@ class Replicas:
         found: list[Any] = [None] * self.size
         with self._reachable():
             dist.all_gather_object(found, own, self.group)
-        name = next((name for name in own if any(other.get(name) != found[0].get(name) for other in found)), "call")
-        raise ValueError(f"{name}: expected the same on all ranks, got others (process_group)")
+        differs = (name for name in own if any(other.get(name) != found[0].get(name) for other in found))
+        raise ValueError(
+            f"{next(differs, 'arguments')}: expected the same on all {self.size} ranks of the process group, got others"
+        )
 
     def gather_columns(self, own: Tensor, edges: Sequence[int]) -> Tensor:
         """Put the parts of a vector together.

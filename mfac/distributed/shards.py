@@ -12,10 +12,17 @@ from torch import Tensor, nn
 
 from mfac.interrupts import write_whole
 
+_FLAGS = {"reduce_grads": True, "all_reduce_grads": True}  # of a parameter group of fully_shard
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether a tensor is a DTensor."""
     return hasattr(tensor, "full_tensor")
+
+
+def has_shards(model: nn.Module) -> bool:
+    """Return whether a parameter of a model is a DTensor."""
+    return any(is_sharded(p) for p in model.parameters())
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -49,7 +56,7 @@ def part_of(value: Tensor, tensor: Tensor) -> Tensor:
 def reshard(model: nn.Module) -> None:
     """Free the whole weights that ``fully_shard`` keeps after a forward pass: parameters are the parts again."""
     for module in model.modules():
-        kind = type(module)  # a module itself takes long to say that it has no such attribute
+        kind = type(module)  # a missing attribute takes nn.Module.__getattr__ long to look up
         if hasattr(kind, "reshard") and hasattr(kind, "unshard"):
             module.reshard()
 
@@ -77,8 +84,8 @@ def no_accumulation(model: nn.Module) -> Iterator[None]:
             holders.append((param._unsharded_param, {"grad": None}))
     saved = [(holder, {name: getattr(holder, name) for name in values}) for holder, values in holders]
 
-    def write(states: list[tuple[Any, dict[str, Any]]]) -> None:
-        for holder, values in states:
+    def write(assignments: list[tuple[Any, dict[str, Any]]]) -> None:
+        for holder, values in assignments:
             for name, value in values.items():
                 setattr(holder, name, value)
 
@@ -89,11 +96,8 @@ def no_accumulation(model: nn.Module) -> Iterator[None]:
         write_whole(partial(write, saved))
 
 
-_FLAGS = {"reduce_grads": True, "all_reduce_grads": True}
-
-
 def _fsdp_states(model: nn.Module) -> list[Any]:
-    """Those of the modules that ``fully_shard`` was called for."""
+    """Return the state of each module that ``fully_shard`` was called for."""
     return [module._get_fsdp_state() for module in model.modules() if hasattr(module, "_get_fsdp_state")]
 
 

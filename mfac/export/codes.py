@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mfac.export.container import Entry
+from mfac.files.container import Entry
 
 VALUES, SHAPE = "compressed", "shape"  # parts of every code but "dense"
 CODES: dict[str, tuple[str, ...]] = {  # further parts
@@ -150,7 +150,7 @@ def decode(code: str, parts: Mapping[str, Tensor]) -> Tensor:
     """
     values, shape = parts[VALUES], parts[SHAPE]
     if shape.dtype != torch.int64 or shape.dim() != 1 or len(shape) == 0 or bool((shape < 0).any()):
-        raise ValueError(f"shape is no list of sizes: {shape.dtype} {list(shape.shape)}")
+        raise ValueError(f"shape is not a list of sizes: {shape.dtype} {list(shape.shape)}")
     sizes = tuple(shape.tolist())
     if values.dim() != 1:
         raise ValueError(f"the values have {values.dim()} axes, not 1")

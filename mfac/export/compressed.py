@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from mfac.checks import check_instance, warn
 from mfac.export.codes import CODES, SHAPE, VALUES, Plan, decode, encode, plan
-from mfac.export.container import Entry, SafetensorsFile, is_storable, write_order, write_safetensors
+from mfac.files.container import Entry, SafetensorsFile, is_storable, write_order, write_safetensors
 
 MARKER = "mfac"  # of the metadata: what is compressed, as JSON
 _VERSION = 1
-_NEGATIVE = 0.01  # share of elements that may be -0.0 without a warning
+_MAX_NEGATIVE_ZEROS = 0.01  # share of elements that may be -0.0 without a warning
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,10 @@ def save_compressed(
         The code of each tensor and the sizes.
 
     Raises:
-        TypeError: If it is no module and no dict of tensors, or a tensor is sparse, quantized, complex or otherwise
-            not of the format, or ``metadata`` holds anything but strings.
-        ValueError: If tensors share a part of their memory, or the file cannot be written.
+        TypeError: If it is neither a module nor a dict of tensors, or a tensor is sparse, quantized, complex or
+            otherwise not of the format, or ``metadata`` holds anything but strings.
+        ValueError: If tensors share a part of their memory, ``metadata`` has a key of the format's own, or the file
+            cannot be written.
 
     Example:
         >>> import tempfile
@@ -78,8 +79,10 @@ def save_compressed(
     for key, tensor in state.items():
         _check_tensor(key, tensor)
     for key, value in (metadata or {}).items():
-        if not isinstance(key, str) or not isinstance(value, str) or key == MARKER:
-            raise TypeError(f"metadata: expected strings, none with the key {MARKER!r}, got {key!r}: {value!r:.80}")
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(f"metadata: expected strings, got {key!r}: {value!r:.80}")
+        if key == MARKER:
+            raise ValueError(f"metadata: expected keys other than {MARKER!r}, which is the format's own, got it")
     aliases = _aliases(state)
     plans: dict[str, Plan] = {}
     stored: dict[str, Entry] = {}
@@ -93,7 +96,7 @@ def save_compressed(
         plans[key] = chosen
         stored |= {_joined(key, part): entry for part, entry in chosen.parts.items()}
         sources |= {_joined(key, part): (key, part) for part in chosen.parts}
-    if negative > _NEGATIVE * sum(tensor.numel() for tensor in state.values()):
+    if negative > _MAX_NEGATIVE_ZEROS * sum(tensor.numel() for tensor in state.values()):
         warn(f"model: {negative} elements are -0.0, which are stored as values are; tensor.add_(0) makes them zeros")
     about: dict[str, Any] = {
         "version": _VERSION,
@@ -191,7 +194,7 @@ class CompressedFile:
         name: Of the argument that names the file, for errors.
 
     Raises:
-        ValueError: If it is no such file, or parts of a compressed tensor are missing.
+        ValueError: If it is not such a file, or parts of a compressed tensor are missing.
     """
 
     def __init__(self, path: str | Path, name: str = "path") -> None:
@@ -226,7 +229,7 @@ class CompressedFile:
             version, codes, aliases = about["version"], about["codes"], about["aliases"]
             known = all(code in CODES for code in codes.values()) and all(isinstance(k, str) for k in aliases.values())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            known, version = False, _VERSION
+            known = False
         if not known or version != _VERSION:
             raise ValueError(
                 f"{self._name}: expected a compressed model of version {_VERSION}, got {self._file.path}, which says "
@@ -311,6 +314,6 @@ def load_compressed(path: str | Path, device: torch.device | str = "cpu") -> dic
         The state_dict, dense, every bit as it was saved; names of one tensor have one tensor.
 
     Raises:
-        ValueError: If it is no such file, or what it says of its tensors is contradictory.
+        ValueError: If it is not such a file, or what it says of its tensors is contradictory.
     """
     return CompressedFile(path).state_dict(device)

@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CONVERTED = "mfac.sparse"  # key of what a file says of its layers
-PARTS = ("values", "columns", "pointers", "order")
-_ROWS = 4  # of a slice
+from mfac.sparse.formats import PARTS, SLICE_ROWS, dense_matrix
 
 
 def converted_layers(names: Collection[str]) -> list[str]:
@@ -55,17 +53,14 @@ def dense_weight(parts: Mapping[str, Tensor], shape: Any) -> Tensor:
     lengths = pointers.long().diff()
     if columns.dtype != torch.int16 or inputs > torch.iinfo(torch.int16).max:
         raise ValueError(f"columns of {columns.dtype} do not number {inputs} inputs")
-    if min(sizes) < 0 or len(order) != _ROWS * len(lengths) or -(-rows // _ROWS) != len(lengths):
+    if min(sizes) < 0 or len(order) != SLICE_ROWS * len(lengths) or -(-rows // SLICE_ROWS) != len(lengths):
         raise ValueError(f"{len(order)} rows in {len(lengths)} slices are not those of the shape {list(sizes)}")
-    if values.dim() != 2 or values.shape[1] != _ROWS or int(lengths.sum()) != len(values) or bool((lengths < 0).any()):
+    steps = int(lengths.sum())
+    if list(values.shape) != [steps, SLICE_ROWS] or bool((lengths < 0).any()):
         raise ValueError(f"values of shape {list(values.shape)} do not fit the pointers")
-    places = columns.long().view(len(values), -1).expand(-1, _ROWS)
+    places = columns.long().view(len(values), -1).expand(-1, SLICE_ROWS)
     if not torch.equal(order[order >= 0].long().sort().values, torch.arange(rows)):
         raise ValueError("the order of its rows has gaps")
     if len(places) and not 0 <= int(places.min()) <= int(places.max()) <= inputs:
         raise ValueError(f"it has columns beyond {inputs}")
-    first = torch.repeat_interleave(torch.arange(len(lengths)) * _ROWS, lengths)
-    row = order.long()[first[:, None] + torch.arange(_ROWS)]
-    dense = values.new_zeros(rows + 1, inputs + 1)  # with a row and a column for what is no weight
-    dense[row, places] = values
-    return dense[:rows, :inputs].reshape(sizes)
+    return dense_matrix(values, columns, pointers, order, rows, inputs).reshape(sizes)

@@ -70,7 +70,7 @@ def export_onnx(
         The file and how exact it is.
 
     Raises:
-        TypeError: If the model is no module.
+        TypeError: If the model is not a module.
         ValueError: If an input has fewer than two samples and ``dynamic_batch``, a weight is not finite, or bfloat16 is
             to be checked, or there is no such folder.
         RuntimeError: If torch cannot export the model, zeros got lost, or the outputs differ by more.

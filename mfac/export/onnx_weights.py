@@ -64,7 +64,7 @@ def of_onnx(path: Path, name: str) -> WeightsFile:
         Its initializers; the weights of convolutions and matrix products have axes.
 
     Raises:
-        ValueError: If it is no such file.
+        ValueError: If it is not such a file.
         ImportError: If onnx is not installed.
     """
     try:

@@ -46,7 +46,7 @@ def to_semi_structured(model: nn.Module, params: str | Iterable[str] | None = No
         What was swapped, and why the others were not.
 
     Raises:
-        TypeError: If the model is no module.
+        TypeError: If the model is not a module.
         ValueError: If a name is no weight of a linear layer, or one of the weights named is not fit; nothing is changed
             then.
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mfac.checks import check_positive, check_sparsity, suggestion
 from mfac.export.codes import plan
-from mfac.export.container import is_storable
 from mfac.export.stored import StoredTensor, WeightsFile
 from mfac.export.weights import open_weights
+from mfac.files.container import is_storable
 from mfac.model.names import NameTable, shorten
 from mfac.pruning.patterns import Pattern, parse_pattern
 
@@ -127,7 +127,7 @@ def verify(
 
     Raises:
         TypeError: If an argument is of another type.
-        ValueError: If it is no such file, a name is none of its weights, or an argument is out of range.
+        ValueError: If it is not such a file, a name is none of its weights, or an argument is out of range.
         ImportError: If it is an ONNX file and onnx is not installed.
 
     Example:

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from mfac.export.compressed import CompressedFile
-from mfac.export.container import is_safetensors
-from mfac.export.converted import CONVERTED, PARTS, converted_layers, dense_weight
+from mfac.export.converted import converted_layers, dense_weight
 from mfac.export.onnx_weights import of_onnx
 from mfac.export.stored import StoredTensor, WeightsFile, along
+from mfac.files.container import is_safetensors
+from mfac.files.states import read_state
 from mfac.model.layers import Axes
+from mfac.sparse.formats import CONVERTED, PARTS
 
 _AXES = Axes(outputs=0, inputs=1)  # of linear layers and convolutions, which is all that a state_dict says
 
@@ -87,39 +89,6 @@ def _with_converted(path: Path, name: str, kind: str, tensors: dict[str, StoredT
     found = [weight(layer) for layer in layers]
     kind = f"{kind} of a converted model" if found else kind
     return WeightsFile(path, kind, [*found, *tensors.values()], path.stat().st_size)
-
-
-def read_state(
-    name: str, path: str | Path, wanted: str, device: torch.device | str = "cpu", *, mmap: bool = False
-) -> Any:
-    """Read a file of tensors and plain values, as :func:`torch.save` writes it.
-
-    Args:
-        name: Of the argument that names the file, for the error.
-        path: The file.
-        wanted: What the file should hold, for the error: ``"a checkpoint"``.
-        device: Where the tensors go.
-        mmap: Leave the tensors on disk until they are used, where the file allows it.
-
-    Returns:
-        What the file holds.
-
-    Raises:
-        ValueError: If there is no such file, or it cannot be read or holds objects of other kinds.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"{name}: expected an existing file, got {path}")
-    try:
-        with Path(path).open("rb") as file:
-            mmap = mmap and file.read(2) == b"PK"  # not the format of before torch 1.6
-        return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-    except PermissionError as error:
-        raise ValueError(f"{name}: expected {wanted}, got {path}, which cannot be read: {error}") from error
-    except Exception as error:  # torch raises many kinds, whose texts advise to load such files without protection
-        raise ValueError(
-            f"{name}: expected {wanted}, got {path}, which is damaged, of another format, or holds more than tensors "
-            f"and plain values"
-        ) from error
 
 
 def _of_torch(path: Path, name: str) -> WeightsFile:

@@ -213,7 +213,8 @@ def append_batches(
     """
     params, device = [chosen[name] for name in buffer.names], model_device(model)
     rows: list[tuple[float, float]] = []
-    skipped, first, compared = buffer.skipped, not buffer.reached, False
+    skipped, first = buffer.skipped, not buffer.reached
+    compared = not first  # of a buffer that has rows the first ones were compared
     replicated = isinstance(buffer, ShardedBuffer) and not buffer.replicas.lockstep
     differentiate = Differentiator(model, params, replicated)
     replicas = buffer.replicas if isinstance(buffer, ShardedBuffer) else ALONE

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from mfac.checks import check_choice, warn
-from mfac.distributed.shards import is_sharded
+from mfac.distributed.shards import has_shards
 from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.gradual import Pruner
 from mfac.pruning.masks import has_pruned, merge_masks
@@ -36,8 +36,7 @@ def all_processes(count: int, model: nn.Module) -> dict[str, Any]:
 
     Nothing for one, and for a model that ``fully_shard`` has cut, which brings its own group.
     """
-    alone = count == 1 or any(is_sharded(p) for p in model.parameters())
-    return {} if alone else {"process_group": distributed.group.WORLD}
+    return {} if count == 1 or has_shards(model) else {"process_group": distributed.group.WORLD}
 
 
 def masks_so_far(pruner: Pruner | Session | None, model: nn.Module) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from mfac.checks import warn
 from mfac.distributed.models import refuse_flat
+from mfac.distributed.shards import has_shards
 from mfac.extras import install_hint
 from mfac.integrations.callback import (
     all_processes,
@@ -98,7 +99,8 @@ class PrunerCallback(Callback):
             pl_module: The model.
 
         Raises:
-            ValueError: If an argument is wrong, or the strategy spreads the weights of the model over processes.
+            ValueError: If an argument is wrong, the model is a FullyShardedDataParallel, or several processes use
+                another strategy than DDP or ModelParallelStrategy.
         """
         refuse_flat(trainer.model)
         strategy = trainer.strategy
@@ -107,6 +109,11 @@ class PrunerCallback(Callback):
             raise ValueError(
                 "trainer: expected strategy='ddp' or ModelParallelStrategy for several processes, got "
                 f"{type(strategy).__name__}"
+            )
+        if trainer.world_size > 1 and isinstance(strategy, ModelParallelStrategy) and not has_shards(pl_module):
+            raise ValueError(
+                "module: expected a configure_model that calls fully_shard under ModelParallelStrategy, which does not "
+                "average gradients itself, got no sharded parameters"
             )
         if self._unit == "epoch" and math.isinf(trainer.num_training_batches):
             raise ValueError("unit: expected 'step' with a dataloader of unknown length, got 'epoch'")
@@ -172,7 +179,9 @@ class PrunerCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds."""
-        return self._state or {} if self.pruner is None else full_state(self.pruner)
+        if self.pruner is None:  # training has not begun
+            return self._state or {}
+        return full_state(self.pruner)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what a checkpoint held, when training begins."""

@@ -36,7 +36,7 @@ try:
 except ImportError as error:
     raise ImportError(install_hint("transformers", "transformers")) from error
 
-_CHANCE_ZEROS = 0.01  # of the weights of a layer, which are zero though they are kept
+_MAX_KEPT_ZEROS = 0.01  # share of a layer's kept weights that may be zero by chance
 FILE = "pruner.pt"  # in each checkpoint's folder
 
 
@@ -103,8 +103,9 @@ class PrunerCallback(TrainerCallback):
             objects: The model, dataloader and optimizer.
 
         Raises:
-            ValueError: If an argument is wrong, the process has several GPUs or only a part of the model, or training
-                is resumed from a checkpoint without the Pruner's state.
+            ValueError: If an argument is wrong, the process has several GPUs, the model is one of DeepSpeed or a
+                FullyShardedDataParallel (FSDP version 1), or training is resumed from a checkpoint without the
+                Pruner's state.
         """
         if args.n_gpu > 1:
             raise ValueError(f"args: expected one GPU per process (torchrun), got {args.n_gpu}")
@@ -154,7 +155,7 @@ class PrunerCallback(TrainerCallback):
         params = prunable_parameters(model, list(masks)) if masks else {}
         for name, p in params.items():
             zero, mask = whole(p).cpu() == 0, masks[name].cpu()
-            if bool((~zero & ~mask).any()) or float((zero & mask).float().mean()) > _CHANCE_ZEROS:
+            if bool((~zero & ~mask).any()) or float((zero & mask).float().mean()) > _MAX_KEPT_ZEROS:
                 raise ValueError(
                     f"resume_from: expected the state of this model, got {folder / FILE}, whose masks do not fit the "
                     f"zeros of {name!r}; name the folder of the checkpoint"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mfac.checks import check_sparsity
-from mfac.distributed.shards import is_sharded
+from mfac.distributed.shards import has_shards
 from mfac.extras import install_hint
 from mfac.gradients.buffer import GradientBuffer
 from mfac.model.targets import prunable_parameters
@@ -160,7 +160,7 @@ def frontier(
     """
     if grads is None:
         raise ValueError("grads: expected gradients, got None")
-    if example_inputs is not None and any(is_sharded(p) for p in model.parameters()):
+    if example_inputs is not None and has_shards(model):
         raise ValueError(
             "example_inputs: expected None for a sharded model, of which no process has a whole one to time"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfac.sparse.formats import MAX_INPUTS, slice_matrix
-from mfac.sparse.modules import DepthwiseConv2d, SparseConv2d, SparseLinear, block_count
+from mfac.sparse.formats import MAX_INPUTS, SLICE_ROWS, count_blocks, slice_matrix
+from mfac.sparse.modules import DepthwiseConv2d, SparseConv2d, SparseLinear
 from mfac.sparse.reference import activate
 
 MIN_SPARSITY = 0.3  # below it no kernel gains over a dense product; dense layers that are small are tried as blocks
 SMALL_WEIGHTS = 1 << 16  # weights of a dense convolution that may be run as blocks, to stay in its neighbours' layout
-_ROUNDS, _SECONDS = 20, 0.1  # of timing, per layer: rounds at most, and time at most after the third
+_ROUNDS, _SECONDS = 20, 0.1  # of timing, per layer: rounds that are enough, and time at most after the third
+_QUIET_SECONDS = 0.03  # time at least: longer than other work holds a core before the next turn of the scheduler
 
 
 @dataclass
@@ -94,7 +96,8 @@ def examine(name: str, layer: nn.Module, activation: str, calls: int | None) -> 
     entries = int(torch.count_nonzero(weight))
     if sparsity >= MIN_SPARSITY:
         out.formats.append("rows")
-    if sparsity < MIN_SPARSITY or 4 * block_count(weight) <= 2 * entries:  # at most half of what blocks hold is zero
+    full = SLICE_ROWS * count_blocks(weight) <= 2 * entries  # at most half of what blocks hold is zero
+    if sparsity < MIN_SPARSITY or full:
         out.formats.append("blocks")
     return out
 
@@ -154,7 +157,8 @@ def fastest(functions: dict[str, Callable[[], object]], seconds: float = _SECOND
 
     Args:
         functions: What to time, by name.
-        seconds: When to stop, after at least three rounds.
+        seconds: When to stop, after at least three rounds; earlier after 20 rounds that took long enough to see more
+            than one turn of the scheduler.
 
     Returns:
         Milliseconds by name.
@@ -163,8 +167,9 @@ def fastest(functions: dict[str, Callable[[], object]], seconds: float = _SECOND
     for function in functions.values():
         function()
     start = time.perf_counter()
-    for turn in range(_ROUNDS):
-        if turn >= 3 and time.perf_counter() - start > seconds:
+    for turn in itertools.count():
+        passed = time.perf_counter() - start
+        if turn >= 3 and (passed > seconds or (turn >= _ROUNDS and passed > _QUIET_SECONDS)):
             break
         for name, function in functions.items():
             begin = time.perf_counter()

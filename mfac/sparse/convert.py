@@ -29,7 +29,7 @@ def convert(model: nn.Module, example_inputs: Any, *, policy: str = "faster", ba
     and each convolution is timed on the inputs that it gets in the model, as it is (in the faster of torch's layouts)
     and on the kernels of this package, with torch's present number of threads; it is replaced where these are faster.
     Depthwise 3 x 3 convolutions, and small dense convolutions, may run on them too, so that a network stays in one
-    layout (NCHW). At last the whole model is timed: if it has not become faster, it stays dense.
+    layout (NCHW). Finally the whole model is timed: if it has not become faster, it stays dense.
 
     Args:
         model: Trained and pruned, on the CPU, float32 or bfloat16. It is not changed.
@@ -206,7 +206,6 @@ def _layer_report(c: Candidate, form: str | None, reason: str, fast: nn.Module) 
         name=c.name,
         kind=c.kind,
         sparsity=c.sparsity,
-        taken=form is not None,
         format=form or "dense",
         reason=reason,
         dense_ms=c.dense_ms,

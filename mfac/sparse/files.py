@@ -7,16 +7,18 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from mfac.checks import check_module
+from mfac.files.container import Entry, SafetensorsFile, is_safetensors, write_order, write_safetensors
+from mfac.files.states import read_state, write_state
 from mfac.sparse.convert import apply_forms
+from mfac.sparse.formats import CONVERTED
 from mfac.sparse.graph import trace
 from mfac.sparse.modules import DepthwiseConv2d, SparseConv2d, SparseLinear
 
-_KEY = "mfac.sparse"  # in a file's metadata
 _FORMS = ("rows", "blocks", "depthwise")
+_SETTINGS = ("shape", "kernel", "kernel_size", "stride", "padding", "dilation", "groups", "activation", "eps")
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -28,7 +30,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
     Returns:
         ``traced``: whether BatchNorm is folded and activations are fused; ``layers``: the form of each layer that is
         replaced, ``"rows"``, ``"blocks"`` or ``"depthwise"``; ``shapes``: that of the weight of each sparse layer, for
-        :func:`mfac.verify`.
+        :func:`mfac.verify`; ``modules``: of every layer what its tensors do not say, such as a stride, so that
+        :func:`load` refuses another network.
     """
     layers, shapes = {}, {}
     for name, layer in model.named_modules():
@@ -38,7 +41,19 @@ def describe(model: nn.Module) -> dict[str, Any]:
             shapes[name] = [layer.shape[0], layer.shape[1] // math.prod(kernel), *kernel]
         elif isinstance(layer, DepthwiseConv2d):
             layers[name] = "depthwise"
-    return {"traced": isinstance(model, fx.GraphModule), "layers": layers, "shapes": shapes}
+    modules = {name: _settings(module) for name, module in model.named_modules() if not list(module.children())}
+    return {"traced": isinstance(model, fx.GraphModule), "layers": layers, "shapes": shapes, "modules": modules}
+
+
+def _settings(module: nn.Module) -> str:
+    """Return the class of a layer and what decides about its result beside its tensors."""
+    words = [type(module).__name__]
+    for name in _SETTINGS:
+        value = getattr(module, name, None)
+        value = list(value) if isinstance(value, tuple) else value
+        if isinstance(value, (int, float, str)) or (isinstance(value, list) and all(type(x) is int for x in value)):
+            words.append(f"{name}={value}")
+    return ", ".join(words)
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -46,11 +61,10 @@ def save(model: nn.Module, path: str | Path) -> None:
 
     Args:
         model: A model that :func:`mfac.sparse.convert` returned.
-        path: Of the file; safetensors (which must be installed) if it ends in ``.safetensors``, else torch.save.
+        path: Path of the file: safetensors if it ends in ``.safetensors``, else torch.save.
 
     Raises:
         TypeError: If `model` is not a module.
-        ImportError: If safetensors is needed and not installed.
 
     Example:
         >>> import tempfile, torch, mfac
@@ -71,9 +85,11 @@ def save(model: nn.Module, path: str | Path) -> None:
     described = describe(model)
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     if Path(path).suffix == ".safetensors":
-        _safetensors().torch.save_file(state, str(path), {_KEY: json.dumps(described)})
+        entries = {name: Entry(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+        tensors = (state[name] for name in write_order(entries))
+        write_safetensors(path, entries, tensors, {CONVERTED: json.dumps(described)})
     else:
-        torch.save({_KEY: described, "state_dict": state}, path)
+        write_state(path, {CONVERTED: described, "state_dict": state})
 
 
 def load(model: nn.Module, path: str | Path, *, backend: str = "auto") -> nn.Module:
@@ -93,19 +109,25 @@ def load(model: nn.Module, path: str | Path, *, backend: str = "auto") -> nn.Mod
     Raises:
         TypeError: If `model` is not a module.
         ValueError: If the file is not of a converted model, or the model is not the one that was converted.
-        ImportError: If safetensors is needed and not installed.
     """
     check_module("model", model)
     described, state = _read(Path(path))
-    traced = trace(model) if described["traced"] else None
-    if traced is not None and traced.reason:
+    traced = trace(model, plain=not described["traced"])
+    if described["traced"] and traced.reason:
         raise ValueError(f"model: expected one that torch.fx can trace, as was the one in {path}, got {traced.reason}")
-    if traced is None:
-        traced = trace(model, plain=True)
-    missing = [name for name in described["layers"] if name not in dict(traced.model.named_modules())]
-    if missing:
-        raise ValueError(f"model: expected the layers of {path}, got none called {missing[0]!r}")
+    modules = dict(traced.model.named_modules())
+    for name, form in described["layers"].items():
+        if not isinstance(modules.get(name), nn.Conv2d if form == "depthwise" else (nn.Linear, nn.Conv2d)):
+            got = type(modules[name]).__name__ if name in modules else "none of that name"
+            raise ValueError(f"model: expected the layers of {path}, got {got} for {name!r}")
     fast = apply_forms(traced, described["layers"], backend, empty=True)
+    expected, found = described["modules"], describe(fast)["modules"]
+    for name in [*expected, *found]:
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"model: expected the network of {path}, got another: {name!r} is {expected.get(name)} there, "
+                f"{found.get(name)} here"
+            )
     try:
         fast.load_state_dict(state, assign=True)
     except RuntimeError as error:
@@ -118,26 +140,17 @@ def load(model: nn.Module, path: str | Path, *, backend: str = "auto") -> nn.Mod
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the description and the state dict of a file."""
-    if path.suffix == ".safetensors":
-        with _safetensors().safe_open(str(path), "pt") as file:
-            text = (file.metadata() or {}).get(_KEY)
-            described = None if text is None else json.loads(text)
-            state = {name: file.get_tensor(name) for name in file.keys()} if described else {}
+    if is_safetensors(path):
+        file = SafetensorsFile(path)
+        text = file.metadata.get(CONVERTED)
+        described = None if text is None else json.loads(text)
+        state = {name: file.read(name) for name in file.entries} if described else {}
     else:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        described = content.get(_KEY) if isinstance(content, dict) else None
+        content = read_state("path", path, "a file of mfac.sparse.save")
+        described = content.get(CONVERTED) if isinstance(content, dict) else None
         state = content["state_dict"] if described else {}
     layers = described.get("layers") if isinstance(described, dict) else None
-    if not isinstance(layers, dict) or not all(form in _FORMS for form in layers.values()):
+    modules = described.get("modules") if isinstance(described, dict) else None
+    if not isinstance(layers, dict) or not isinstance(modules, dict) or not set(layers.values()) <= set(_FORMS):
         raise ValueError(f"path: expected a file of mfac.sparse.save, got {path} without its description")
     return described, state
-
-
-def _safetensors() -> Any:
-    """Return the package, with its functions for torch."""
-    try:
-        import safetensors
-        import safetensors.torch  # noqa: F401  # its functions for torch
-    except ImportError as error:
-        raise ImportError("safetensors is not installed: pip install safetensors, or save to a .pt file") from error
-    return safetensors

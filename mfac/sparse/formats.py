@@ -9,7 +9,7 @@ them) the rows keep their order, and the four entries of a step share one column
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ SLICE_ROWS = 4  # csrc/sparse/kernels.h
 WINDOW_ROWS = 128  # csrc/sparse/kernels.h: a permutation of rows stays within windows of so many
 MAX_INPUTS = torch.iinfo(torch.int16).max - 1  # columns are int16, and K itself is the column of no weight
 FORMATS = ("rows", "blocks")
+PARTS = ("values", "columns", "pointers", "order")  # of a SlicedMatrix
+CONVERTED = "mfac.sparse"  # key under which a file describes the layers of a converted model
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class SlicedMatrix:
     @property
     def nbytes(self) -> int:
         """The memory that the matrix takes."""
-        return sum(getattr(self, field.name).nbytes for field in fields(self))
+        return sum(getattr(self, part).nbytes for part in PARTS)
 
     def to_dense(self, rows: int, inputs: int) -> Tensor:
         """Return W.
@@ -93,12 +95,10 @@ def slice_matrix(weight: Tensor, layout: str) -> SlicedMatrix:
     if weight.dim() != 2 or weight.shape[1] > MAX_INPUTS:
         raise ValueError(f"weight: expected shape [N, K] with K <= {MAX_INPUTS}, got {list(weight.shape)}")
     (n, k), w = weight.shape, weight.detach()
-    slices = -(-n // SLICE_ROWS)
-    padded = w.new_zeros(slices * SLICE_ROWS, k)
-    padded[:n] = w
+    by_slice = _by_slice(w)
+    slices, padded = len(by_slice), by_slice.flatten(0, 1)
     order = torch.arange(len(padded))
     if layout == "blocks":
-        by_slice = padded.view(slices, SLICE_ROWS, k)
         used = (by_slice != 0).any(1)
         lengths = used.sum(1)
         where, columns = torch.nonzero(used, as_tuple=True)
@@ -121,14 +121,28 @@ def slice_matrix(weight: Tensor, layout: str) -> SlicedMatrix:
     return SlicedMatrix(values.contiguous(), columns.to(torch.int16), pointers.int(), order.int())
 
 
+def count_blocks(weight: Tensor) -> int:
+    """Return the number of blocks of four rows by one column of a matrix [N, K] that are not all zero."""
+    return int((_by_slice(weight) != 0).any(1).sum())
+
+
+def _by_slice(w: Tensor) -> Tensor:
+    """Return w [N, K] as [slices, 4, K], with rows of zeros at the end."""
+    n, k = w.shape
+    slices = -(-n // SLICE_ROWS)
+    padded = w.new_zeros(slices * SLICE_ROWS, k)
+    padded[:n] = w
+    return padded.unflatten(0, (slices, SLICE_ROWS))
+
+
 def dense_matrix(values: Tensor, columns: Tensor, pointers: Tensor, order: Tensor, rows: int, inputs: int) -> Tensor:
     """Return the matrix that the tensors of a :class:`SlicedMatrix` hold.
 
     Args:
-        values: As there.
-        columns: As there.
-        pointers: As there.
-        order: As there.
+        values: [steps, 4].
+        columns: [steps, 4] or [steps], int16.
+        pointers: [slices + 1] int32.
+        order: [4 slices] int32.
         rows: N.
         inputs: K.
 

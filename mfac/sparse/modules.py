@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,10 +11,9 @@ from torch import Tensor, nn
 from mfac.checks import check_choice, check_int
 from mfac.sparse import compiled, reference
 from mfac.sparse.backend import backend_name, select_backend
-from mfac.sparse.formats import SLICE_ROWS, SlicedMatrix, dense_matrix, slice_matrix
+from mfac.sparse.formats import PARTS, SlicedMatrix, slice_matrix
 
 ACTIVATIONS = ("none", "relu", "relu6")
-_COMPRESSED = ("values", "columns", "pointers", "order")
 
 
 class _Layer(nn.Module):
@@ -59,7 +59,7 @@ class _SparseLayer(_Layer):
         self.shape = [check_int("outputs", outputs), check_int("inputs", inputs)]
         if matrix is None:  # no weights yet: load_state_dict brings them
             matrix = slice_matrix(torch.empty(0, inputs), "rows")
-        for name in _COMPRESSED:
+        for name in PARTS:
             self.register_buffer(name, getattr(matrix, name))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
@@ -73,13 +73,9 @@ class _SparseLayer(_Layer):
         """The share of zeros in W."""
         return 1 - int(torch.count_nonzero(self.values)) / (self.shape[0] * self.shape[1])
 
-    def weight_matrix(self) -> Tensor:
-        """Return W [outputs, inputs], dense."""
-        return dense_matrix(self.values, self.columns, self.pointers, self.order, *self.shape)
-
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         """Take weights with another number of entries than those that are here."""
-        for name in _COMPRESSED:
+        for name in PARTS:
             given, own = state_dict.get(prefix + name), getattr(self, name)
             if isinstance(given, Tensor) and given.shape != own.shape:
                 if name in ("pointers", "order") and own.numel() > 1:  # of another matrix; refused by name
@@ -160,8 +156,10 @@ class SparseConv2d(_SparseLayer):
         activation: str = "none",
         backend: str = "auto",
     ) -> None:
-        super().__init__(outputs, channels * kernel[0] * kernel[1], matrix, bias, activation, backend)
-        self.kernel, self.stride, self.padding = list(kernel), list(stride), list(padding)
+        inputs = check_int("channels", channels) * math.prod(check_int("kernel", size) for size in kernel)
+        super().__init__(outputs, inputs, matrix, bias, activation, backend)
+        self.kernel, self.stride = list(kernel), [check_int("stride", size) for size in stride]
+        self.padding = [check_int("padding", size, 0) for size in padding]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution [n, N, ...], contiguous, of x [n, channels, height, width] or of one image."""
@@ -212,11 +210,3 @@ class DepthwiseConv2d(_Layer):
     def extra_repr(self) -> str:
         """Return what stands in the brackets of the module's text."""
         return f"{len(self.weight)}, stride={self.stride}, activation={self.activation}, {self.backend}"
-
-
-def block_count(weight: Tensor) -> int:
-    """Return the number of blocks of four rows by one column of a matrix [N, K] that are not all zero."""
-    n, k = weight.shape
-    padded = weight.new_zeros(-(-n // SLICE_ROWS) * SLICE_ROWS, k)
-    padded[:n] = weight
-    return int((padded.view(-1, SLICE_ROWS, k) != 0).any(1).sum())

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 class LayerReport:
     """One layer of a converted model.
 
-    Args:
-        name: Of the layer.
+    Attributes:
+        name: Name of the layer.
         kind: What it is: ``"Conv2d 1x1, 512 -> 512"``.
         sparsity: Share of zeros in its weights.
-        taken: Whether it is replaced.
-        format: ``"rows"``, ``"blocks"``, ``"depthwise"``, or ``"dense"`` if it is not.
-        reason: Because of what.
+        format: What it is replaced by, ``"rows"``, ``"blocks"`` or ``"depthwise"``; ``"dense"`` if it is not.
+        reason: Why.
         dense_ms: Time of torch's own layer (and activation) in its faster layout, milliseconds; None: not timed.
         fast_ms: Time of the fastest of our kernels; None: not timed.
         dense_bytes: Memory of its weights as they were.
@@ -25,7 +24,6 @@ class LayerReport:
     name: str
     kind: str
     sparsity: float
-    taken: bool
     format: str
     reason: str
     dense_ms: float | None = None
@@ -33,19 +31,23 @@ class LayerReport:
     dense_bytes: int = 0
     bytes: int = 0
 
+    @property
+    def taken(self) -> bool:
+        """Whether the layer is replaced."""
+        return self.format != "dense"
+
     def __str__(self) -> str:
         """Return one line: name, layer, sparsity, times, decision."""
         times = ["-" if t is None else f"{t:.3f}" for t in (self.dense_ms, self.fast_ms)]
-        taken = self.format if self.taken else "dense"
         head = f"{self.name:32} {self.kind:28} {self.sparsity:7.1%} {times[0]:>9} {times[1]:>9}"
-        return f"{head}  {taken:9} {self.reason}"
+        return f"{head}  {self.format:9} {self.reason}"
 
 
 @dataclass
 class ConversionReport:
     """What :func:`mfac.sparse.convert` did.
 
-    Args:
+    Attributes:
         layers: Every Linear and convolution, in the order of the model.
         folded: Names of the BatchNorm layers folded into the layers before them.
         notes: What else there is to say: why the model could not be traced, why it stayed dense.
@@ -75,7 +77,7 @@ class ConversionReport:
 
     def __str__(self) -> str:
         """Return a table: a line per layer, and the whole model."""
-        head = f"{'layer':32} {'':28} {'zeros':>7} {'dense ms':>9} {'fast ms':>9}  {'taken as':9} because"
+        head = f"{'layer':32} {'kind':28} {'zeros':>7} {'dense ms':>9} {'fast ms':>9}  {'kernel':9} reason"
         lines = [head, *map(str, self.layers)]
         before, after = (sum(getattr(x, name) for x in self.layers) / 2**20 for name in ("dense_bytes", "bytes"))
         lines.append(

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from mfac.checks import check_choice
 from mfac.export.compressed import save_compressed
-from mfac.export.container import Entry, write_order, write_safetensors
 from mfac.export.onnx import export_onnx
 from mfac.export.verify import verify
 from mfac.extras import install_hint
+from mfac.files.container import Entry, write_order, write_safetensors
 from mfac.tutorial.files import NETWORK_FILE, make_folder, read_model, save, save_text
 from mfac.tutorial.inspect import load_built
 from mfac.tutorial.settings import NETWORK, ModelSettings, resolve
@@ -94,7 +94,7 @@ def export(checkpoint_path: str, output: str, settings: ModelSettings, formats: 
         formats: Keys of ``FORMATS``; None: all, ONNX if its packages are installed.
 
     Raises:
-        ValueError: If it is no such file, its weights are not finite, an option is not that of its network, or the
+        ValueError: If it is not such a file, its weights are not finite, an option is not that of its network, or the
             folder cannot be written to.
         ImportError: If ONNX is asked for and a package of it is not installed.
     """

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mfac.export.compressed import CompressedFile
-from mfac.export.container import is_safetensors
-from mfac.export.weights import read_state
+from mfac.files.container import is_safetensors
+from mfac.files.states import read_state
 from mfac.tutorial.data import DATASETS, DIGITS_SIZE
 from mfac.tutorial.models import MAX_WIDTH, stem_stride
 

@@ -145,7 +145,7 @@ def evaluate(checkpoint_path: str, settings: ModelSettings) -> tuple[float, floa
         Mean cross entropy, top-1 and top-5 accuracy in per cent.
 
     Raises:
-        ValueError: If it is no such file, its weights are not finite, or an option or the images do not go with its
+        ValueError: If it is not such a file, its weights are not finite, or an option or the images do not go with its
             network.
     """
     state, described = read_model("checkpoint_path", checkpoint_path)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from mfac._build import cache_dir
 from mfac.checks import check_int, check_number, warn
 from mfac.distributed.replicas import ALONE, Replicas
-from mfac.export.weights import read_state
+from mfac.files.states import read_state
 from mfac.pruning.result import write_csv
 from mfac.recipe.manager import Manager, Session
 from mfac.tutorial.data import DIGITS_MEAN, DIGITS_STD, Data, load_data

@@ -122,7 +122,8 @@ class _Fill(Action):
 
     def __init__(self, model: nn.Module, found: list[str], value: Tensor, start: float) -> None:
         self._model, self._names, self._value, self._start = model, found, value, start
-        self._undo: dict[str, tuple[Tensor, int]] = {}  # values before training, and version of the filled parameter
+        # Of each filled parameter the values before training, those that were set, and its version then.
+        self._undo: dict[str, tuple[Tensor, Tensor, int]] = {}
 
     def step(self, last: float, epoch: float) -> None:
         self._undo = {}
@@ -134,13 +135,15 @@ class _Fill(Action):
                 before = own.clone()
                 own.copy_(part_of(self._value, p) if self._value.dim() else self._value)
                 if last == -math.inf:
-                    self._undo[name] = before, p._version
+                    self._undo[name] = before, own.clone(), p._version
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what was set when the recipe was applied: the run that goes on has set it long ago."""
         reshard(self._model)
         every = named_parameters(self._model)
-        for name, (before, version) in self._undo.items():
-            if every[name]._version == version:  # else the model was loaded after that
-                local(every[name]).copy_(before)
+        for name, (before, filled, version) in self._undo.items():
+            p, own = every[name], local(every[name])
+            # Else the model was loaded after that; a checkpoint that is read into a DTensor's part keeps its version.
+            if p._version == version and torch.equal(own, filled):
+                own.copy_(before)
         self._undo = {}

@@ -74,7 +74,7 @@ class SafetensorsFile:
         name: Of the argument that names the file, for errors.
 
     Raises:
-        ValueError: If it is no safetensors file, or is cut off, or its header does not describe the bytes after it.
+        ValueError: If it is not a safetensors file, or is cut off, or its header does not describe the bytes after it.
     """
 
     def __init__(self, path: str | Path, name: str = "path") -> None:
@@ -84,12 +84,12 @@ class SafetensorsFile:
             with self.path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER):
-                    raise self._wrong("its first 8 bytes are no length of a header")
+                    raise self._wrong("its first 8 bytes are not the length of a header")
                 header = json.loads(file.read(length).decode("utf-8"))
         except OSError as error:
             raise ValueError(f"{name}: expected a file that can be read, got {path}: {error.strerror}") from error
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise self._wrong(f"its header is no JSON: {error}") from error
+            raise self._wrong(f"its header is not JSON: {error}") from error
         self.metadata = self._metadata(header)
         self.entries = self._entries(header, 8 + length, size)
 
@@ -99,7 +99,7 @@ class SafetensorsFile:
     def _metadata(self, header: Any) -> dict[str, str]:
         metadata = header.pop(_METADATA, {}) if isinstance(header, dict) else None
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise self._wrong("its header is no table of tensors and strings")
+            raise self._wrong("its header is not a table of tensors and strings")
         return metadata
 
     def _entries(self, header: dict[str, Any], begin: int, size: int) -> dict[str, Entry]:

@@ -1,0 +1,1 @@
+"""Files of tensors: the safetensors format, and what torch.save writes."""
