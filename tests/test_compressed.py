@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import mfac
 from mfac import load_compressed, save_compressed
 from mfac.export.codes import CODES, decode, encode, plan
 from mfac.export.compressed import CompressedFile
@@ -249,3 +250,11 @@ def test_files_that_are_no_safetensors(tmp_path):
                 load_compressed(tmp_path / "bad.safetensors")
     with pytest.raises(ValueError, match=r"path: expected a file that can be read, got .*: No such file"):
         load_compressed(tmp_path / "none.safetensors")
+
+
+def test_files_of_converted_models_are_refused(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 64))
+    fast = mfac.sparse.convert(model, torch.randn(1, 64), policy="sparse")
+    mfac.sparse.save(fast, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"path: expected a file of mfac\.save_compressed, got .* mfac\.sparse\.load"):
+        load_compressed(tmp_path / "model.safetensors")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mfac.checks import check_instance, warn
 from mfac.export.codes import CODES, SHAPE, VALUES, Plan, decode, encode, plan
 from mfac.files.container import Entry, SafetensorsFile, is_storable, write_order, write_safetensors
+from mfac.sparse.formats import CONVERTED
 
 MARKER = "mfac"  # of the metadata: what is compressed, as JSON
 _VERSION = 1
@@ -314,6 +315,10 @@ def load_compressed(path: str | Path, device: torch.device | str = "cpu") -> dic
         The state_dict, dense, every bit as it was saved; names of one tensor have one tensor.
 
     Raises:
-        ValueError: If it is not such a file, or what it says of its tensors is contradictory.
+        ValueError: If it is not such a file, or what it says of its tensors is contradictory, or it is one of
+            :func:`mfac.sparse.save`.
     """
-    return CompressedFile(path).state_dict(device)
+    file = CompressedFile(path)
+    if CONVERTED in file.metadata:
+        raise ValueError(f"path: expected a file of mfac.save_compressed, got {path}, which mfac.sparse.load reads")
+    return file.state_dict(device)
