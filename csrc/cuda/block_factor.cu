@@ -118,7 +118,7 @@ __device__ inline void factor_tile(const TileBuffer& tile, double* reciprocals, 
 #pragma unroll
   for (int j = 0; j < kTile; ++j) {
     const double pivot = __shfl_sync(kAllLanes, row[j], j);
-    if (!(pivot > 0)) {  // all lanes have the same pivot
+    if (!(pivot > 0 && pivot < INFINITY)) {  // all lanes have the same pivot
       if (lane == 0) memory.failed = 1;
       return;
     }

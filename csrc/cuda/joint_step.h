@@ -4,6 +4,7 @@
 
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/isfinite.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -50,9 +51,14 @@ inline Tensor joint_update(const Blocks& blocks, Tensor& weights, const Tensor& 
   });
   blocks.check_factors();
   step = at::where(kept, step[0], 0.0);
+  const Tensor removed = x.square().sum();
+  const Tensor loss =
+      (step.square().sum() + removed) * (0.5 * damping) + gradient_term / (2 * static_cast<double>(blocks.m));
+  const Tensor wrong = at::isfinite(removed).logical_and(at::isfinite(loss).logical_not());
+  TORCH_CHECK(!wrong.item<bool>(),
+              "grads: expected finite numbers in the columns that are pruned, got NaN or infinity");
   weights.copy_(at::where(kept, w + step, 0.0));
-  return (step.square().sum() + x.square().sum()) * (0.5 * damping) +
-         gradient_term / (2 * static_cast<double>(blocks.m));
+  return loss;
 }
 
 // Nothing is kept from one call to the next.
