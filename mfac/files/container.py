@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from mfac.files.atomic import replaced
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -193,17 +194,24 @@ def write_safetensors(
         header[key] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": places[key]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    partial = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for key, tensor in zip(order, tensors, strict=True):
-                if (tensor.dtype, tuple(tensor.shape)) != (entries[key].dtype, entries[key].shape):
-                    raise RuntimeError(
-                        f"{key}: expected {entries[key].dtype} {entries[key].shape}, got {tensor.dtype} {tensor.shape}"
-                    )
-                raw = tensor.detach().resolve_neg().cpu().contiguous().view(-1).view(torch.uint8)
-                file.write(raw.numpy().data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replaced(path) as partial, partial.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key, tensor in zip(order, tensors, strict=True):
+            if (tensor.dtype, tuple(tensor.shape)) != (entries[key].dtype, entries[key].shape):
+                raise RuntimeError(
+                    f"{key}: expected {entries[key].dtype} {entries[key].shape}, got {tensor.dtype} {tensor.shape}"
+                )
+            raw = tensor.detach().resolve_neg().cpu().contiguous().view(-1).view(torch.uint8)
+            file.write(raw.numpy().data)
+
+
+def write_tensors(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors that are all there, as :func:`write_safetensors` does.
+
+    Args:
+        path: The file, in a folder that is there.
+        state: Name -> tensor.
+        metadata: Strings to keep beside the tensors.
+    """
+    entries = {name: Entry(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    write_safetensors(path, entries, (state[name] for name in write_order(entries)), metadata)

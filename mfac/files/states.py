@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from mfac.files.atomic import replaced
 
 
 def read_state(
@@ -49,9 +50,5 @@ def write_state(path: str | Path, state: Any) -> None:
         path: The file, in a folder that is there.
         state: What :func:`read_state` returns later.
     """
-    partial = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.partial")
-    try:
+    with replaced(path) as partial:
         torch.save(state, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from mfac.checks import check_module
-from mfac.files.container import Entry, SafetensorsFile, is_safetensors, write_order, write_safetensors
+from mfac.files.container import SafetensorsFile, is_safetensors, write_tensors
 from mfac.files.states import read_state, write_state
 from mfac.sparse.convert import apply_forms
 from mfac.sparse.formats import CONVERTED
@@ -85,9 +85,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     described = describe(model)
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     if Path(path).suffix == ".safetensors":
-        entries = {name: Entry(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
-        tensors = (state[name] for name in write_order(entries))
-        write_safetensors(path, entries, tensors, {CONVERTED: json.dumps(described)})
+        write_tensors(path, state, {CONVERTED: json.dumps(described)})
     else:
         write_state(path, {CONVERTED: described, "state_dict": state})
 

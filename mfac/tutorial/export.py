@@ -18,7 +18,7 @@ from mfac.export.compressed import save_compressed
 from mfac.export.onnx import export_onnx
 from mfac.export.verify import verify
 from mfac.extras import install_hint
-from mfac.files.container import Entry, write_order, write_safetensors
+from mfac.files.container import write_tensors
 from mfac.tutorial.files import NETWORK_FILE, make_folder, read_model, save, save_text
 from mfac.tutorial.inspect import load_built
 from mfac.tutorial.settings import NETWORK, ModelSettings, resolve
@@ -54,9 +54,7 @@ def _state_dict(source: _Source, path: Path) -> str:
 
 def _safetensors(source: _Source, path: Path) -> str:
     state: dict[str, Tensor] = source.model.state_dict()
-    entries = {key: Entry(value.dtype, tuple(value.shape)) for key, value in state.items()}
-    tensors = (state[key] for key in write_order(entries))
-    write_safetensors(path, entries, tensors, source.metadata)
+    write_tensors(path, state, source.metadata)
     return f"{path}: the state_dict as safetensors"
 
 

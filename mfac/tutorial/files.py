@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from mfac.export.compressed import CompressedFile
+from mfac.files.atomic import replaced
 from mfac.files.container import is_safetensors
-from mfac.files.states import read_state
+from mfac.files.states import read_state, write_state
 from mfac.tutorial.data import DATASETS, DIGITS_SIZE
 from mfac.tutorial.models import MAX_WIDTH, stem_stride
 
@@ -82,9 +83,7 @@ def save(state: dict[str, Any], path: Path) -> None:
         path: The file; its folder is made if need be.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
-    torch.save(state, partial)
-    partial.replace(path)
+    write_state(path, state)
 
 
 def save_text(text: str, path: Path) -> None:
@@ -94,13 +93,8 @@ def save_text(text: str, path: Path) -> None:
         text: What to write.
         path: The file, in a folder that is there.
     """
-    partial = _partial(path)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with replaced(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def description(state: Any, name: str, path: str | Path) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def find_device(name: str | None) -> torch.device:
         The device.
 
     Raises:
-        ValueError: If there is no such device, or not there.
+        ValueError: If there is no such device.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
