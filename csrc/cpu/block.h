@@ -28,15 +28,15 @@ void add_gram(const Block<G>& block, int64_t begin, int64_t end, double* a) {
   for (int64_t k = begin; k < end; k += kDepth) {
     const int64_t depth = std::min(kDepth, end - k);
     if (capacitance)
-      parallel_for(panels, depth * kPanel<T>,
-                   [&](int64_t j) { pack_columns<T>(block, j * kPanel<T>, k, depth, packed + j * depth * kPanel<T>); });
-    else
-      parallel_for(depth, n, [&](int64_t r) {
-        if (!block.last()) prefetch(block.row(k + r) + block.width, block.width);
-        for (int64_t j = 0; j < panels; ++j)
-          pack_row<T>(block, k + r, j * kPanel<T>, packed + (j * depth + r) * kPanel<T>);
+      parallel_for(panels, depth * kPanel<T>, [&](int64_t j) {
+        pack_columns<T>(block, j * kPanel<T>, k, depth, panel_width<T>(n, j), packed + j * depth * kPanel<T>);
       });
-    gram<T>(packed, n, depth, 1.0, a, n);
+    else
+      parallel_for(panels, depth * kPanel<T>, [&](int64_t j) {
+        pack_rows<T>(block, k, depth, j * kPanel<T>, panel_width<T>(n, j), block.last() ? 0 : block.width,
+                     packed + j * depth * kPanel<T>);
+      });
+    gram<T>(packed, n, depth, 1.0, a, n, panel_width<T>(n, panels - 1));
   }
 }
 

@@ -32,10 +32,7 @@ double solve_panel(const Block<G>& block, const Triangle<T>& l, int64_t c0, doub
     return 1;
   }
   const bool ahead = block.dense && c0 + 2 * width <= block.width;
-  for (int64_t r = 0; r < n; ++r) {
-    if (ahead) prefetch(block.row(r) + c0 + width, width);
-    pack_row(block, r, c0, panel + r * width);
-  }
+  pack_rows<T>(block, 0, n, c0, width, ahead ? width : 0, panel);
   double squares[width] = {};
   if constexpr (std::is_same_v<T, double>)
     for (int64_t r = 0; r < n; ++r)

@@ -96,23 +96,39 @@ class PackedColumns {
   Block<G> block_;
 };
 
-// out[c] = G[r, column c0 + c] for c < kPanel<T>, columns in use; 0 past the last of them.
+// out[r][c] = G[r0 + r, column c0 + c] for r < rows, c < width (up to kPanel), columns in use; 0 past the last of them.
+// `ahead`: prefetch what lies that many columns further.
 template <typename T, typename G>
-inline void pack_row(const Block<G>& block, int64_t r, int64_t c0, T* out) {
-  const G* row = block.row(r);
-  const int64_t columns = std::min<int64_t>(kPanel<T>, block.size() - c0);
-  if (block.dense && columns == kPanel<T>) {
-#pragma GCC unroll 3
-    for (int v = 0; v < kVectors; ++v) reinterpret_cast<Vector<T>*>(out)[v] = load<T>(row + c0 + v * kLanes<T>);
+void pack_rows(const Block<G>& block, int64_t r0, int64_t rows, int64_t c0, int64_t width, int64_t ahead, T* out) {
+  const int64_t columns = std::min(width, block.size() - c0);
+  if (!block.dense || block.begin + c0 + width > block.grads.d) {
+    for (int64_t r = 0; r < rows; ++r, out += width) {
+      const G* row = block.row(r0 + r);
+      for (int64_t c = 0; c < columns; ++c) out[c] = convert<T>(row[block.column(c0 + c)]);
+      std::fill(out + columns, out + width, T(0));
+    }
     return;
   }
-  for (int64_t c = 0; c < columns; ++c) out[c] = convert<T>(row[block.column(c0 + c)]);
-  std::fill(out + columns, out + kPanel<T>, T(0));
+  // Rows are far apart, and few instructions for each let the processor wait for many of them at once.
+  const auto vectors = [&]<int kUsed>(std::integral_constant<int, kUsed>) {
+    for (int64_t r = 0; r < rows; ++r, out += kUsed * kLanes<T>) {
+      const G* row = block.row(r0 + r) + c0;
+      if (ahead) prefetch(row + ahead, columns);
+#pragma GCC unroll 3
+      for (int v = 0; v < kUsed; ++v) {
+        const Vector<T> values = load<T>(row + v * kLanes<T>);  // of the last vector some are past the block
+        reinterpret_cast<Vector<T>*>(out)[v] = v + 1 < kUsed ? values : first_of<T>(values, columns - v * kLanes<T>);
+      }
+    }
+  };
+  if (width == kLanes<T>) vectors(std::integral_constant<int, 1>());
+  if (width == 2 * kLanes<T>) vectors(std::integral_constant<int, 2>());
+  if (width == 3 * kLanes<T>) vectors(std::integral_constant<int, 3>());
 }
 
-// out[c][r] = source[r][c] for kLanes<T> rows of `depth` elements; out has the row stride of a panel.
+// out[c][r] = source[r][c] for kLanes<T> rows of `depth` elements; out has the row stride `width`.
 template <typename T, typename G>
-void transpose_rows(const G* const (&source)[kLanes<T>], int64_t depth, T* out) {
+void transpose_rows(const G* const (&source)[kLanes<T>], int64_t depth, int64_t width, T* out) {
   constexpr int lanes = kLanes<T>;
   int64_t c = 0;
   for (; c + lanes <= depth; c += lanes) {
@@ -121,18 +137,18 @@ void transpose_rows(const G* const (&source)[kLanes<T>], int64_t depth, T* out) 
     for (int r = 0; r < lanes; ++r) square[r] = load<T>(source[r] + c);
     transpose<T>(square);
 #pragma GCC unroll 16
-    for (int r = 0; r < lanes; ++r) *reinterpret_cast<Vector<T>*>(out + (c + r) * kPanel<T>) = square[r];
+    for (int r = 0; r < lanes; ++r) *reinterpret_cast<Vector<T>*>(out + (c + r) * width) = square[r];
   }
   for (; c < depth; ++c)
-    for (int r = 0; r < lanes; ++r) out[c * kPanel<T> + r] = static_cast<T>(static_cast<float>(source[r][c]));
+    for (int r = 0; r < lanes; ++r) out[c * width + r] = static_cast<T>(static_cast<float>(source[r][c]));
 }
 
-// A panel of kPanel rows from r0 on, transposed: out[c][r] = G[r0 + r, column c0 + c], c < depth <= kDepth, 0 past the
+// A panel of `width` rows from r0 on, transposed: out[c][r] = G[r0 + r, column c0 + c], c < depth <= kDepth, 0 past the
 // last row.
 template <typename T, typename G>
-void pack_columns(const Block<G>& block, int64_t r0, int64_t c0, int64_t depth, T* out) {
+void pack_columns(const Block<G>& block, int64_t r0, int64_t c0, int64_t depth, int64_t width, T* out) {
   constexpr int lanes = kLanes<T>;
-  for (int v = 0; v < kVectors; ++v, r0 += lanes, out += lanes) {
+  for (int64_t v = 0; v < width; v += lanes, r0 += lanes, out += lanes) {
     const int64_t rows = std::clamp<int64_t>(block.grads.m - r0, 0, lanes);
     if (block.dense) {
       static const G zeros[kDepth] = {};
@@ -140,7 +156,7 @@ void pack_columns(const Block<G>& block, int64_t r0, int64_t c0, int64_t depth, 
       for (int r = 0; r < lanes; ++r) source[r] = r < rows ? block.row(r0 + r) + c0 : zeros;
       if (c0 + depth < block.width || !block.last())
         for (int64_t r = 0; r < rows; ++r) prefetch(source[r] + depth, depth);
-      transpose_rows<T>(source, depth, out);
+      transpose_rows<T>(source, depth, width, out);
     } else {
       alignas(64) T gathered[lanes][kDepth];
       const T* source[lanes];
@@ -151,7 +167,7 @@ void pack_columns(const Block<G>& block, int64_t r0, int64_t c0, int64_t depth, 
         else
           std::fill_n(gathered[r], depth, T(0));
       }
-      transpose_rows<T>(source, depth, out);
+      transpose_rows<T>(source, depth, width, out);
     }
   }
 }

@@ -47,15 +47,16 @@ static_assert(kPanel<float> % kRows == 0 && kPanel<double> % kRows == 0);
 constexpr int64_t kDepth = 128;
 constexpr int64_t kPartial = 32;  // terms of a partial sum, for smaller rounding errors (see multiply)
 
-// out[r][v] = sum_p a[p * stride + r] * panel[p][v], p < depth, for the first kUsed vectors v of the panel. In partial
-// sums of kPartial terms: the rounding error of a sum of 128 terms is a third of that of a sequential sum. Not inlined:
-// it uses all registers, and inlining would cause spills.
-template <typename T, int kUsed = kVectors>
-[[gnu::noinline]] void multiply(const T* a, int64_t stride, const T* panel, int64_t depth, Vector<T>* out) {
-  Vector<T> total[kRows][kUsed] = {};
+// The first `rows` rows of out[r][v] = sum_p a[p * stride + r] * panel[p][v], p < depth, for the first kUsed vectors v
+// of a panel of `width` columns. In partial sums of kPartial terms: the rounding error of a sum of 128 terms is a third
+// of that of a sequential sum. Not inlined: it uses all registers, and inlining would cause spills.
+template <typename T, int kUsed = kVectors, int rows = kRows>
+[[gnu::noinline]] void multiply(const T* a, int64_t stride, const T* panel, int64_t width, int64_t depth,
+                                Vector<T>* out) {
+  Vector<T> total[rows][kUsed] = {};
   while (depth > 0) {
-    Vector<T> acc[kRows][kUsed] = {};
-    for (int64_t p = std::min(depth, kPartial); p > 0; --p, a += stride, panel += kPanel<T>) {
+    Vector<T> acc[rows][kUsed] = {};
+    for (int64_t p = std::min(depth, kPartial); p > 0; --p, a += stride, panel += width) {
       Vector<T> b[kUsed];
 #pragma GCC unroll 3
       for (int v = 0; v < kUsed; ++v) {
@@ -63,18 +64,18 @@ template <typename T, int kUsed = kVectors>
         MFAC_KEEP_IN_REGISTER(b[v]);  // otherwise loaded again for every r, and loads bound the loop: a third slower
       }
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r)
+      for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 3
         for (int v = 0; v < kUsed; ++v) acc[r][v] += a[r] * b[v];
     }
     depth -= kPartial;
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 3
       for (int v = 0; v < kUsed; ++v) total[r][v] += acc[r][v];
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 3
     for (int v = 0; v < kUsed; ++v) out[r * kUsed + v] = total[r][v];
 }
@@ -93,13 +94,22 @@ inline void add_tile(const Vector<T>* tile, double sign, double* c, int64_t ldc,
   }
 }
 
-// Lower triangle of C[n, n] (float64, row stride ldc) += sign * PᵀP, with P[depth, n] cut into panels:
-// panel j = `panels + j * depth * kPanel`, columns past n zero. depth <= kDepth: the two panels that meet stay in L1.
+// The width that panel j of n columns needs: the last one may do with fewer vectors than the others.
 template <typename T>
-void gram(const T* panels, int64_t n, int64_t depth, double sign, double* c, int64_t ldc) {
+constexpr int64_t panel_width(int64_t n, int64_t j) {
+  return std::min<int64_t>(kPanel<T>, round_up(round_up(n - j * kPanel<T>, kRows), kLanes<T>));
+}
+
+// Lower triangle of C[n, n] (float64, row stride ldc) += sign * PᵀP, with P[depth, n] cut into panels:
+// panel j = `panels + j * depth * kPanel`, columns past n zero; the last one has `last_width` columns. depth <= kDepth:
+// the two panels that meet stay in L1.
+template <typename T>
+void gram(const T* panels, int64_t n, int64_t depth, double sign, double* c, int64_t ldc,
+          int64_t last_width = kPanel<T>) {
   constexpr int64_t width = kPanel<T>;
   const int64_t count = ceil_div(n, width);
   const auto row_of_panels = [&](int64_t i) {
+    const int64_t stride = i + 1 < count ? width : last_width;
     for (int64_t j = 0; j <= i; ++j)
       for (int64_t g = 0; g < width / kRows && i * width + g * kRows < n; ++g) {
         const T *a = panels + i * depth * width + g * kRows, *b = panels + j * depth * width;
@@ -107,11 +117,15 @@ void gram(const T* panels, int64_t n, int64_t depth, double sign, double* c, int
         double* out = c + i0 * ldc + j * width;
         Vector<T> tile[kRows * kVectors];
         const auto on = [&]<int kUsed>(std::integral_constant<int, kUsed>) {
-          multiply<T, kUsed>(a, width, b, depth, tile);
+          const int64_t columns = j < i ? width : stride;
+          if (rows > kRows / 2)
+            multiply<T, kUsed>(a, stride, b, columns, depth, tile);
+          else
+            multiply<T, kUsed, kRows / 2>(a, stride, b, columns, depth, tile);
           add_tile<T, kUsed>(tile, sign, out, ldc, rows, [&](int64_t r) { return i0 + r + 1 - j * width; });
         };
         // On the diagonal only the vectors that reach below it.
-        const int64_t used = j < i ? kVectors : ceil_div((g + 1) * kRows, kLanes<T>);
+        const int64_t used = j < i ? kVectors : ceil_div(g * kRows + rows, kLanes<T>);
         for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(out + r * ldc, 1);
         if (used == 1) on(std::integral_constant<int, 1>());
         if (used == 2) on(std::integral_constant<int, 2>());
@@ -180,7 +194,8 @@ void solve(const Triangle<T>& l, T* panel, T* norms, int64_t first = 0) {
   Vector<T> sums[kVectors] = {}, acc[kRows * kVectors];
   const auto rows = [&](int64_t group) { return reinterpret_cast<Vector<T>*>(panel + group * kRows * kPanel<T>); };
   const auto product = [&](int64_t g, int64_t from, int64_t to) {  // L[group g, groups from .. to] times those rows
-    multiply<T>(l.group(g) + from * kRows * kRows, kRows, panel + from * kRows * kPanel<T>, (to - from) * kRows, acc);
+    multiply<T>(l.group(g) + from * kRows * kRows, kRows, panel + from * kRows * kPanel<T>, kPanel<T>,
+                (to - from) * kRows, acc);
   };
   for (int64_t begin = first; begin < l.groups(); begin += step) {
     const int64_t end = std::min(begin + step, l.groups());

@@ -83,6 +83,20 @@ inline T convert(G g) {
   return static_cast<T>(static_cast<float>(g));
 }
 
+// The first `count` elements of x, zeros after them.
+template <typename T>
+inline Vector<T> first_of(Vector<T> x, int64_t count) {
+  constexpr int lanes = kLanes<T>;
+  if (count >= lanes) return x;
+  using Integers = VectorN<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>, lanes>;
+  Integers index, bits;
+  for (int i = 0; i < lanes; ++i) index[i] = i;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits &= index < Integers{} + static_cast<decltype(+index[0])>(count);
+  std::memcpy(&x, &bits, sizeof bits);
+  return x;
+}
+
 // Prefetches the lines of p[0 .. count) into L2.
 template <typename G>
 inline void prefetch(const G* p, int64_t count) {
