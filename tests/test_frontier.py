@@ -74,7 +74,7 @@ def test_masks():
         ({"patterns": []}, ValueError, "patterns: expected at least one, got none"),
         ({"patterns": ["3:2"]}, ValueError, "pattern: expected N:M"),
         ({"damping": 0}, ValueError, "damping: expected a number in"),
-        ({"update": "both"}, ValueError, "update: expected one of joint, independent, none, got 'both'"),
+        ({"update": "both"}, ValueError, "update: expected one of joint, independent, none, auto, got 'both'"),
     ],
 )
 def test_bad_input(change, error, message, unchanged):

@@ -60,6 +60,22 @@ def train(model, optimizer, pruner, steps, feed=None):
         pruner.step()
 
 
+@pytest.mark.parametrize(
+    ("initial", "final", "update"), [(0.0, 0.5, "none"), (0.4, 0.65, "none"), (0.0, 0.6, "joint"), (0.55, 0.8, "joint")]
+)
+def test_auto_updates_are_joint_where_more_than_half_of_the_weights_go_at_once(initial, final, update):
+    """However many recomputations there are; it is the same as if the user asked for that update."""
+    models = [make_model() for _ in range(2)]
+    for model, asked in zip(models, ("auto", update), strict=True):
+        options = {"sparsity": final, "initial_sparsity": initial, "start": 1, "end": 2, "update": asked}
+        pruner = make(model, **options, recomputations=3, corrections=None, final_corrections=1)
+        planned = [planned.gradients for planned in pruner.plan()]
+        train(model, sgd(model), pruner, range(2))
+        used = [sum(step.new_gradients for step in result.steps) for _, result in pruner.results]
+        assert pruner.finished and planned == used
+    assert all(torch.equal(p, q) for p, q in zip(*(model.parameters() for model in models), strict=True))
+
+
 def zeros(model, names=SIZES):
     return sum(int((model.get_parameter(name) == 0).sum()) for name in names)
 
@@ -317,7 +333,7 @@ BUFFER = GradientBuffer(2, {"0.weight": torch.zeros(10, 6)})
         ({"block_size": 0}, ValueError, "block_size: expected an int >= 1, None or 'auto', got 0"),
         ({"block_size": 50.0}, TypeError, "block_size: expected an int, None or 'auto', got 50.0"),
         ({"scope": "model"}, ValueError, "scope: expected one of global, layer, got 'model'"),
-        ({"update": "exact"}, ValueError, "update: expected one of joint, independent, none, got 'exact'"),
+        ({"update": "exact"}, ValueError, "update: expected one of joint, independent, none, auto, got 'exact'"),
         ({"criterion": "taylor"}, ValueError, "criterion: expected one of fisher, magnitude, got 'taylor'"),
         ({"backend": "gpu"}, ValueError, "backend: expected one of auto, compiled, reference, got 'gpu'"),
         ({"params": ["nope"]}, ValueError, "params: expected names among .*, got 'nope'"),

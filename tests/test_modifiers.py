@@ -55,7 +55,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ("linear", "linear\n    num_grads: {0.5: 64}", "num_grads: expected {sparsity: number} with the sparsity 0.0"),
         ("linear", "linear\n    num_grads: {0.0: many}", "num_grads: expected an int, got 'many'"),
         ("linear", "linear\n    num_grads: {0.0: 8, 0.5: 4}\n    refresh: 5", "refresh: expected an int 1 to 4, got 5"),
-        ("linear", "linear\n    update: both", "update: expected one of joint, independent, none, got 'both'"),
+        ("linear", "linear\n    update: both", "update: expected one of joint, independent, none, auto, got 'both'"),
         ("linear", "linear\n    dampp: 1", "argument: expected one of .*, got 'dampp'.*mean 'damp'"),
     ],
 )
@@ -156,13 +156,29 @@ def test_what_a_recipe_leaves_open_has_the_defaults_of_the_package():
     modifier = manager.modifiers[-1]
     assert (modifier.settings["damping"], modifier.settings["num_grads"]) == (1e-5, 64)
     defaults = definitions(PrunerSettings)
-    for name in ("block_size", "update", "substeps"):
+    for name in ("block_size", "substeps"):
         assert modifier.settings[name] == defaults[name].default
-    assert (modifier.settings["refresh"], modifier.settings["corrections"]) == (4, None)  # but for these
+    different = {name: modifier.settings[name] for name in ("refresh", "corrections", "update")}
+    assert different == {"refresh": 4, "corrections": None, "update": "auto"}
     (line,) = manager.describe()
     assert line.startswith("MFACPruning: of the recipe damping=1e-05, num_grads=64; by default recomputations=auto, ")
     assert "block_size=512" in line and "substeps=auto" in line
     assert Manager.from_recipe(PRUNING % "MagnitudePruningModifier").describe() == []
+
+
+@pytest.mark.parametrize("written", ["", "    update: joint\n"])
+def test_one_shot_updates_are_joint(written):
+    """There is no training that would make up for an update that is left out, however small the step."""
+    torch.manual_seed(0)
+    first, batches = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 2)), [(torch.randn(4, 8), torch.randint(2, (4,)))] * 9
+    second = copy.deepcopy(first)
+    text = (PRUNING % "MFACPruningModifier").replace("final_sparsity: 0.75", "final_sparsity: 0.3")
+    assert "0.3" in text
+    text += "    num_grads: 8\n    corrections: 0\n"
+    Manager.from_recipe(text + written).one_shot(first, batches, nn.functional.cross_entropy)
+    Manager.from_recipe(text + "    update: none\n").one_shot(second, batches, nn.functional.cross_entropy)
+    kept = first[0].weight != 0
+    assert not torch.equal(first[0].weight[kept], second[0].weight[kept])
 
 
 @pytest.mark.parametrize(
@@ -228,7 +244,8 @@ def test_a_sparsity_of_one_is_said():
 @pytest.mark.parametrize(
     ("written", "said"),
     [
-        ("", "a correction at each recomputation"),
+        ("", "corrections of joint updates"),
+        ("update: joint", "a correction at each recomputation"),
         ("update: none", "no corrections"),
         ("corrections: 2", "corrections=2"),
     ],

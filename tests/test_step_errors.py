@@ -46,7 +46,7 @@ OTHER = GradientBuffer(2, {"0.weight": torch.zeros(8, 5)})
         ({"block_size": 0}, ValueError, "block_size: expected an int >= 1, None or 'auto', got 0"),
         ({"block_size": 2e3}, TypeError, "block_size: expected an int, None or 'auto', got 2000.0"),
         ({"scope": "model"}, ValueError, "scope: expected one of global, layer, got 'model'"),
-        ({"update": None}, ValueError, "update: expected one of joint, independent, none, got None"),
+        ({"update": None}, ValueError, "update: expected one of joint, independent, none, auto, got None"),
         ({"criterion": "taylor"}, ValueError, "criterion: expected one of fisher, magnitude, got 'taylor'"),
         ({"backend": "cuda"}, ValueError, "backend: expected one of auto, compiled, reference, got 'cuda'"),
         ({"params": "0.wei"}, ValueError, "params: expected names among .*, got '0.wei'"),

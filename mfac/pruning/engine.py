@@ -33,6 +33,7 @@ from mfac.pruning.gradients import Gradients, check_grads
 from mfac.pruning.masks import check_masks, complete_masks, count_kept, flatten_masks, merge_masks, sparsity_of
 from mfac.pruning.quadratic import Plan, prune_vector, timed
 from mfac.pruning.result import PruneResult, PruneStep
+from mfac.pruning.schedule import num_halvings
 from mfac.pruning.selection import Selection, Sparsities, parse_sparsity
 from mfac.pruning.settings import num_grads_at
 from mfac.sharded_fisher import ShardedFisher, fisher_of
@@ -262,7 +263,7 @@ class Engine:
             selection=selection,
             sparsities=sparsities,
             criterion=criterion,
-            update=settings["update"],
+            update=self.settled(self.reached, sparsities)["update"],
             substeps=criterion.num_substeps(
                 selection.num_substeps(active, sparsities) if substeps == "auto" else substeps
             ),
@@ -452,14 +453,18 @@ class Engine:
         if count != source.num_grads:
             source.resize(count, self.num_refresh(count))
 
+    def settled(self, start: Sparsities, end: Sparsities) -> dict[str, Any]:
+        """Return the settings with the update that ``"auto"`` stands for on the way between two sparsities."""
+        auto = "joint" if num_halvings(start, end) > 1 else "none"
+        return {**self.settings, "update": auto} if self.settings["update"] == "auto" else self.settings
+
     def num_refresh(self, num_grads: int) -> int:
         """Return how many of m gradients are new at each recomputation; with corrections more come at the end."""
         given = self.settings["refresh"]
         return max(1, num_grads // (8 if self.corrections else 4)) if given is None else given
 
-    def num_backward_passes(self, num_grads: int, recomputations: int) -> int:
+    def num_backward_passes(self, num_grads: int, refresh: int, recomputations: int, corrections: int) -> int:
         """Return how many gradients an update takes: m, those renewed on its way, and those of final corrections."""
-        refresh, corrections = self.num_refresh(num_grads), self.corrections
         part = split_evenly(refresh, corrections)[-1] if corrections else 0
         return num_grads + (recomputations - 1) * refresh + self.settings["final_corrections"] * part
 
@@ -470,9 +475,13 @@ class Engine:
 
     @property
     def corrections(self) -> int:
-        """Corrections at each recomputation. Whoever asks for another update, or for none, is given none unasked."""
+        """Corrections at each recomputation, as :meth:`num_corrections` of the settings."""
+        return self.num_corrections(self.settings["update"])
+
+    def num_corrections(self, update: str) -> int:
+        """Return the corrections at each recomputation. Unasked only the joint update is given any."""
         given = self.settings["corrections"]
-        return int(self.settings["update"] == "joint") if given is None else given
+        return int(update in ("joint", "auto")) if given is None else given
 
     def correct(
         self,

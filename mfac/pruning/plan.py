@@ -61,6 +61,7 @@ def plan_updates(engine: Engine, schedules: dict[str | None, Schedule], collects
         m = num_grads_at(settings["num_grads"], engine.selection.overall(reached)) if collects else 0
         rounds = settings["recomputations"]
         rounds = num_recomputations(reached, after) if rounds == "auto" else rounds
+        corrections, refresh = engine.num_corrections(engine.settled(reached, after)["update"]), engine.num_refresh(m)
         updates.append(
             PlannedUpdate(
                 time=time,
@@ -68,7 +69,7 @@ def plan_updates(engine: Engine, schedules: dict[str | None, Schedule], collects
                 layers={names[0]: after[key] for key, names in engine.selection.segments if len(names) == 1},
                 recomputations=rounds if collects else 1,
                 num_grads=m,
-                gradients=engine.num_backward_passes(m, rounds) if collects else 0,
+                gradients=engine.num_backward_passes(m, refresh, rounds, corrections) if collects else 0,
                 nbytes=m * d * settings["dtype"].itemsize,
             )
         )

@@ -53,6 +53,7 @@ def run(
     engine.result = None
     if recomputations == "auto":
         recomputations = num_recomputations(origin, sparsities) if isinstance(grads, GradientSource) else 1
+    engine.settings = engine.settled(origin, sparsities)
     state = _Run(engine, grads, progress)
     final = settings["final_corrections"] if state.parts else 0
     try:
@@ -100,10 +101,14 @@ class _Run:
         end = engine.selection.overall(sparsities)
         text = f"pruning from {100 * engine.sparsity:.1f} % to {100 * end:.1f} %"
         if isinstance(source, GradientSource):
-            self._ahead = engine.num_backward_passes(source.num_grads, recomputations)
+            self._ahead = engine.num_backward_passes(
+                source.num_grads, source.refresh, recomputations, engine.corrections
+            )
             text += f" in {recomputations} recomputations, from {self._ahead} gradients"
             if source.seconds is not None:
                 text += f", in about {self._ahead * source.seconds:.0f} s for the gradients"
+            if engine.settings["update"] == "none":
+                text += "; the other weights stay as they are"
         _log.info(text)
 
     def _collect(self, count: int | None = None) -> tuple[GradientBuffer | None, int]:

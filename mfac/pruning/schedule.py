@@ -139,6 +139,21 @@ def interpolate_sparsity(start: float, end: float, share: float) -> float:
     return min(max(start, 1 - (1 - start) * ((1 - end) / (1 - start)) ** share), end)  # whatever the rounding
 
 
+def num_halvings(start: Mapping[Key, float], end: Mapping[Key, float]) -> float:
+    """Return how often the weights are halved, on the longest of the ways between two sparsities per key.
+
+    Example:
+        >>> num_halvings({None: 0.6}, {None: 0.9})
+        2.0
+    """
+    halvings = [
+        math.log2((1 - start[key]) / (1 - end[key])) if end[key] < 1 else math.inf
+        for key in end
+        if end[key] > start[key]
+    ]
+    return max(halvings, default=0.0)
+
+
 def num_recomputations(start: Mapping[Key, float], end: Mapping[Key, float]) -> int:
     """Return the recomputations of ``"auto"``: 2 for each halving of the weights, on the longest of the ways.
 
@@ -153,12 +168,7 @@ def num_recomputations(start: Mapping[Key, float], end: Mapping[Key, float]) -> 
         >>> num_recomputations({None: 0.35}, {None: 0.95})
         7
     """
-    halvings = [
-        math.log2((1 - start[key]) / (1 - end[key])) if end[key] < 1 else math.inf
-        for key in end
-        if end[key] > start[key]
-    ]
-    return round(min(max(2 * max(halvings, default=0.0), 1), _MAX_RECOMPUTATIONS))
+    return round(min(max(2 * num_halvings(start, end), 1), _MAX_RECOMPUTATIONS))
 
 
 def interpolate_sparsities(start: Mapping[Key, float], end: Mapping[Key, float], share: float) -> dict[Key, float]:

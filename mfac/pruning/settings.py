@@ -17,7 +17,7 @@ from mfac.pruning.schedule import CURVES
 from mfac.settings import Setting, checked_later, count_from, one_of, optional
 
 SCOPES = ("global", "layer")
-UPDATES = ("joint", "independent", "none")
+UPDATES = ("joint", "independent", "none", "auto")
 _MAX_ROUNDS = 10_000  # of sub-steps and of recomputations; more would only run for days
 
 
@@ -133,7 +133,9 @@ class MethodSettings(CommonSettings, total=False):
             "joint",
             one_of(UPDATES),
             '``"joint"``: the exact minimum of the quadratic model given the mask. ``"independent"``: the sum of '
-            'single-weight updates, as published. ``"none"``: only zeros.',
+            'single-weight updates, as published. ``"none"``: only zeros. ``"auto"``: joint where more than half of '
+            "the weights go at once, else none: training makes up for small steps by itself, and ends lower if each of "
+            "many moves all weights.",
         ),
     ]
     substeps: Annotated[
@@ -262,7 +264,7 @@ class CorrectionSettings(JudgeSettings, total=False):
             "zero, which pruning makes false; so the kept weights S are moved by -η F_SS⁻¹ ḡ_S, with ḡ the mean of the "
             "newest gradients and η the best of a few by the loss of ``correction_batches``, or 0 if none lowers it. "
             "With more than one, the ``refresh`` new gradients come in as many parts, each followed by a correction. "
-            '0: none. None: one, if ``update`` is ``"joint"``.',
+            "0: none. None: one, where the update is joint.",
         ),
     ]
     final_corrections: Annotated[

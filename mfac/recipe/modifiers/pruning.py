@@ -172,7 +172,8 @@ class MagnitudePruning(Modifier):
     def _shown(self, name: str) -> str:
         """Return a setting as a reader of the recipe should see it."""
         if name == "corrections" and self.settings[name] is None:
-            return "a correction at each recomputation" if self.settings["update"] == "joint" else "no corrections"
+            said = {"joint": "a correction at each recomputation", "auto": "corrections of joint updates"}
+            return said.get(self.settings["update"], "no corrections")
         return f"{name}={self.settings[name]}"
 
     def describe(self) -> str:
@@ -198,6 +199,10 @@ class MagnitudePruning(Modifier):
     def settled(self, end: float) -> float:
         """Return the epoch of the last update."""
         return end if self.end_epoch < 0 else self.end_epoch
+
+    def settings_for(self, one_shot: bool) -> dict[str, Any]:
+        """Return the settings of the Pruner; ``one_shot``: no training follows."""
+        return self.settings
 
     def bind(self, target: Target) -> Pruning:
         """Return the Pruner that carries out the modifier, as an action; its time is measured in epochs."""
@@ -225,7 +230,7 @@ class MagnitudePruning(Modifier):
             progress=target.progress,
             forward=target.forward,
             process_group=target.process_group,
-            **self.settings,
+            **self.settings_for(target.one_shot),
         )
         return Pruning(pruner, self.leave_enabled or target.one_shot)
 
@@ -313,8 +318,8 @@ class MFACPruning(MagnitudePruning):
 
     Beyond the format's own arguments it takes settings of :class:`mfac.Pruner` by their names. Settings in the recipe
     are used exactly as written. What it leaves open, damping and block size too, has the defaults of the Pruner, but
-    for updates that a training run pays for and recovers from: ``recomputations="auto"``, a sixteenth of the gradients
-    new at each, and a correction at each (docs/defaults.md).
+    for updates that a training run pays for and recovers from: ``update="auto"``, ``recomputations="auto"``, a
+    sixteenth of the gradients new at each, and a correction after each joint update (docs/defaults.md).
     """
 
     criterion: ClassVar[str] = "fisher"
@@ -324,7 +329,9 @@ class MFACPruning(MagnitudePruning):
         "fisher_block_size": "block_size",
         "available_gpus": "available_devices",
     }
-    defaults: ClassVar[dict[str, Any]] = {"recomputations": "auto", "corrections": None, "correction_batches": 4}
+    defaults: ClassVar[dict[str, Any]] = {
+        "update": "auto", "recomputations": "auto", "corrections": None, "correction_batches": 4,
+    }  # fmt: skip
     reported: ClassVar[tuple[str, ...]] = (
         "num_grads", "recomputations", "refresh", "damping", "block_size", "update", "substeps", "corrections",
     )  # fmt: skip
@@ -360,6 +367,10 @@ class MFACPruning(MagnitudePruning):
                 raise ValueError(f"{key}: expected one value for {name}, got two")
             renamed[name] = value
         return super().normalize(renamed)
+
+    def settings_for(self, one_shot: bool) -> dict[str, Any]:
+        """Return the settings of the Pruner. An update that the recipe leaves open is joint if no training follows."""
+        return {**self.settings, "update": "joint"} if one_shot and "update" not in self.given else self.settings
 
     def __post_init__(self) -> None:
         """Check the arguments."""
