@@ -455,7 +455,7 @@ class Engine:
 
     def settled(self, start: Sparsities, end: Sparsities) -> dict[str, Any]:
         """Return the settings with the update that ``"auto"`` stands for on the way between two sparsities."""
-        auto = "joint" if num_halvings(start, end) > 1 else "none"
+        auto = "joint" if num_halvings(start, end) > 1 + 1e-9 else "none"  # half of them: none, whatever the rounding
         return {**self.settings, "update": auto} if self.settings["update"] == "auto" else self.settings
 
     def num_refresh(self, num_grads: int) -> int:

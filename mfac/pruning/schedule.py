@@ -143,7 +143,7 @@ def num_halvings(start: Mapping[Key, float], end: Mapping[Key, float]) -> float:
     """Return how often the weights are halved, on the longest of the ways between two sparsities per key.
 
     Example:
-        >>> num_halvings({None: 0.6}, {None: 0.9})
+        >>> num_halvings({None: 0.5}, {None: 0.875})
         2.0
     """
     halvings = [
