@@ -6,7 +6,7 @@ Flops are those of the weights that are left; bytes: inputs, outputs and the wei
 import pytest
 import torch
 import torch.nn.functional as F
-from sparse_layers import POINTWISE, compress, in_turns, sparse_weight, threads  # noqa: F401  # a fixture
+from sparse_layers import POINTWISE, compress, in_turns, sparse_weight
 
 from mfac.sparse import compiled, reference
 
@@ -16,7 +16,7 @@ GROUP = "sparse 1 x 1 convolutions of MobileNetV1"
 
 @pytest.mark.benchmark(group=GROUP)
 @pytest.mark.parametrize("sparsity", TARGETS)
-def test_conv2d(measure, threads, sparsity):  # noqa: F811
+def test_conv2d(measure, threads, sparsity):
     compiled.load()
     layers, ratios, worst, flops, size = [], [0.0, 0.0], 0.0, 0, 0
     for (n, k, h), count in POINTWISE.items():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from sparse_layers import in_turns, threads  # noqa: F401  # a fixture
+from sparse_layers import in_turns
 
 from mfac.sparse import compiled, reference
 
@@ -12,7 +12,7 @@ SHAPES = [(32, 112, 1), (128, 56, 1), (128, 56, 2), (512, 14, 1)]
 
 @pytest.mark.benchmark(group="depthwise 3 x 3")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_depthwise_conv2d(measure, threads, shape):  # noqa: F811
+def test_depthwise_conv2d(measure, threads, shape):
     compiled.load()
     channels, size, stride = shape
     x, weight, bias = torch.randn(1, channels, size, size), torch.randn(channels, 1, 3, 3), torch.randn(channels)

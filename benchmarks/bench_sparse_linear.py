@@ -6,7 +6,7 @@ Flops are those of the weights that are left; bytes: inputs, outputs and the wei
 import pytest
 import torch
 import torch.nn.functional as F
-from sparse_layers import compress, in_turns, sparse_weight, threads  # noqa: F401  # a fixture
+from sparse_layers import compress, in_turns, sparse_weight
 
 from mfac.sparse import compiled, reference
 
@@ -16,7 +16,7 @@ TARGETS = {(1, "rows"): 4, (128, "rows"): 1.5, (128, "blocks"): 1}
 
 @pytest.mark.benchmark(group="sparse Linear 1024 -> 4096")
 @pytest.mark.parametrize(("batch", "form"), TARGETS)
-def test_linear(measure, threads, batch, form):  # noqa: F811
+def test_linear(measure, threads, batch, form):
     compiled.load()
     rows = form == "rows"
     weight = sparse_weight((N, K), 0.9) if rows else torch.randn(N, K)

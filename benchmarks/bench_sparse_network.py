@@ -6,13 +6,13 @@ in ONNX Runtime, all with the same number of threads and called in turns.
 
 import pytest
 import torch
-from sparse_layers import in_turns, pruned_mobilenet, threads  # noqa: F401  # a fixture
+from sparse_layers import in_turns, pruned_mobilenet
 
 import mfac
 from mfac.sparse.graph import largest_difference
 
 
-def onnx_runtime(model, x, threads, folder):  # noqa: F811
+def onnx_runtime(model, x, threads, folder):
     """A function that runs the model in ONNX Runtime, or None."""
     try:
         import onnx  # noqa: F401
@@ -29,7 +29,7 @@ def onnx_runtime(model, x, threads, folder):  # noqa: F811
 
 
 @pytest.mark.benchmark(group="MobileNetV1, 96.4 % zeros, batch 1")
-def test_network(measure, threads, tmp_path):  # noqa: F811
+def test_network(measure, threads, tmp_path):
     model, x = pruned_mobilenet(), torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         fast = mfac.sparse.convert(model, x)

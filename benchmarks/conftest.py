@@ -48,6 +48,14 @@ def diagonal_flops(m, columns):
     return factor_flops(m, columns) + sum(m * m * n if m < n else n**3 / 3 for n in columns)
 
 
+@pytest.fixture(params=[1, 2], ids=lambda n: f"{n} threads")
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def grads():
     """G [M, D]; the scale of gradients of a trained network."""

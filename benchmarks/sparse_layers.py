@@ -2,7 +2,6 @@
 
 import time
 
-import pytest
 import torch
 from torch import nn
 
@@ -30,14 +29,6 @@ def in_turns(functions, seconds=SECONDS):
             function()
             best[name] = min(best[name], time.perf_counter() - start)
     return best
-
-
-@pytest.fixture(params=[1, 2], ids=lambda n: f"{n} threads")
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def sparse_weight(shape, sparsity):
