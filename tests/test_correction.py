@@ -342,7 +342,10 @@ def test_batches_that_are_not_finite_do_not_judge():
     assert result.step_length == 0
 
 
-def test_an_update_whose_corrections_were_interrupted_stays_due():
+@pytest.mark.parametrize(
+    ("sparsity", "given"), [(0.5, {"corrections": 1}), (0.6, {"corrections": None, "update": "auto"})]
+)
+def test_an_update_whose_corrections_were_interrupted_stays_due(sparsity, given):
     calls, model = [], make_model()
 
     def loss_fn(out, y):
@@ -351,11 +354,11 @@ def test_an_update_whose_corrections_were_interrupted_stays_due():
             raise RuntimeError("of the loss")
         return LOSS(out, y)
 
-    settings = {**FAST, "recomputations": 1, "corrections": 1, "final_corrections": 1}
-    pruner = mfac.Pruner(model, make_batches(), loss_fn, sparsity=0.5, end=1, **settings)
+    settings = {**FAST, "recomputations": 1, "final_corrections": 1, **given}
+    pruner = mfac.Pruner(model, make_batches(), loss_fn, sparsity=sparsity, end=1, **settings)
     with pytest.raises(RuntimeError, match="of the loss"):
         pruner.step()
-    assert pruner.sparsity == 0.5 and pruner.results == []
+    assert pruner.sparsity == sparsity and pruner.results == []
     result = pruner.step()
     assert len(result.steps) == 2 and pruner.finished and len(pruner.results) == 1 and pruner.step() is None
 

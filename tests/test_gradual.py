@@ -60,6 +60,10 @@ def train(model, optimizer, pruner, steps, feed=None):
         pruner.step()
 
 
+def zeros(model, names=SIZES):
+    return sum(int((model.get_parameter(name) == 0).sum()) for name in names)
+
+
 @pytest.mark.parametrize(
     ("initial", "final", "update"), [(0.0, 0.5, "none"), (0.4, 0.7, "none"), (0.0, 0.6, "joint"), (0.55, 0.8, "joint")]
 )
@@ -74,10 +78,6 @@ def test_auto_updates_are_joint_where_more_than_half_of_the_weights_go_at_once(i
         used = [sum(step.new_gradients for step in result.steps) for _, result in pruner.results]
         assert pruner.finished and planned == used
     assert all(torch.equal(p, q) for p, q in zip(*(model.parameters() for model in models), strict=True))
-
-
-def zeros(model, names=SIZES):
-    return sum(int((model.get_parameter(name) == 0).sum()) for name in names)
 
 
 # ---- schedule and counts

@@ -23,6 +23,7 @@ from mfac.pruning.plan import PlannedUpdate, plan_updates
 from mfac.pruning.result import PruneResult
 from mfac.pruning.run import run
 from mfac.pruning.schedule import Schedule
+from mfac.pruning.selection import Sparsities
 from mfac.pruning.settings import PrunerSettings
 from mfac.settings import accepts, definitions
 
@@ -174,7 +175,7 @@ class Pruner:
         self._stepped = False  # by this very object, not by one that it was copied or loaded from
         self._time: float | None = None  # of the latest call
         self._updates = 0
-        self._interrupted = False  # an update, which may have pruned all, but not corrected
+        self._began: Sparsities | None = None  # where an interrupted update did: it may have pruned all, not corrected
         self._last: float | None = None  # nominal time of the last update
         self.results: list[tuple[float, PruneResult]] = []
 
@@ -265,12 +266,12 @@ class Pruner:
             reached = self._engine.reached
             sparsities = {key: max(reached[key], schedule.sparsity(now)) for key, schedule in self._schedules.items()}
             # Nothing to prune, as at a start from zero: no gradients are collected, but to correct what is pruned.
-            if sparsities == reached and not (self._interrupted and self._engine.corrections):
-                self._last = now
+            if sparsities == reached and not self._corrections_due(sparsities):
+                self._began, self._last = None, now
                 return None
-            self._interrupted = True
+            self._began = self._began or dict(reached)
             result = self._update(sparsities)
-            self._interrupted = False
+            self._began = None
         self._last = now
         self._updates += 1
         self.results.append((time, dataclasses.replace(result, masks={})))
@@ -328,7 +329,12 @@ class Pruner:
         """The model that is pruned."""
         return self._engine.model
 
-    def _update(self, sparsities: dict[str | None, float]) -> PruneResult:
+    def _corrections_due(self, sparsities: Sparsities) -> bool:
+        """Whether an update to there was interrupted, and makes corrections."""
+        engine = self._engine
+        return self._began is not None and engine.num_corrections(engine.settled(self._began, sparsities)["update"]) > 0
+
+    def _update(self, sparsities: Sparsities) -> PruneResult:
         settings, buffer = self._engine.settings, self._buffer
         if buffer is not None and len(buffer) < buffer.num_grads:
             warn(f"buffer: only {len(buffer)} of {buffer.num_grads} gradients so far")
@@ -340,6 +346,7 @@ class Pruner:
                 buffer if self._source is None else self._source,
                 sparsities,
                 settings["recomputations"],
+                began=self._began,
                 progress=settings["progress"],
             )
         finally:
@@ -526,7 +533,7 @@ class Pruner:
             for key, schedule in self._schedules.items():
                 self._schedules[key] = dataclasses.replace(schedule, initial_sparsity=initial[key])
         self._calls, self._updates = state["calls"], state["updates"]
-        self._time, self._last = state["time"], state["last"]
+        self._time, self._last, self._began = state["time"], state["last"], None
         self.results = results
 
     def check_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:

@@ -28,6 +28,7 @@ def run(
     sparsities: Sparsities,
     recomputations: int | str,
     *,
+    began: Sparsities | None = None,
     finish: Callable[[], float] | None = None,
     progress: bool = False,
 ) -> PruneResult:
@@ -38,6 +39,7 @@ def run(
         grads: Where gradients come from; a buffer serves for all steps, and there are no corrections then.
         sparsities: Key -> sparsity at the end.
         recomputations: R, or ``"auto"``; with a buffer, whose gradients stay the same, that is 1.
+        began: Key -> sparsity from which this began, if it was interrupted since; ``update="auto"`` goes by it.
         finish: Called after the last step; returns the loss then.
         progress: Show progress bars.
 
@@ -49,11 +51,11 @@ def run(
             model is pruned as far as the masks say: call again to go on.
     """
     engine.apply_masks()
-    began, origin, settings = time.perf_counter(), dict(engine.reached), engine.settings
+    start, origin, settings = time.perf_counter(), dict(engine.reached), engine.settings
     engine.result = None
     if recomputations == "auto":
         recomputations = num_recomputations(origin, sparsities) if isinstance(grads, GradientSource) else 1
-    engine.settings = engine.settled(origin, sparsities)
+    engine.settings = engine.settled(origin if began is None else began, sparsities)
     state = _Run(engine, grads, progress)
     final = settings["final_corrections"] if state.parts else 0
     try:
@@ -73,7 +75,7 @@ def run(
     finally:
         engine.settings = settings  # "auto" as the user wrote it
         engine.release()
-    state.seconds["total"] = time.perf_counter() - began
+    state.seconds["total"] = time.perf_counter() - start
     return engine.result
 
 

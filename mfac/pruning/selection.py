@@ -13,7 +13,7 @@ from mfac.checks import check_sparsity
 from mfac.model.names import NameTable, shorten
 from mfac.model.targets import PrunableParameters
 from mfac.pruning.patterns import parse_pattern
-from mfac.pruning.schedule import interpolate_sparsity
+from mfac.pruning.schedule import interpolate_sparsity, num_halvings
 
 _MAX_SUBSTEPS = 16  # of "auto"
 _MAX_SCORE_BYTES = 8e9  # of the scores of all subsets of all groups
@@ -193,11 +193,8 @@ class Selection:
         Returns:
             A number in [1, 16]: 2, 4 or 8 for each halving, by the pattern.
         """
-        reached, most = self.reached(active), 1.0
-        for key, sparsity in sparsities.items():
-            left = max(1 - sparsity, 1e-9)
-            most = max(most, self.pattern.substeps_per_halving * math.log2(max(1 - reached[key], left) / left))
-        return min(round(most), _MAX_SUBSTEPS)
+        substeps = self.pattern.substeps_per_halving * num_halvings(self.reached(active), sparsities)
+        return round(min(max(substeps, 1), _MAX_SUBSTEPS))
 
     def _by_name(self, units: Tensor | None) -> dict[str, Tensor]:
         """Views of the part of each parameter; empty without a tensor."""
