@@ -110,7 +110,7 @@ void pack_rows(const Block<G>& block, int64_t r0, int64_t rows, int64_t c0, int6
     return;
   }
   // Rows are far apart, and few instructions for each let the processor wait for many of them at once.
-  const auto vectors = [&]<int kUsed>(std::integral_constant<int, kUsed>) {
+  with_vectors(width / kLanes<T>, [&]<int kUsed>(std::integral_constant<int, kUsed>) {
     for (int64_t r = 0; r < rows; ++r, out += kUsed * kLanes<T>) {
       const G* row = block.row(r0 + r) + c0;
       if (ahead) prefetch(row + ahead, columns);
@@ -120,10 +120,7 @@ void pack_rows(const Block<G>& block, int64_t r0, int64_t rows, int64_t c0, int6
         reinterpret_cast<Vector<T>*>(out)[v] = v + 1 < kUsed ? values : first_of<T>(values, columns - v * kLanes<T>);
       }
     }
-  };
-  if (width == kLanes<T>) vectors(std::integral_constant<int, 1>());
-  if (width == 2 * kLanes<T>) vectors(std::integral_constant<int, 2>());
-  if (width == 3 * kLanes<T>) vectors(std::integral_constant<int, 3>());
+  });
 }
 
 // out[c][r] = source[r][c] for kLanes<T> rows of `depth` elements; out has the row stride `width`.

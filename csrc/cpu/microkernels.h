@@ -94,6 +94,14 @@ inline void add_tile(const Vector<T>* tile, double sign, double* c, int64_t ldc,
   }
 }
 
+// Calls f with the constant kUsed = `count`, from 1 to kVectors.
+template <typename F>
+inline void with_vectors(int64_t count, const F& f) {
+  if (count == 1) f(std::integral_constant<int, 1>());
+  if (count == 2) f(std::integral_constant<int, 2>());
+  if (count == 3) f(std::integral_constant<int, 3>());
+}
+
 // The width that panel j of n columns needs: the last one may do with fewer vectors than the others.
 template <typename T>
 constexpr int64_t panel_width(int64_t n, int64_t j) {
@@ -116,20 +124,17 @@ void gram(const T* panels, int64_t n, int64_t depth, double sign, double* c, int
         const int64_t i0 = i * width + g * kRows, rows = std::min<int64_t>(kRows, n - i0);
         double* out = c + i0 * ldc + j * width;
         Vector<T> tile[kRows * kVectors];
-        const auto on = [&]<int kUsed>(std::integral_constant<int, kUsed>) {
+        // On the diagonal only the vectors that reach below it.
+        const int64_t used = j < i ? kVectors : ceil_div(g * kRows + rows, kLanes<T>);
+        for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(out + r * ldc, 1);
+        with_vectors(used, [&]<int kUsed>(std::integral_constant<int, kUsed>) {
           const int64_t columns = j < i ? width : stride;
           if (rows > kRows / 2)
             multiply<T, kUsed>(a, stride, b, columns, depth, tile);
           else
             multiply<T, kUsed, kRows / 2>(a, stride, b, columns, depth, tile);
           add_tile<T, kUsed>(tile, sign, out, ldc, rows, [&](int64_t r) { return i0 + r + 1 - j * width; });
-        };
-        // On the diagonal only the vectors that reach below it.
-        const int64_t used = j < i ? kVectors : ceil_div(g * kRows + rows, kLanes<T>);
-        for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(out + r * ldc, 1);
-        if (used == 1) on(std::integral_constant<int, 1>());
-        if (used == 2) on(std::integral_constant<int, 2>());
-        if (used == 3) on(std::integral_constant<int, 3>());
+        });
       }
   };
   // The last rows are the longest: each task takes one from either end, for equal work.

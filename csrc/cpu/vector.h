@@ -88,11 +88,12 @@ template <typename T>
 inline Vector<T> first_of(Vector<T> x, int64_t count) {
   constexpr int lanes = kLanes<T>;
   if (count >= lanes) return x;
-  using Integers = VectorN<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>, lanes>;
+  using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  using Integers = VectorN<Integer, lanes>;
   Integers index, bits;
   for (int i = 0; i < lanes; ++i) index[i] = i;
   std::memcpy(&bits, &x, sizeof bits);
-  bits &= index < Integers{} + static_cast<decltype(+index[0])>(count);
+  bits &= index < Integers{} + static_cast<Integer>(count);
   std::memcpy(&x, &bits, sizeof bits);
   return x;
 }
