@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from resnet20 import accuracy, endless_batches, load_images, load_model, options_parser, run_all, spread
+from resnet20 import accuracy, endless_batches, load_images, load_model, options_parser, record, run_all, spread
 from torch import Tensor
 
 from mfac.recipe.manager import Manager
 
-EPOCHS, PRUNING_EPOCHS, BATCH = 10, 7.0, 128
+EPOCHS, PRUNING_EPOCHS, BATCH, GRADIENT_BATCH = 10, 7.0, 128, 32
 SPARSITIES = (0.9, 0.95, 0.98)
 RATES, FREQUENCIES = (0.03, 0.1), (1.0, 0.5)  # to choose from; of updates, in epochs
 METHODS = {  # label, modifier, its arguments
@@ -87,16 +87,20 @@ class Bench:
         """Train under a recipe; return accuracy after the last epoch and right after the last update."""
         _, modifier, arguments = METHODS[key["method"]]
         rate, frequency = key["rate"], key["frequency"]
-        model = load_model(self.checkpoint, self.device)
+        model, kind = load_model(self.checkpoint, self.device), torch.device(self.device).type
+        if kind == "cuda":  # the kernels of so small a network are shorter than the time to launch them
+            with torch.autocast(kind, torch.bfloat16, cache_enabled=False):
+                record(model, True, BATCH)
+            record(model, False, GRADIENT_BATCH)
         optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4, nesterov=True)
         text = RECIPE.format(
             epochs=EPOCHS, end=PRUNING_EPOCHS, modifier=modifier, sparsity=key["sparsity"], frequency=frequency,
             arguments=arguments,
         )  # fmt: skip
         manager = Manager.from_recipe(text)
-        gradients = endless_batches(*self.train, 1000 + key["seed"], 32, augment=True)
+        gradients = endless_batches(*self.train, 1000 + key["seed"], GRADIENT_BATCH, augment=True)
         session = manager.apply(model, optimizer, gradients, F.cross_entropy)
-        generator, kind = torch.Generator().manual_seed(key["seed"]), torch.device(self.device).type
+        generator = torch.Generator().manual_seed(key["seed"])
         steps, done, pruning, after = len(self.images) // BATCH, 0, 0.0, math.nan
         began = time.perf_counter()
         for _ in range(EPOCHS):

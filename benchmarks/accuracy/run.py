@@ -20,13 +20,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from resnet20 import accuracy, endless_batches, load_images, load_model, options_parser, run_all, spread
+from resnet20 import accuracy, endless_batches, load_images, load_model, options_parser, record, run_all, spread
 from torch import nn
 
 import mfac
 from mfac.pruning.patterns import parse_pattern
 
-M = 256  # gradients of 32 images
+M, BATCH = 256, 32  # gradients; images of each
 PUBLISHED = {"update": "independent", "substeps": 1, "damping": 1e-5, "block_size": 2000}
 SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 LABELS = {
@@ -78,7 +78,10 @@ class Bench:
 
     def model(self) -> nn.Module:
         """Return the dense network."""
-        return load_model(self.checkpoint, self.device)
+        model = load_model(self.checkpoint, self.device)
+        if torch.device(self.device).type == "cuda":
+            record(model, False, BATCH)
+        return model
 
     def gradients(self, seed: int) -> mfac.GradientBuffer:
         """Return the M gradients that a run of this seed collects first."""
@@ -89,7 +92,7 @@ class Bench:
 
     def batches(self, seed: int, augment: bool = False):
         """Return endless batches of 32 training images."""
-        return endless_batches(*self.train, seed, augment=augment)
+        return endless_batches(*self.train, seed, BATCH, augment)
 
     def __call__(self, key: dict) -> dict:
         """Return what a run of the plan gives."""
@@ -246,7 +249,7 @@ def main() -> None:
         f"    python benchmarks/accuracy/run.py --data {options.data.name} --checkpoint {options.checkpoint.name}",
         "",
         f"top-1 in per cent on {len(images[1]):,} test images (dense: {dense:.2f}), mean ± standard "
-        f"deviation of the seeds (without ±: one seed; empty: not run). {M} gradients of 32 training images; "
+        f"deviation of the seeds (without ±: one seed; empty: not run). {M} gradients of {BATCH} training images; "
         "seconds: wall time of pruning and measuring, beside other work (cuda: several runs at a time on one H200); "
         "single steps share their gradients, which are not counted.",
         "",
