@@ -119,6 +119,9 @@ class Bench:
     def measured(self, model: nn.Module, seed: int) -> dict:
         """Return the accuracy, and that after re-estimation of BatchNorm from 64 batches."""
         top1 = accuracy(model, *self.validation)
+        vars(model).pop(
+            "forward", None
+        )  # what is recorded has BatchNorm in eval mode, whatever the mode of its modules
         mfac.reestimate_batchnorm(model, self.batches(1000 + seed, augment=True), 64)
         return {"top1": top1, "top1_batchnorm": accuracy(model, *self.validation)}
 
