@@ -175,7 +175,9 @@ def test_one_shot_updates_are_joint(written):
     text = (PRUNING % "MFACPruningModifier").replace("final_sparsity: 0.75", "final_sparsity: 0.3")
     assert "0.3" in text
     text += "    num_grads: 8\n    corrections: 0\n"
-    Manager.from_recipe(text + written).one_shot(first, batches, nn.functional.cross_entropy)
+    manager = Manager.from_recipe(text + written)
+    manager.one_shot(first, batches, nn.functional.cross_entropy)
+    assert "update=joint" in manager.describe(one_shot=True)[0]
     Manager.from_recipe(text + "    update: none\n").one_shot(second, batches, nn.functional.cross_entropy)
     kept = first[0].weight != 0
     assert not torch.equal(first[0].weight[kept], second[0].weight[kept])

@@ -69,7 +69,8 @@ def load_model(checkpoint: Path, device: str = "cpu") -> ResNet20:
 def record(model: nn.Module, training: bool, size: int) -> None:
     """Let a model on CUDA replay its kernels, without Python between them, for batches of one size in one mode.
 
-    The mode is that of the model when it is called, and of all its modules when they are recorded. Autocast is recorded as it is at this call, with ``cache_enabled=False``. All other calls go on as before.
+    The mode is the model's own: modules are not asked for theirs. Autocast is recorded as it is at this call, with
+    ``cache_enabled=False``. All other calls go on as before.
     """
     plain, buffers = model.forward, {name: value.clone() for name, value in model.named_buffers()}
     images = torch.zeros(size, 3, 32, 32, device=model.conv1.weight.device).contiguous(

@@ -111,10 +111,14 @@ class Manager:
         names = ", ".join(type(modifier).__name__ for modifier in self.modifiers)
         return f"Manager({self.epochs:g} epochs: {names})"
 
-    def describe(self) -> list[str]:
-        """Return a line for each modifier that prunes by gradients: the settings of the recipe, and the defaults."""
+    def describe(self, one_shot: bool = False) -> list[str]:
+        """Return a line for each modifier that prunes by gradients: the settings of the recipe, and the defaults.
+
+        Args:
+            one_shot: The defaults of :meth:`one_shot` in place of those of :meth:`apply`.
+        """
         pruning = [modifier for modifier in self.modifiers if isinstance(modifier, MagnitudePruning)]
-        return [modifier.describe() for modifier in pruning if modifier.reported]
+        return [modifier.describe(one_shot) for modifier in pruning if modifier.reported]
 
     def apply(
         self,

@@ -363,7 +363,7 @@ def train(settings: TrainSettings, resume_hint: str = "with --resume") -> list[M
     if writes:
         logs = make_folder("logs_dir", settings.logs_dir) if settings.logs_dir else None
         make_folder("save_dir", folder)
-    for line in manager.describe():
+    for line in manager.describe(settings.one_shot):
         tqdm.write(line)
     if settings.one_shot:
         group = replicas.group

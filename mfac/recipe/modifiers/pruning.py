@@ -169,17 +169,19 @@ class MagnitudePruning(Modifier):
         time = schedule.nominal_time(epoch)
         return 0.0 if time is None else schedule.sparsity(time)
 
-    def _shown(self, name: str) -> str:
+    @staticmethod
+    def _shown(name: str, settings: Mapping[str, Any]) -> str:
         """Return a setting as a reader of the recipe should see it."""
-        if name == "corrections" and self.settings[name] is None:
+        if name == "corrections" and settings[name] is None:
             said = {"joint": "a correction at each recomputation", "auto": "corrections of joint updates"}
-            return said.get(self.settings["update"], "no corrections")
-        return f"{name}={self.settings[name]}"
+            return said.get(settings["update"], "no corrections")
+        return f"{name}={settings[name]}"
 
-    def describe(self) -> str:
+    def describe(self, one_shot: bool) -> str:
         """Return a line that tells the settings of the recipe from those that it leaves open."""
-        said = [self._shown(name) for name in self.settings if name in self.given]
-        left = [self._shown(name) for name in self.reported if name not in self.given]
+        settings = self.settings_for(one_shot)
+        said = [self._shown(name, settings) for name in settings if name in self.given]
+        left = [self._shown(name, settings) for name in self.reported if name not in self.given]
         parts = [f"{what} {', '.join(settings)}" for what, settings in (("of the recipe", said), ("by default", left))]
         used = [part for part, settings in zip(parts, (said, left), strict=True) if settings]
         return f"{type(self).__name__}: {'; '.join(used)}"
