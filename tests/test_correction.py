@@ -365,7 +365,7 @@ def test_an_update_whose_corrections_were_interrupted_stays_due(sparsity, given)
 
 def test_final_corrections_need_corrections():
     with pytest.raises(ValueError, match="final_corrections: expected 0 without corrections, got 5"):
-        mfac.Pruner(make_model(), make_batches(), LOSS, sparsity=0.5, end=1, final_corrections=5)
+        mfac.Pruner(make_model(), make_batches(), LOSS, sparsity=0.5, end=1, corrections=0, final_corrections=5)
 
 
 def test_weights_that_do_not_move_keep_their_digits_and_infinite_ones_are_not_taken():

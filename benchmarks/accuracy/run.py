@@ -7,7 +7,7 @@
 and CHITA hold. Gradients come from the training images, accuracy from all validation images; nothing is chosen by the
 latter. Every run is written to results/runs.jsonl as it ends, and what stands there is not run again: stop it and go
 on as you like, delete the file to start anew. The table and the plot are made from that file (`--seeds 0` makes them
-without running anything). `--jobs` runs several at a time, which one GPU serves well.
+without running anything). `--jobs` runs several at a time (on one GPU under MPS; else they take turns).
 """
 
 from __future__ import annotations

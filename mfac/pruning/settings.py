@@ -1,6 +1,7 @@
 """The settings of pruning; :mod:`mfac.settings` says how they are used."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, TypedDict
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from mfac.ops.backend import BACKENDS
 from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.patterns import parse_pattern
 from mfac.pruning.schedule import CURVES
-from mfac.settings import Setting, checked_later, count_from, one_of, optional
+from mfac.settings import Setting, checked_later, count_from, definitions, one_of, optional
 
 SCOPES = ("global", "layer")
 UPDATES = ("joint", "independent", "none", "auto")
@@ -264,7 +265,7 @@ class CorrectionSettings(JudgeSettings, total=False):
             "zero, which pruning makes false; so the kept weights S are moved by -η F_SS⁻¹ ḡ_S, with ḡ the mean of the "
             "newest gradients and η the best of a few by the loss of ``correction_batches``, or 0 if none lowers it. "
             "With more than one, the ``refresh`` new gradients come in as many parts, each followed by a correction. "
-            "0: none. None: one, where the update is joint.",
+            "0: none. None: one where the update is joint, and none elsewhere.",
         ),
     ]
     final_corrections: Annotated[
@@ -296,9 +297,18 @@ class PruneSettings(StepSettings, GradientSettings, CorrectionSettings, SourceSe
     ]
 
 
-class PrunerSettings(StepSettings, GradientSettings, CorrectionSettings, SourceSettings, total=False):
-    """The settings of :class:`mfac.Pruner`."""
+def _in_training(name: str, default: Any) -> Setting:
+    """Return a setting of :func:`mfac.prune` with another default."""
+    return replace(definitions(PruneSettings)[name], default=default)
 
+
+class PrunerSettings(StepSettings, GradientSettings, CorrectionSettings, SourceSettings, total=False):
+    """The settings of :class:`mfac.Pruner`; docs/defaults.md has what those were measured by that training changes."""
+
+    update: Annotated[str, _in_training("update", "auto")]
+    recomputations: Annotated[int | str, _in_training("recomputations", "auto")]
+    corrections: Annotated[int | None, _in_training("corrections", None)]
+    correction_batches: Annotated[int, _in_training("correction_batches", 4)]
     initial_sparsity: Annotated[
         float | str,
         Setting(

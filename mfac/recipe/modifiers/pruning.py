@@ -75,7 +75,6 @@ class MagnitudePruning(Modifier):
     criterion: ClassVar[str] = "magnitude"
     score_types: ClassVar[tuple[str, ...]] = ("magnitude",)
     spellings: ClassVar[dict[str, str]] = {}  # of the format -> of mfac
-    defaults: ClassVar[dict[str, Any]] = {}  # of settings, where they differ from mfac's
     reported: ClassVar[tuple[str, ...]] = ()  # settings that the result depends on most
     not_taken: ClassVar[tuple[str, ...]] = (  # settings that make no sense without gradients
         *_BY_THE_FORMAT, *definitions(GradientSettings), *definitions(SourceSettings),
@@ -100,7 +99,7 @@ class MagnitudePruning(Modifier):
         super().__post_init__()
         known = definitions(PrunerSettings)
         self.given = frozenset(self.settings)  # those that the recipe says
-        given = {**{name: known[name].default for name in self.setting_names()}, **self.defaults, **self.settings}
+        given = {**{name: known[name].default for name in self.setting_names()}, **self.settings}
         self.settings = {name: known[name].check(name, plain_number(value)) for name, value in given.items()}
         if self.init_sparsity != FROM_PARAM:
             self.init_sparsity = fraction("init_sparsity", self.init_sparsity)
@@ -320,8 +319,7 @@ class MFACPruning(MagnitudePruning):
 
     Beyond the format's own arguments it takes settings of :class:`mfac.Pruner` by their names. Settings in the recipe
     are used exactly as written. What it leaves open, damping and block size too, has the defaults of the Pruner, but
-    for updates that a training run pays for and recovers from: ``update="auto"``, ``recomputations="auto"``, a
-    sixteenth of the gradients new at each, and a correction after each joint update (docs/defaults.md).
+    only a sixteenth of the gradients is new at each recomputation (docs/defaults.md).
     """
 
     criterion: ClassVar[str] = "fisher"
@@ -331,9 +329,6 @@ class MFACPruning(MagnitudePruning):
         "fisher_block_size": "block_size",
         "available_gpus": "available_devices",
     }
-    defaults: ClassVar[dict[str, Any]] = {
-        "update": "auto", "recomputations": "auto", "corrections": None, "correction_batches": 4,
-    }  # fmt: skip
     reported: ClassVar[tuple[str, ...]] = (
         "num_grads", "recomputations", "refresh", "damping", "block_size", "update", "substeps", "corrections",
     )  # fmt: skip
