@@ -75,8 +75,8 @@ class Pruner:
     and ``end``. Nothing is hooked into the model, so copies, compiled and saved models are ordinary ones. Parameters
     are looked up by name at each use: the model may be moved, wrapped or compiled, or have them replaced.
 
-    A long update is split into ``recomputations``, because a big jump at once defeats every quadratic model. Weights that
-    are kept are moved only where more than half go at once (``update="auto"``): elsewhere training does it.
+    A long update is split into ``recomputations``, because a big jump at once defeats every quadratic model. Weights
+    that are kept are moved only where more than half go at once (``update="auto"``): elsewhere training does it.
 
     An error or Ctrl-C in an update loses nothing: the model is pruned as far as :attr:`masks` say, the update stays
     due, and the next :meth:`step` goes on with it.
