@@ -499,7 +499,7 @@ def test_plan_of_a_pruner():
         num_grads={0.0: 16, 0.4: 32}, recomputations="auto", initial_sparsity=0.1, start=1,
     )  # fmt: skip
     updates = [(u.time, u.recomputations, u.num_grads, u.gradients, u.nbytes) for u in pruner.plan()]
-    assert updates == [(1, 1, 16, 16, 16 * 64 * 4), (2, 6, 16, 16 + 5 * 4, 16 * 64 * 4)]
+    assert updates == [(1, 1, 16, 16, 16 * 64 * 4), (2, 6, 16, 16 + 5 * 2, 16 * 64 * 4)]
 
 
 def test_a_plan_is_what_happens():

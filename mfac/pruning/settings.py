@@ -229,7 +229,7 @@ class GradientSettings(TypedDict, total=False):
             None,
             optional(count_from()),
             "How many of them are new at each recomputation after the first, in [1, m], the others being kept (rolling "
-            "gradients); None: a quarter, or an eighth with corrections. ``num_grads`` for all.",
+            "gradients); None: a quarter, or an eighth where ``corrections`` may be made. ``num_grads`` for all.",
         ),
     ]
     recomputations: Annotated[
