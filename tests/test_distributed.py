@@ -79,8 +79,8 @@ def by_auto(model, batches, **group):
 def by_pruner(model, batches, **group):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     pruner = mfac.Pruner(
-        model, batches, F.cross_entropy, sparsity=0.8, end=4, frequency=2, refresh=4, correction_batches=4, **OPTIONS,
-        **group,
+        model, batches, F.cross_entropy, sparsity=0.8, end=4, frequency=2, refresh=4, update="joint", recomputations=1,
+        corrections=0, **OPTIONS, **group,
     )  # fmt: skip
     inputs, targets = make_batches(1)[0]  # the same on all ranks: training is not what is compared
     for _ in range(5):
