@@ -303,7 +303,7 @@ def _in_training(name: str, default: Any) -> Setting:
 
 
 class PrunerSettings(StepSettings, GradientSettings, CorrectionSettings, SourceSettings, total=False):
-    """The settings of :class:`mfac.Pruner`; docs/defaults.md has what those were measured by that training changes."""
+    """The settings of :class:`mfac.Pruner`. Four have other defaults than in `prune`, because training follows."""
 
     update: Annotated[str, _in_training("update", "auto")]
     recomputations: Annotated[int | str, _in_training("recomputations", "auto")]
