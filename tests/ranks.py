@@ -20,6 +20,7 @@ import mfac
 
 def _child(function, rank, size, store, results, arguments):
     torch.set_num_threads(1)
+    os.environ["TORCH_DIST_INIT_BARRIER"] = "1"  # no rank may end while others still connect to it
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
