@@ -14,6 +14,7 @@ from mfac.checks import check_instance, check_int
 from mfac.distributed.shards import whole
 from mfac.gradients.arguments import check_dtype, check_grads_device, check_real, check_scale, check_state
 from mfac.gradients.memory import allocate_rows
+from mfac.gradients.rows import all_finite, converted, row_norm
 from mfac.interrupts import write_whole
 from mfac.model.names import NameTable, named_parameters, shorten
 
@@ -312,8 +313,8 @@ class GradientBuffer:
                 raise ValueError(f"grads: expected shape {list(shape)} for {name!r}, got {list(grad.shape)}")
         grads = [None if grad is None else whole(grad) for grad in grads]
         self.reached.update(name for name, grad in zip(self.names, grads, strict=True) if grad is not None)
-        parts = [None if grad is None else _converted(grad, scale, self.dtype) for grad in grads]
-        return parts if _finite([part for part in parts if part is not None]) else None
+        parts = [None if grad is None else converted(grad, scale, self.dtype) for grad in grads]
+        return parts if all_finite([part for part in parts if part is not None]) else None
 
     def _store(self, index: int, parts: Sequence[Tensor | None]) -> None:
         row = self._rows[index]
@@ -390,26 +391,3 @@ class GradientBuffer:
         new = type(self).__new__(type(self))
         new.__setstate__(self.__getstate__())
         return new
-
-
-def row_norm(row: Tensor) -> Tensor:
-    """Return the Euclidean norm of a row, a float64 scalar that is finite if the row is."""
-    norm = torch.linalg.vector_norm(row, dtype=torch.float32).double()  # at memory speed
-    return norm if torch.isfinite(norm) else row.double().norm()  # squares past float32
-
-
-def _converted(grad: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """The gradient as it is stored, divided in float32 at least. It may overflow: float64 exceeds float32."""
-    grad = grad.detach().to_dense()
-    if scale != 1:
-        grad = grad.to(torch.promote_types(grad.dtype, torch.float32)) / scale
-    return grad.to(dtype)
-
-
-def _finite(parts: list[Tensor]) -> bool:
-    """Whether all are finite. NaN and infinity survive a norm; on a GPU there is one synchronization for all."""
-    if not parts:
-        return True
-    norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]
-    suspects = (~torch.isfinite(torch.stack([norm.to(norms[0].device) for norm in norms]))).nonzero().flatten().tolist()
-    return all(bool(torch.isfinite(parts[index]).all()) for index in suspects)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mfac.distributed.replicas import Replicas, shard_edges
-from mfac.gradients.buffer import GradientBuffer, row_norm
+from mfac.gradients.buffer import GradientBuffer
+from mfac.gradients.rows import row_norm
 from mfac.interrupts import write_whole
 
 _STORED, _SKIPPED, _IDLE = 1.0, 0.0, -1.0  # what a rank did in a round

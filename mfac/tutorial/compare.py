@@ -18,7 +18,8 @@ from mfac.recipe.manager import Manager
 from mfac.tutorial.files import make_folder
 from mfac.tutorial.loop import Measurement
 from mfac.tutorial.settings import RunSettings, TrainSettings, resolve
-from mfac.tutorial.train import check_options, epochs_done, measure_initial, read_pretrained, train
+from mfac.tutorial.start import measure_initial, read_pretrained
+from mfac.tutorial.train import check_options, epochs_done, train
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

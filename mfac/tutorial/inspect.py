@@ -20,8 +20,10 @@ from mfac.tutorial.dense import load_weights
 from mfac.tutorial.files import read_model
 from mfac.tutorial.loop import evaluate as measure
 from mfac.tutorial.models import Built, build_model
+from mfac.tutorial.processes import find_device
 from mfac.tutorial.settings import NETWORK, ModelSettings, TrainSettings, resolve
-from mfac.tutorial.train import check_options, find_device, load_images, prepare
+from mfac.tutorial.start import load_images, prepare
+from mfac.tutorial.train import check_options
 
 _MAX_SHOWN = 8  # updates of a plan
 _KEYWORDS = ("__ALL__", "__ALL_PRUNABLE__")

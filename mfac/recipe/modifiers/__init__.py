@@ -8,6 +8,7 @@ from mfac.checks import suggestion, warn
 from mfac.recipe.document import Item
 from mfac.recipe.modifiers.base import Action, EpochRange, Modifier, Target
 from mfac.recipe.modifiers.masks import ACDCPruning, ConstantPruning
+from mfac.recipe.modifiers.mfac import MFACGlobalPruning, MFACPruning, OBSPruning
 from mfac.recipe.modifiers.optimizer import (
     LearningRate,
     LearningRateFunction,
@@ -15,14 +16,7 @@ from mfac.recipe.modifiers.optimizer import (
     SetWeightDecay,
 )
 from mfac.recipe.modifiers.params import SetParam, TrainableParams
-from mfac.recipe.modifiers.pruning import (
-    GlobalMagnitudePruning,
-    MagnitudePruning,
-    MFACGlobalPruning,
-    MFACPruning,
-    OBSPruning,
-    Pruning,
-)
+from mfac.recipe.modifiers.pruning import GlobalMagnitudePruning, MagnitudePruning, Pruning
 
 __all__ = [
     "MODIFIERS",
