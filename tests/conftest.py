@@ -36,6 +36,18 @@ def one_thread():
 
 
 @pytest.fixture
+def images(tmp_path):
+    """A folder with three classes of images, and the beginning of commands that train on it."""
+    from program import SHORT, write_images  # with Pillow, which few tests need
+
+    write_images(tmp_path / "data", "abc")
+    (tmp_path / "r.yaml").write_text(SHORT)
+    command = f"--dataset-path {tmp_path / 'data'} --image-size 66 --train-batch-size 12 "
+    command += f"--width 0.2 --pretrained False --device cpu --save-dir {tmp_path / 'runs'}"
+    return tmp_path / "data", f"train --recipe-path {tmp_path / 'r.yaml'} {command}".split()
+
+
+@pytest.fixture
 def thread_counts():
     """A function that yields 1, 2, 3 and 8 (emulated: 1), each after torch has been set to so many threads."""
     before = torch.get_num_threads()

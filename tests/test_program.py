@@ -1,7 +1,6 @@
 """The program as its users see it: killed and resumed runs, comparisons, lint, eval, export, damaged images."""
 
 import gc
-import itertools
 import json
 import os
 import signal
@@ -15,85 +14,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from program import OPTIONS, RECIPE, SHORT, interrupt_in, weights, write_images
 
-import mfac
 from mfac.cli.main import main
-from mfac.tutorial.data import Batches, load_data
-from mfac.tutorial.files import description
-from mfac.tutorial.loop import evaluate
+from mfac.tutorial.data import load_data
 from mfac.tutorial.models import MobileNetV1
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 RECIPES = Path(__file__).parent / "recipes"
-RECIPE = """
-modifiers:
-  - !EpochRangeModifier {end_epoch: 4}
-  - !LearningRateFunctionModifier {lr_func: cosine, init_lr: 1e-3, final_lr: 0, end_epoch: 4}
-  - !MFACPruningModifier
-    params: ["re:sections.4.*point.conv.weight"]
-    init_sparsity: 0.25
-    final_sparsity: 0.9
-    start_epoch: 0.5
-    end_epoch: 2.5
-    update_frequency: 0.5
-    num_grads: 3
-    recomputations: 2
-    corrections: 1
-    correction_batches: 2
-"""
-OPTIONS = "--width 0.25 --pretrained False --train-batch-size 8 --test-batch-size 360 --max-train-steps 4 --device cpu"
-
-
-SHORT = """
-modifiers:
-  - !EpochRangeModifier {end_epoch: 2}
-  - !GMPruningModifier
-    params: ["re:sections.4.*point.conv.weight"]
-    init_sparsity: 0.5
-    final_sparsity: 0.9
-    start_epoch: 0
-    end_epoch: 2
-    update_frequency: 1
-"""
-
-
-def write_images(root, classes):
-    random = np.random.default_rng(0)
-    for part, count in (("train", 8), ("val", 2)):
-        for name in classes:
-            (root / part / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = random.integers(0, 256, (40, 48, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / part / name / f"{index}.jpg")
-
-
-@pytest.fixture
-def images(tmp_path):
-    """A folder with three classes of images, and the beginning of commands that train on it."""
-    write_images(tmp_path / "data", "abc")
-    (tmp_path / "r.yaml").write_text(SHORT)
-    command = f"--dataset-path {tmp_path / 'data'} --image-size 66 --train-batch-size 12 "
-    command += f"--width 0.2 --pretrained False --device cpu --save-dir {tmp_path / 'runs'}"
-    return tmp_path / "data", f"train --recipe-path {tmp_path / 'r.yaml'} {command}".split()
-
-
-def interrupt_in(monkeypatch, epoch):
-    """Let Ctrl-C come in the second step of an epoch."""
-    batches, counter = Batches.__iter__, itertools.count()
-
-    def iterate(self):
-        wanted = self.loader.drop_last and next(counter) == epoch
-        for index, batch in enumerate(batches(self)):
-            if wanted and index == 1:
-                raise KeyboardInterrupt
-            yield batch
-
-    monkeypatch.setattr(Batches, "__iter__", iterate)
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)["model"]
 
 
 @pytest.mark.parametrize("epoch", [0, 2])
@@ -236,182 +165,6 @@ def test_training_needs_a_length(tmp_path, capsys):
     assert not (tmp_path / "constant").exists()
 
 
-def test_eval_and_export(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mfac.tutorial.inspect.measure", lambda model, batches: (1.0, 50.0, 90.0))
-    model = MobileNetV1(10, 0.25, 1)
-    with torch.no_grad():
-        model.sections[4][1].point.conv.weight[:, ::2] = 0
-    torch.save(model.state_dict(), tmp_path / "m.pt")
-    assert main(["eval", str(tmp_path / "m.pt"), "--width", "0.25"]) == 0
-    text = capsys.readouterr().out
-    assert "sections.4.1.point.conv.weight: sparsity 50.00 %" in text and "top-1 50.00 %" in text
-    assert main(["export", str(tmp_path / "m.pt"), "--width", "0.25", "--output", str(tmp_path / "x")]) == 0
-    again = torch.load(tmp_path / "x" / "model.pt", weights_only=True)
-    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
-    assert "not faster" in capsys.readouterr().out
-    assert main(["export", str(tmp_path / "none.pt")]) == 2
-
-
-@pytest.mark.parametrize("one_shot", [[], ["--one-shot"]])
-def test_a_model_file_says_which_network_it_is(tmp_path, images, capsys, one_shot):
-    folder, command = images
-    assert main([*command, *one_shot]) == 0
-    path = tmp_path / "runs" / "r" / "model.pt"
-    assert main(["export", str(path), "--output", str(tmp_path / "x"), "--format", "pt"]) == 0
-    network = json.loads((tmp_path / "x" / "network.json").read_text())
-    described = {"arch_key": "mobilenet", "num_classes": 3, "width": 0.2, "stem_stride": 2, "relu6": False}
-    described |= {"image_size": 66, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-    assert network == described
-    model = MobileNetV1(3, network["width"], network["stem_stride"], network["relu6"])
-    model.load_state_dict(torch.load(tmp_path / "x" / "model.pt", weights_only=True))
-    capsys.readouterr()
-    assert main(["eval", str(path), "--dataset-path", str(folder)]) == 0
-    data = load_data("imagefolder", folder, image_size=66, train_batch_size=1)
-    loss, top1, _ = evaluate(model, data.validation)
-    assert f"loss {loss:.4f}, top-1 {top1:.2f} %" in capsys.readouterr().out
-    write_images(tmp_path / "four", "abcd")
-    for options, error in [
-        (f"--dataset-path {folder} --width 0.25", f"width: expected 0.2, that of the network in {path}, got 0.25"),
-        (f"--dataset-path {folder} --image-size 64", "image_size: expected 66, that of the network in "),
-        (f"--dataset-path {folder} --arch-key no.such:net", "arch_key: expected mobilenet, that of the network in "),
-        ("--dataset digits", f"image_size: expected 66, that of the network in {path}, got 32, that of the digits"),
-        ("", "dataset_path: expected a folder with train/<class>/ and val/<class>/ for the dataset imagefolder"),
-        (f"--dataset-path {tmp_path / 'four'}", f"dataset: expected images of 3 classes, those of {path}, got 4 in "),
-    ]:
-        assert main(["eval", str(path), *options.split()]) == 2
-        assert capsys.readouterr().err.startswith(f"mfac: error: {error}")
-    state = torch.load(path, weights_only=True)
-    torch.save({"model": state["model"]}, path)  # without its description: the options say it
-    assert main(["eval", str(path), "--dataset-path", str(folder)]) == 2
-    assert "(another width or number of classes?)" in capsys.readouterr().err
-    options = f"--width 0.2 --image-size 66 --dataset-path {folder}".split()
-    assert main(["eval", str(path), *options]) == 0
-    assert f"loss {loss:.4f}, top-1 {top1:.2f} %" in capsys.readouterr().out
-
-
-def test_an_older_file_is_read_by_its_options(tmp_path, images, monkeypatch, capsys):
-    """Its network says only mean, std and relu6: without options, all commands take the stride and size of before."""
-    folder, command = images
-    command[command.index("66")] = "64"
-    with monkeypatch.context() as patch:
-        interrupt_in(patch, 1)
-        assert main(command) == 130
-    path = tmp_path / "runs" / "r" / "checkpoint.pt"
-    state = torch.load(path, weights_only=True)
-    described = state["network"]
-    state["network"] = {name: described[name] for name in ("mean", "std", "relu6")}
-    state["settings"] |= {name: described[name] for name in ("arch_key", "width", "dataset", "image_size")}
-    torch.save(state, path)
-    assert main(["export", str(path), "--output", str(tmp_path / "x"), "--format", "pt"]) == 0
-    network = json.loads((tmp_path / "x" / "network.json").read_text())
-    assert (network["width"], network["stem_stride"], network["image_size"]) == (0.2, 1, 64)
-    assert main(["eval", str(path), "--dataset-path", str(folder)]) == 0
-    start = f"train --recipe-path {tmp_path / 'r.yaml'} --save-dir {tmp_path / 'runs'} --dataset-path {folder} --resume"
-    start += " --device cpu --train-batch-size 12"
-    assert main([*start.split(), "--image-size", "224"]) == 2
-    assert f"image_size: expected 64, that of the network in {path}, got 224" in capsys.readouterr().err
-    assert main(start.split()) == 0
-    assert torch.load(path, weights_only=True)["network"] == described
-    state["network"], state["settings"] = {}, {"arch_key": "mobilenet", "dataset": "digits", "image_size": 224}
-    digits = {"arch_key": "mobilenet", "dataset": "digits", "image_size": 32, "stem_stride": 1}
-    assert description(state, "checkpoint_path", path) == digits
-
-
-def test_what_export_writes_is_read_with_its_description(tmp_path, images, capsys):
-    folder, command = images
-    network = {"arch_key": "mobilenet", "num_classes": 3, "width": 0.2, "stem_stride": 1, "relu6": True}
-    network |= {"image_size": 66, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
-    path, exported = tmp_path / "m.pt", tmp_path / "x" / "model.pt"
-    torch.save({"model": MobileNetV1(3, 0.2, 1, True).state_dict(), "network": network}, path)
-    assert (
-        main(["export", str(path), "--output", str(exported.parent), *"--format pt --format compressed".split()]) == 0
-    )
-    packed = exported.with_name("model.compressed.safetensors")
-    capsys.readouterr()
-    losses = []
-    for file in (path, exported, packed):
-        assert main(["eval", str(file), "--dataset-path", str(folder)]) == 0
-        losses.append(capsys.readouterr().out)
-    assert losses[0] == losses[1] == losses[2]
-    beside = exported.with_name("network.json")
-    beside.rename(tmp_path / "away.json")  # a safetensors file holds the description itself
-    assert main(["export", str(packed), "--output", str(tmp_path / "y"), "--format", "pt"]) == 0
-    (tmp_path / "away.json").rename(beside)
-    assert json.loads((tmp_path / "y" / "network.json").read_text()) == network
-    command[command.index("False")] = str(exported)
-    assert main([*command, "--one-shot"]) == 0
-    trained = torch.load(tmp_path / "runs" / "r" / "model.pt", weights_only=True)["network"]
-    assert (trained["stem_stride"], trained["relu6"], trained["mean"]) == (1, True, (0.1, 0.2, 0.3))
-    for text in ("[]", "{", "\xff"):
-        beside.write_text(text, encoding="latin-1")
-        assert main(["eval", str(exported), "--dataset-path", str(folder)]) == 2
-        error = f"checkpoint_path: expected a description of the network in {beside}, got "
-        assert error in capsys.readouterr().err
-
-
-def test_the_fields_of_a_description_are_checked(tmp_path, capsys):
-    path, beside = tmp_path / "m.pt", tmp_path / "x" / "network.json"
-    weights = {"fc.weight": torch.zeros(3, 2)}
-    beside.parent.mkdir()
-    torch.save(weights, beside.with_name("m.pt"))
-    numbers = "3 numbers in [1e-06, 1e+06]"
-    for field, value, wanted in [
-        ("std", [0, 0, 0], numbers),
-        ("std", [1, 1, float("nan")], numbers),
-        ("mean", [0.5], "3 numbers in [-1e+06, 1e+06]"),
-        ("mean", "abc", "3 numbers in [-1e+06, 1e+06]"),
-        ("relu6", "False", "True or False"),
-        ("image_size", -5, "an int >= 1"),
-        ("width", "a", "a number > 0, at most 64,"),
-        ("width", None, "a number > 0, at most 64,"),
-        ("stem_stride", 3, "1 or 2"),
-        ("num_classes", "3", "an int >= 1"),
-        ("num_classes", True, "an int >= 1"),
-        ("dataset", "cifar", "one of digits, imagenette, imagefolder"),
-        ("arch_key", 1, "the name of a network"),
-    ]:
-        torch.save({"model": weights, "network": {field: value}}, path)
-        beside.write_text(json.dumps({field: value}))
-        for file, said_in in ((path, path), (beside.with_name("m.pt"), beside)):
-            assert main(["eval", str(file)]) == 2
-            error = f"checkpoint_path: expected {wanted} as {field} of the network in {said_in}, got {value!r}"
-            assert error in capsys.readouterr().err
-    other = {"arch_key": "net", "width": None, "stem_stride": None}
-    assert description({"network": other}, "checkpoint_path", path) == other
-
-
-def test_weights_are_trained_on_as_the_network_that_they_are_of(tmp_path, images, capsys):
-    """Without options as in the file; at another image size with the same stride."""
-    folder, command = images
-    assert main([*command, "--model-tag", "dense"]) == 0
-    dense = str(tmp_path / "runs" / "dense" / "model.pt")
-    start = f"train --recipe-path {tmp_path / 'r.yaml'} --save-dir {tmp_path / 'runs'} --pretrained {dense} "
-    start = f"{start} --device cpu --dataset-path {folder} --train-batch-size 24".split()
-    for tag, options, size in (("same", [], 66), ("smaller", ["--image-size", "32"], 32)):
-        assert main([*start, "--model-tag", tag, *options]) == 0
-        network = torch.load(tmp_path / "runs" / tag / "model.pt", weights_only=True)["network"]
-        assert (network["width"], network["stem_stride"], network["image_size"]) == (0.2, 2, size)
-        assert network["dataset"] == "imagefolder"
-    assert main([*start, "--width", "0.25"]) == 2
-    assert f"width: expected 0.2, that of the network in {dense}, got 0.25" in capsys.readouterr().err
-
-
-def test_files_without_usable_weights(tmp_path, capsys):
-    state = MobileNetV1(10, 0.35, 1).state_dict()
-    state["input.conv.weight"][0] = torch.nan
-    torch.save(state, tmp_path / "nan.pt")
-    torch.save({}, tmp_path / "dict.pt")
-    torch.save([1], tmp_path / "list.pt")
-    finite = "checkpoint_path: expected finite weights, got NaN or infinity in input.conv.weight"
-    for name, error in (("nan", finite), *((name, "expected a model of `mfac train`") for name in ("dict", "list"))):
-        for command in ("eval", "export"):
-            assert main([command, str(tmp_path / f"{name}.pt")]) == 2
-            assert error in capsys.readouterr().err
-    torch.save(MobileNetV1(10, 0.35, 1).state_dict(), tmp_path / "m.pt")
-    assert main(["export", str(tmp_path / "m.pt"), "--output", str(tmp_path / "m.pt" / "x")]) == 2
-    assert "output: expected a folder that can be written to, got " in capsys.readouterr().err
-
-
 def test_only_what_is_as_before_is_resumed(tmp_path, images, monkeypatch, capsys):
     """And the time goes on."""
     _, command = images
@@ -477,45 +230,6 @@ def test_a_damaged_image_is_named(tmp_path, workers):
     (tmp_path / "val" / "b").mkdir()
     with pytest.raises(ValueError, match=r"dataset_path: expected images .*val/b/\*.jpeg, .*, got none"):
         load_data("imagefolder", tmp_path, image_size=32, train_batch_size=1)
-
-
-def test_plan(tmp_path, capsys, monkeypatch):
-    (tmp_path / "r.yaml").write_text(RECIPE)
-    command = f"plan --recipe-path {tmp_path / 'r.yaml'} --save-dir {tmp_path} {OPTIONS}".split()
-    assert main(command) == 0
-    text = capsys.readouterr().out
-    assert "5 updates of 2 parameters with 98,304 weights" in text
-    assert "epoch 0.5: to 25.00 % in 2 recomputations, 4 gradients (0.00 GiB), about" in text
-    assert "sections.4.1.point.conv.weight: 90.00 %" in text
-    assert not (tmp_path / "r").exists()
-    monkeypatch.setattr("mfac.gradients.memory.free_bytes", lambda storage: 1000)
-    assert main(command) == 1
-    assert "mfac: error: grads: expected 0.00" in capsys.readouterr().err
-
-
-def test_plan_of_a_pruner():
-    pruner = mfac.Pruner(
-        torch.nn.Linear(16, 4), [()] * 4, torch.nn.functional.mse_loss, sparsity=0.9, end=2, schedule="linear",
-        num_grads={0.0: 16, 0.4: 32}, recomputations="auto", initial_sparsity=0.1, start=1,
-    )  # fmt: skip
-    updates = [(u.time, u.recomputations, u.num_grads, u.gradients, u.nbytes) for u in pruner.plan()]
-    assert updates == [(1, 1, 16, 16, 16 * 64 * 4), (2, 6, 16, 16 + 5 * 2, 16 * 64 * 4)]
-
-
-def test_a_plan_is_what_happens():
-    """Also with final corrections, and where the mask is rounded to below a key of num_grads."""
-    torch.manual_seed(0)
-    model = torch.nn.Linear(16, 16, bias=False)
-    data = [(torch.randn(8, 16), torch.randn(8, 16)) for _ in range(4)]
-    pruner = mfac.Pruner(
-        model, data, torch.nn.functional.mse_loss, sparsity=0.9, initial_sparsity=0.7, start=1, end=2, progress=False,
-        num_grads={0.0: 4, 0.7: 16}, recomputations=2, corrections=1, final_corrections=3,
-    )  # fmt: skip
-    planned = [(update.num_grads, update.gradients) for update in pruner.plan()]
-    for _ in range(2):
-        pruner.step()
-    made = [sum(step.new_gradients for step in result.steps) for _, result in pruner.results]
-    assert [gradients for _, gradients in planned] == made and [m for m, _ in planned] == [4, 16]
 
 
 def test_another_recipe_is_not_resumed(tmp_path, capsys):
