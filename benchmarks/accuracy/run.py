@@ -38,6 +38,7 @@ LABELS = {
     "prune": "`prune`",
     "fresh": "`prune(refresh=256)`: all gradients new",
 }
+DRAWN = {"magnitude": "#d95f02", "published": "#7570b3", "step": "#66a61e", "prune": "#1b9e77"}  # and their colours
 PRUNE = {  # options of mfac.prune; those not named are its defaults
     "plain": {"corrections": 0},
     "prune": {},
@@ -199,22 +200,25 @@ def pattern_table(rows: list[dict]) -> str:
 
 
 def plot(rows: list[dict], dense: float, path: Path) -> None:
-    """Draw accuracy over sparsity for every method, with the range of its seeds."""
+    """Draw accuracy over sparsity, with the range of the seeds; dashed: with BatchNorm re-estimated, where it helps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=130, layout="constrained")
     axes = figure.subplots()
     axes.axhline(dense, color="#444444", ls=":", lw=1.5, label=f"dense ({dense:.1f} %)")
-    colours = ("#d95f02", "#7570b3", "#a6d854", "#66a61e", "#66c2a5", "#1b9e77", "#e7298a")
-    for (method, label), colour in zip(LABELS.items(), colours, strict=True):
+    for method, colour in DRAWN.items():
         found = [row for row in rows if row.get("method") == method]
         xs = sorted({row["sparsity"] for row in found})
-        values = [[row["top1"] for row in found if row["sparsity"] == x] for x in xs]
-        if not found or method == "fresh":
-            continue
-        percent = [100 * x for x in xs]
-        axes.plot(percent, [statistics.mean(v) for v in values], "o-", color=colour, label=label, markersize=4)
-        axes.fill_between(percent, *zip(*((min(v), max(v)) for v in values), strict=True), color=colour, alpha=0.12)
+        for key, style in (("top1", "o-"), ("top1_batchnorm", "o--"))[: 1 if method == "prune" else 2]:
+            if not found:
+                continue
+            values = [[row[key] for row in found if row["sparsity"] == x] for x in xs]
+            percent, means = [100 * x for x in xs], [statistics.mean(v) for v in values]
+            label = LABELS[method].replace("`", "") + (", BatchNorm re-estimated" if key == "top1_batchnorm" else "")
+            axes.plot(percent, means, style, color=colour, label=label, markersize=4)
+            axes.fill_between(
+                percent, *zip(*((min(v), max(v)) for v in values), strict=True), color=colour, alpha=0.12, lw=0
+            )
     for label, cited in CITED.items():
         axes.plot([100 * x for x in cited], list(cited.values()), "k*", label=label)
     axes.set_title("ResNet-20 on CIFAR-10, pruned without a training loop", fontsize=11)
