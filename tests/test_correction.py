@@ -257,8 +257,10 @@ def test_pruner():
 def test_a_buffer_has_no_batches_to_judge_by():
     model = make_model()
     buffer = mfac.GradientBuffer(4, mfac.prunable_parameters(model))
-    with pytest.raises(ValueError, match="corrections: expected 0 with a buffer"):
+    with pytest.raises(ValueError, match=r"^corrections: expected 0 without batches, which judge them"):
         mfac.Pruner(model, buffer=buffer, sparsity=0.5, end=1, corrections=1)
+    with pytest.raises(ValueError, match="final_corrections: expected 0 without batches"):
+        mfac.Pruner(model, buffer=buffer, sparsity=0.5, end=1, final_corrections=1)
 
 
 @pytest.mark.parametrize("kind", ["buffer", "tensor", "dicts"])
@@ -363,9 +365,10 @@ def test_an_update_whose_corrections_were_interrupted_stays_due(sparsity, given)
     assert len(result.steps) == 2 and pruner.finished and len(pruner.results) == 1 and pruner.step() is None
 
 
-def test_final_corrections_need_corrections():
-    with pytest.raises(ValueError, match="final_corrections: expected 0 without corrections, got 5"):
-        mfac.Pruner(make_model(), make_batches(), LOSS, sparsity=0.5, end=1, corrections=0, final_corrections=5)
+@pytest.mark.parametrize("options", [{"corrections": 0}, {"update": "none"}, {"update": "independent"}])
+def test_final_corrections_need_corrections(options):
+    with pytest.raises(ValueError, match="final_corrections: expected 0 without batches and corrections, got 5"):
+        mfac.Pruner(make_model(), make_batches(), LOSS, sparsity=0.5, end=1, final_corrections=5, **options)
 
 
 def test_weights_that_do_not_move_keep_their_digits_and_infinite_ones_are_not_taken():

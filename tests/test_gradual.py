@@ -1,5 +1,6 @@
 """Pruner: gradual pruning along a training loop."""
 
+import copy
 import itertools
 
 import pytest
@@ -71,7 +72,7 @@ def test_auto_updates_are_joint_where_more_than_half_of_the_weights_go_at_once(i
     models = [make_model() for _ in range(2)]
     for model, asked in zip(models, ("auto", update), strict=True):
         options = {"sparsity": final, "initial_sparsity": initial, "start": 1, "end": 2, "update": asked}
-        pruner = make(model, **options, recomputations=3, corrections=None, final_corrections=1)
+        pruner = make(model, **options, recomputations=3, final_corrections=int(asked != "none"))
         planned = [planned.gradients for planned in pruner.plan()]
         train(model, sgd(model), pruner, range(2))
         used = [sum(step.new_gradients for step in result.steps) for _, result in pruner.results]
@@ -335,3 +336,39 @@ def test_rolling():
         pruner.step()
         counts.append(len(calls))
     assert counts == [0, 6 + 2 + 2]  # the first update is to nothing
+
+
+@pytest.mark.parametrize("width", [16, 64])
+def test_parameters_that_no_gradient_reaches_do_not_count(width):
+    """They stay dense, and nothing holds against the others that they do."""
+    model = nn.ModuleDict({"used": nn.Linear(6, 2), "unused": nn.Linear(16, width)})
+    options = {"forward": lambda model, batch: (model["used"](batch[0]), batch[1]), "end": 2, "sparsity": 0.75}
+    pruner = make(model, **options)
+    pruner.step(2)
+    twin = copy.deepcopy(model)
+    loaded = make(twin, **options)
+    loaded.load_state_dict(pruner.state_dict())
+    for one in (pruner, loaded):
+        assert one.finished and one.layer_sparsities()["used.weight"][1] == 0.75
+        mask = one.masks["used.weight"].clone()
+        mask[mask.nonzero()[0].tolist()[0], mask.nonzero()[0].tolist()[1]] = False
+        one.hold({"used.weight": mask})
+        assert one.finished and one.plan() == [] and one.step(3) is None
+
+
+def test_magnitude_collects_gradients_only_for_what_they_change():
+    """Small steps of `update="auto"` move nothing."""
+    model, calls = make_model(), []
+
+    def loss_fn(outputs, targets):
+        calls.append(1)
+        return mse(outputs, targets)
+
+    options = {"criterion": "magnitude", "loss_fn": loss_fn, "start": 1, "end": 2, "initial_sparsity": 0.4}
+    pruner = make(model, **options, sparsity=0.7)
+    assert [update.gradients for update in pruner.plan()] == [0, 0]
+    pruner.step()
+    pruner.step()
+    assert pruner.finished and not calls
+    joint = make(make_model(), **options, sparsity=0.9)
+    assert [update.gradients > 0 for update in joint.plan()] == [False, True]

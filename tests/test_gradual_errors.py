@@ -27,6 +27,7 @@ BUFFER = GradientBuffer(2, {"0.weight": torch.zeros(10, 6)})
         ({"recomputations": 0}, ValueError, "recomputations: expected an int 1 to 10000 or 'auto', got 0"),
         ({"recomputations": 1.5}, TypeError, "recomputations: expected an int or .auto., got 1.5"),
         ({"num_grads": 0}, ValueError, "num_grads: expected an int >= 1, got 0"),
+        ({"num_grads": {0.0: 16, 0.5: 8}, "refresh": 12}, ValueError, "refresh: expected an int 1 to 8, got 12"),
         ({"dtype": torch.float64}, TypeError, "dtype: expected torch.float32 or torch.bfloat16, got torch.float64"),
         ({"sparsity": 1.5}, ValueError, r"sparsity: expected in \[0, 1\], got 1.5"),
         ({"sparsity": math.nan}, ValueError, r"sparsity: expected in \[0, 1\], got nan"),
@@ -70,3 +71,12 @@ def test_bad_time(unchanged, time, error):
     pruner = make(model)
     with unchanged(model), pytest.raises(error, match=r"time: expected a .*number.*, got"):
         pruner.step(time)
+
+
+def test_a_parameter_that_has_another_shape_now():
+    model = make_model()
+    pruner = make(model)
+    pruner.step(8)
+    model[0].weight = nn.Parameter(torch.ones(12, 6))
+    with pytest.raises(ValueError, match=r"model: expected '0.weight' of shape \[10, 6\], as before, got \[12, 6\]"):
+        pruner.step(9)

@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from test_gradual import SIZES, make, make_model, sgd, train, zeros
+from test_gradual import SIZES, make, make_model, mse, sgd, train, zeros
 from torch import nn
 from torch.distributed import checkpoint
 
@@ -227,3 +227,74 @@ def test_torch_distributed_checkpoint(tmp_path):
     unpruned = make(make_model(), end=3)
     unpruned.load_state_dict(make(make_model(), end=3).state_dict())
     assert unpruned.masks == {} and unpruned.sparsity == 0
+
+
+@pytest.mark.parametrize("count", range(4, 120, 9))
+def test_an_interrupted_update_goes_on_after_loading_as_before(count):
+    """It is still joint though less than half of the weights are left to prune, and makes its last correction."""
+    calls = []
+
+    def interrupted(outputs, targets):
+        calls.append(1)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        return mse(outputs, targets)
+
+    options = {"start": 1, "end": 1, "sparsity": 0.9, "recomputations": 3, "final_corrections": 1}
+    model = make_model()
+    pruner = make(model, **options, loss_fn=interrupted)
+    try:
+        pruner.step()
+    except KeyboardInterrupt:
+        pass
+    else:
+        return  # the update takes fewer losses
+    twin = make_model()
+    twin.load_state_dict(model.state_dict())
+    other = make(twin, **options)
+    other.load_state_dict(pruner.state_dict())
+    plans = [one.plan() for one in (pruner, other)]
+    made = [one.step() for one in (pruner, other)]
+    assert plans[0] == plans[1] and [update.gradients for update in plans[0]] == [
+        sum(step.new_gradients for step in made[0].steps)
+    ]
+    assert pruner.finished and other.finished and len(other.results) == 1
+    assert [step.step_length for step in made[0].steps] == [step.step_length for step in made[1].steps]
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_state_of_the_middle_of_an_update():
+    """As a signal handler saves it; copies are possible then, too."""
+    states, copies = [], []
+
+    def loss_fn(outputs, targets):
+        if pruner.sparsity > 0 and not states:
+            states.append(pruner.state_dict())
+            copies.append(copy.deepcopy((model, pruner)))
+        return mse(outputs, targets)
+
+    options = {"end": 1, "start": 1, "sparsity": 0.9, "recomputations": 3, "damping": "auto"}
+    model = make_model()
+    pruner = make(model, **options, loss_fn=loss_fn)
+    pruner.step()
+    twin, other = copies[0]
+    loaded = make(twin, **options)
+    loaded.load_state_dict(states[0])
+    assert 0 < loaded.sparsity == other.sparsity < 0.9
+    other.step()
+    assert other.sparsity == 0.9 and other.finished
+
+
+def test_a_plan_after_loading_into_another_schedule():
+    """Of what is past there is nothing in it."""
+    model = make_model()
+    pruner = make(model, end=10, sparsity=0.6, schedule="linear")
+    train(model, sgd(model), pruner, range(3))
+    other = make(model, end=10, sparsity=0.95)
+    other.load_state_dict(pruner.state_dict())
+    assert [update.time for update in other.plan()] == [4, 5, 6, 7, 8, 9, 10]
+    done = make(model, end=3, sparsity=0.6)
+    done.load_state_dict(pruner.state_dict())
+    assert [update.time for update in done.plan()] == [3]
+    made = done.step()
+    assert done.finished and [update.gradients for update in done.plan()] == [] and made is not None

@@ -115,3 +115,25 @@ def test_masks_that_are_dropped_are_no_one_elses(other, released):
         session.step(step / 4)
         if step / 4 == released:
             assert float((model.weight == 0).float().mean()) == pytest.approx(0.3, abs=0.03)
+
+
+def test_an_update_sees_the_masks_of_the_others(model):
+    """Though the optimizer has just moved what they hold at zero."""
+    text = "modifiers:\n  - !EpochRangeModifier {end_epoch: 3}\n"
+    for name in ("0.weight", "2.weight"):
+        text += f"  - !MFACPruningModifier {{params: [{name}], init_sparsity: 0.5, final_sparsity: 0.75, num_grads: 4, "
+        text += "start_epoch: 1, end_epoch: 2}\n"
+    data = [(torch.randn(16, 8), torch.randint(2, (16,))) for _ in range(4)]
+    alive = []
+
+    def loss_fn(outputs, targets):
+        alive.append([int((p != 0).sum()) for p in (model[0].weight, model[2].weight)])
+        return F.cross_entropy(outputs, targets)
+
+    session = Manager.from_recipe(text).apply(model, torch.optim.SGD(model.parameters(), lr=0.1), data, loss_fn)
+    session.step(1.0)
+    with torch.no_grad():
+        model[0].weight.add_(1), model[2].weight.add_(1)
+    alive.clear()
+    session.step(2.0)
+    assert alive[0] == [16, 4] and max(kept for kept, _ in alive) == 16 and max(kept for _, kept in alive) == 4

@@ -33,7 +33,8 @@ class GradientSource:
     Copies and pickles hold position and buffer; ``copy.deepcopy`` shares ``batches``, ``loss_fn`` and ``forward``.
 
     Args:
-        batches: Iterable of batches, as for :func:`mfac.collect_gradients`.
+        batches: Iterable of batches, as for :func:`mfac.collect_gradients`; there is a warning if they are fewer than
+            ``num_grads``.
         loss_fn: Loss of (outputs, targets), or None.
         num_grads: m, rows of the Fisher.
         refresh: How many of them are renewed from the second collection on, in [1, m]; None for all.
@@ -41,7 +42,6 @@ class GradientSource:
         device: Where they are; see :class:`GradientBuffer`.
         mode: ``"eval"``, or ``"train"``: modules are in training mode while gradients are collected.
         forward: Function of (model, batch) that returns (outputs, targets), or the loss if ``loss_fn`` is None.
-        announce: Warn, once, if there are fewer batches than ``num_grads``.
         replicas: Processes that each compute gradients of batches of their own, ``num_grads`` in all.
         unit: Columns of the buffer that stay on one rank; see :class:`~mfac.gradients.sharded.ShardedBuffer`.
 
@@ -74,7 +74,6 @@ class GradientSource:
         device: torch.device | str | None = None,
         mode: str = "eval",
         forward: Forward | None = None,
-        announce: bool = False,
         replicas: Replicas = ALONE,
         unit: int = 1,
     ) -> None:
@@ -85,7 +84,7 @@ class GradientSource:
         self._loss_fn, self._forward, self._mode = loss_fn, forward, check_choice("mode", mode, MODES)
         self._replicas, self._unit = replicas, unit
         share = -(-self.num_grads // replicas.size)
-        self.batches = BatchStream(batches, _shared_seed(replicas), share if announce else None, replicas.rank)
+        self.batches = BatchStream(batches, _shared_seed(replicas), share, replicas.rank)
         self.seconds: float | None = None
 
     def resize(self, num_grads: int, refresh: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfac.checks import warn
+from mfac.checks import check_int, warn
 from mfac.distributed.models import find_replicas
 from mfac.distributed.shards import check_all_sharded, local, part_of, reshard, whole
 from mfac.fisher import Fisher
@@ -35,7 +35,7 @@ from mfac.pruning.quadratic import Plan, prune_vector, timed
 from mfac.pruning.result import PruneResult, PruneStep
 from mfac.pruning.schedule import num_halvings
 from mfac.pruning.selection import Selection, Sparsities, parse_sparsity
-from mfac.pruning.settings import num_grads_at
+from mfac.pruning.settings import least_num_grads, num_grads_at
 from mfac.sharded_fisher import ShardedFisher, fisher_of
 
 
@@ -67,10 +67,13 @@ class Engine:
             update.
 
     Attributes:
+        given: The settings as the user wrote them.
+        settings: What holds now: within a run with what ``"auto"`` has chosen in its place.
         masks: Name -> bool tensor, True = kept; empty while nothing is pruned.
         sparsities: Key -> sparsity that was asked for; see :data:`~mfac.pruning.selection.Sparsities`.
         zeros: Sparsity of the model when it came, if there were no masks.
         reached: Key -> sparsity that the masks were made for.
+        unreached: Names of parameters that no gradient has reached so far: they stay dense, and do not count.
         result: What the last step or run did; None before the first.
 
     Raises:
@@ -91,8 +94,9 @@ class Engine:
         self.model, self.replicas = find_replicas(model, settings["process_group"])
         shared = {name: x for name, x in settings.items() if name not in _OWN}
         self.replicas.check_arguments({"sparsity": sparsity, **shared, "grads": names})
-        self.settings = {name: x for name, x in settings.items() if name not in ("masks", "buffer")}
-        self.settings["progress"] = settings["progress"] and self.replicas.rank == 0
+        self.given = {name: x for name, x in settings.items() if name not in ("masks", "buffer")}
+        self.given["progress"] = settings["progress"] and self.replicas.rank == 0
+        self.settings = self.given
         model = self.model
         chosen = prunable_parameters(model, names if given is None else given, settings["exclude"])
         table = NameTable.of_model(model)
@@ -117,6 +121,7 @@ class Engine:
             self.masks = complete_masks(check_masks("masks", masks, chosen, table), chosen)
         self.zeros = 0.0 if self.masks else _sparsity_of_weights(chosen)
         self.reached: Sparsities = self.selection.reached(flatten_masks(self.masks, chosen))
+        self.unreached: frozenset[str] = frozenset()
         self.result: PruneResult | None = None
         if not self.replicas.lockstep:
             every = {name: p for name, p in named_parameters(model).items() if p.is_floating_point()}
@@ -124,6 +129,10 @@ class Engine:
         self._fisher: tuple[Any, int | None, Fisher | ShardedFisher] | None = (
             None  # gradients, their version, their Fisher
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and files hold: as between two runs."""
+        return {**self.__dict__, "settings": self.given, "_fisher": None}
 
     def selection_for(self, pattern: str | Sequence[int]) -> Selection:
         """Return how the parameters are selected under a pattern.
@@ -142,9 +151,12 @@ class Engine:
         """The parameters as they are now."""
         reshard(self.model)
         every = named_parameters(self.model)
-        missing = [name for name in self.names if name not in every]
-        if missing:
-            raise ValueError(f"model: expected the parameter {missing[0]!r} that it had before, got none of that name")
+        for name in self.names:
+            if name not in every:
+                raise ValueError(f"model: expected the parameter {name!r} that it had before, got none of that name")
+            before, now = list(self._chosen[name].shape), list(every[name].shape)
+            if now != before:
+                raise ValueError(f"model: expected {name!r} of shape {before}, as before, got {now}")
         return {name: every[name] for name in self.names}
 
     @property
@@ -157,10 +169,19 @@ class Engine:
         """Sparsity of the masks, over all chosen parameters."""
         return sparsity_of(self.masks)
 
+    @property
+    def held(self) -> Sparsities:
+        """Key -> sparsity of the masks, over the parameters that count."""
+        return self.selection.reached(flatten_masks(self.masks, self.params), self.unreached)
+
+    def counted(self, key: str | None) -> list[str]:
+        """Return the names of a key's parameters that count."""
+        return [name for name in dict(self.selection.segments)[key] if name not in self.unreached]
+
     def start_sparsity(self, key: str | None, final: float) -> float:
         """Return the sparsity of a key now; the final one if the masks hold as many weights as that rounds to."""
         reached = self.reached[key]
-        size = sum(self.selection.sizes[name] for name in dict(self.selection.segments)[key])
+        size = sum(self.selection.sizes[name] for name in self.counted(key))
         return final if abs(reached - final) * size <= 0.5 * self.selection.pattern.pruned else reached
 
     def warn_of_zeros(self) -> None:
@@ -191,7 +212,7 @@ class Engine:
         if all(torch.equal(merged[name], mask) for name, mask in before.items()):
             return False
         self.masks = merged
-        self.reached = self.selection.reached(flatten_masks(merged, params))
+        self.reached = self.held
         for key in earlier:
             for value in (earlier[key], self.sparsities[key]):  # the exact sparsity, where it rounds to as many weights
                 if self.start_sparsity(key, value) == value:
@@ -268,7 +289,9 @@ class Engine:
                 selection.num_substeps(active, sparsities) if substeps == "auto" else substeps
             ),
             kernels=self.kernels,
-            dense=frozenset(grads.unreached if isinstance(grads, GradientBuffer) else ()),
+            dense=self.unreached
+            if grads is None
+            else frozenset(grads.unreached if isinstance(grads, GradientBuffer) else ()),
         )
         return params, weights, active, plan
 
@@ -362,7 +385,7 @@ class Engine:
                 "grads: expected the same gradients on all ranks, or those of collect_gradients with their process "
                 "group, got new weights", {"weights": weights, "mask": kept},
             )  # fmt: skip
-            self._commit(params, weights.split(sizes), result, sparsities, advice)
+            self._commit(params, weights.split(sizes), result, sparsities, plan.dense, advice)
         self._warn_of_empty_layers(result.layers, sparsities)
         return result
 
@@ -372,6 +395,7 @@ class Engine:
         weights: Sequence[Tensor],
         result: PruneResult,
         sparsities: Sparsities,
+        unreached: frozenset[str],
         advice: str,
     ) -> None:
         """Write weights, masks and result, all or nothing, also if it is interrupted."""
@@ -395,8 +419,10 @@ class Engine:
             for name, x in new.items():
                 local(params[name]).copy_(part_of(x, params[name]))
             self.masks, self.reached, self.result = dict(result.masks), dict(sparsities), result
+            self.unreached = unreached
 
         write_whole(write)
+        torch.clear_autocast_cache()  # copies of the weights as they were
 
     def _warn_of_empty_layers(self, layers: list[tuple[str, int, int]], sparsities: Sparsities) -> None:
         """Warn of parameters that a global ranking has emptied; none of those whose sparsity was to be 1."""
@@ -408,15 +434,12 @@ class Engine:
                 "max_layer_sparsity= bounds the sparsity of each layer"
             )
 
-    def source(
-        self, batches: Any, loss_fn: Callable[[Any, Any], Tensor] | None, announce: bool = False
-    ) -> GradientSource:
+    def source(self, batches: Any, loss_fn: Callable[[Any, Any], Tensor] | None) -> GradientSource:
         """Return a source of gradients with the settings.
 
         Args:
             batches: Iterable of batches.
             loss_fn: Loss of (outputs, targets), or None.
-            announce: Warn if there are fewer batches than gradients.
 
         Returns:
             It; nothing is drawn yet.
@@ -427,6 +450,8 @@ class Engine:
         """
         settings = self.settings
         check_grads_device("grads_device", settings["grads_device"], self.device)
+        if settings["refresh"] is not None:
+            check_int("refresh", settings["refresh"], 1, least_num_grads(settings["num_grads"]))
         count = num_grads_at(settings["num_grads"], self.selection.overall(self.reached))
         return GradientSource(
             batches,
@@ -437,7 +462,6 @@ class Engine:
             device=settings["grads_device"],
             mode=settings["mode"],
             forward=settings["forward"],
-            announce=announce,
             replicas=self.replicas,
             unit=self._shard_unit(),
         )
@@ -467,6 +491,12 @@ class Engine:
         """Return how many gradients an update takes: m, those renewed on its way, and those of final corrections."""
         part = split_evenly(refresh, corrections)[-1] if corrections else 0
         return num_grads + (recomputations - 1) * refresh + self.settings["final_corrections"] * part
+
+    def takes_gradients(self, update: str) -> bool:
+        """Return whether gradients would change anything: they choose the weights, or move those that are kept."""
+        return (
+            CRITERIA[self.settings["criterion"]].needs_gradients or update != "none" or self.num_corrections(update) > 0
+        )
 
     @property
     def storage(self) -> torch.device | Path:

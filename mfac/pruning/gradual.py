@@ -18,7 +18,7 @@ from mfac.distributed.shards import whole
 from mfac.model.names import shorten
 from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.engine import Engine
-from mfac.pruning.masks import check_masks, complete_masks, flatten_masks, mask_gradients
+from mfac.pruning.masks import check_masks, complete_masks, mask_gradients
 from mfac.pruning.plan import PlannedUpdate, plan_updates
 from mfac.pruning.result import PruneResult
 from mfac.pruning.run import run
@@ -142,14 +142,14 @@ class Pruner:
             )
         if batches is None and settings["corrections"]:
             raise ValueError(
-                f"corrections: expected 0 with a buffer (batches judge them), got {settings['corrections']}"
-            )
-        if settings["final_corrections"] and settings["corrections"] == 0:
-            raise ValueError(
-                f"final_corrections: expected 0 without corrections, got {settings['final_corrections']}; "
-                "corrections=1 makes one at each recomputation"
+                f"corrections: expected 0 without batches, which judge them, got {settings['corrections']}"
             )
         self._engine = Engine(model, sparsity, settings, None if buffer is None else buffer.names, only_keys=True)
+        if settings["final_corrections"] and (batches is None or not self._engine.corrections):
+            raise ValueError(
+                f"final_corrections: expected 0 without batches and corrections, got {settings['final_corrections']}; "
+                "corrections=1 makes one at each recomputation"
+            )
         if buffer is not None and self._engine.names != buffer.names:
             raise ValueError(
                 f"params: expected those of the buffer, {shorten(buffer.names)}, got {shorten(self._engine.names)}"
@@ -335,7 +335,7 @@ class Pruner:
         return self._began is not None and engine.num_corrections(engine.settled(self._began, sparsities)["update"]) > 0
 
     def _update(self, sparsities: Sparsities) -> PruneResult:
-        settings, buffer = self._engine.settings, self._buffer
+        settings, buffer = self._engine.given, self._buffer
         if buffer is not None and len(buffer) < buffer.num_grads:
             warn(f"buffer: only {len(buffer)} of {buffer.num_grads} gradients so far")
         if self._source is not None:
@@ -430,7 +430,24 @@ class Pruner:
             >>> [(update.time, update.sparsity) for update in pruner.plan()]
             [(1, 0.4), (2, 0.8)]
         """
-        return plan_updates(self._engine, self._schedules, self._source is not None)
+        collects = self._source is not None
+        return plan_updates(self._engine, self._schedules, self._times_to_come(), collects, self._began)
+
+    def _times_to_come(self) -> Iterator[float]:
+        """Yield the nominal times of the updates that are left: of those that are due already only the last."""
+        waiting = self._schedule.end if self._last is not None and self._behind else None  # it has got another end
+        for time in self._schedule.nominal_times():
+            if self._last is not None and time <= self._last:
+                continue
+            if self._time is None or time > self._time:
+                if waiting is not None and waiting < time:
+                    yield waiting
+                waiting = None
+                yield time
+            else:
+                waiting = time
+        if waiting is not None:
+            yield waiting
 
     def layer_sparsities(self) -> dict[str, tuple[float | None, float]]:
         """Return the sparsity of each parameter: what is asked of it now, and the share of its weights that is zero.
@@ -448,9 +465,9 @@ class Pruner:
             if bool(whole(params[name])[~mask.to(params[name].device)].any()):
                 raise RuntimeError(f"model: expected the pruned weights of {name!r} to be zero, got others")
         if masks and self._last is not None:
-            held = engine.selection.reached(flatten_masks(masks, params))
-            for key, names in engine.selection.segments:
-                due = engine.reached[key]
+            held = engine.held
+            for key, _ in engine.selection.segments:
+                due, names = engine.reached[key], engine.counted(key)
                 size = sum(engine.selection.sizes[name] for name in names)
                 if abs(held[key] - due) * size > 0.5 * engine.selection.pattern.pruned + 0.5:
                     raise RuntimeError(
@@ -477,17 +494,19 @@ class Pruner:
         Returns:
             Plain numbers, strings, lists, dicts and tensors.
         """
-        settings = self._engine.settings
+        engine = self._engine
         state = {
             "masks": {name: mask.clone() for name, mask in complete_masks(self.masks, self.params).items()},
             "calls": self._calls,
             "updates": self._updates,
             "time": self._time,
             "last": self._last,
-            "reached": _with_names(self._engine.reached),
+            "reached": _with_names(engine.reached),
+            "began": _with_names(self._began or dict.fromkeys(self._schedules)),
+            "unreached": sorted(engine.unreached),
             "initial": _with_names({key: schedule.initial_sparsity for key, schedule in self._schedules.items()}),
-            "settings": {name: settings[name] for name in _SAVED_SETTINGS},
-            "names": list(self._engine.names),
+            "settings": {name: engine.given[name] for name in _SAVED_SETTINGS},
+            "names": list(engine.names),
             "source": None if self._source is None else self._source.state_dict(),
         }
         if gradients and self._buffer is not None:
@@ -528,12 +547,14 @@ class Pruner:
         if self._source is not None and state["source"] is not None:
             self._source.load_state_dict(state["source"])
         engine.masks = {name: masks[name].to(p.device, copy=True) for name, p in params.items() if masks}
-        engine.reached = reached
-        if engine.settings["initial_sparsity"] == "current":  # of the model as it was at first
+        engine.reached, engine.unreached = reached, frozenset(state.get("unreached", ()))
+        if engine.given["initial_sparsity"] == "current":  # of the model as it was at first
             for key, schedule in self._schedules.items():
                 self._schedules[key] = dataclasses.replace(schedule, initial_sparsity=initial[key])
         self._calls, self._updates = state["calls"], state["updates"]
-        self._time, self._last, self._began = state["time"], state["last"], None
+        self._time, self._last = state["time"], state["last"]
+        began = _with_keys(state.get("began", {}))
+        self._began = began if began and None not in began.values() else None
         self.results = results
 
     def check_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
@@ -555,8 +576,8 @@ class Pruner:
             )
         if list(state["names"]) != engine.names:
             raise ValueError(f"state: expected the parameters {shorten(engine.names)}, got {shorten(state['names'])}")
-        for part in ("reached", "initial"):
-            if set(_with_keys(state[part])) != set(self._schedules):
+        for part in ("reached", "initial", "began"):
+            if set(_with_keys(state.get(part, self._schedules))) != set(self._schedules):
                 raise ValueError(f"state: expected sparsities for {list(self._schedules)}, got {list(state[part])}")
         for name in ("calls", "updates"):
             check_int(f"state[{name!r}]", state[name], 0)
@@ -566,11 +587,11 @@ class Pruner:
         for _, values in state.get("results", ()):
             PruneResult.from_dict(values)
         for name, value in state["settings"].items():
-            if strict and name not in engine.settings:
+            if strict and name not in engine.given:
                 raise ValueError(f"state: expected settings of this version, got {name!r}; strict=False ignores it")
-            if strict and value != engine.settings[name]:
+            if strict and value != engine.given[name]:
                 raise ValueError(
-                    f"state: expected {name}={engine.settings[name]!r} like this Pruner, got {value!r}; strict=False "
+                    f"state: expected {name}={engine.given[name]!r} like this Pruner, got {value!r}; strict=False "
                     "goes on with the new one"
                 )
         masks = check_masks("state", state["masks"], self.params)

@@ -79,7 +79,7 @@ def prune(
     engine = Engine(model, sparsity, settings)
     engine.check_reached()
     engine.warn_of_zeros()
-    source = engine.replicas.call(lambda: engine.source(batches, loss_fn, announce=True))
+    source = engine.replicas.call(lambda: engine.source(batches, loss_fn))
 
     def finish() -> float:
         return _finish(engine, source, settings["batchnorm_batches"], settings["forward"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mfac.gradients.memory import check_memory
@@ -36,44 +37,58 @@ class PlannedUpdate:
     nbytes: int
 
 
-def plan_updates(engine: Engine, schedules: dict[str | None, Schedule], collects: bool) -> list[PlannedUpdate]:
+def plan_updates(
+    engine: Engine,
+    schedules: dict[str | None, Schedule],
+    times: Iterable[float],
+    collects: bool,
+    began: Sparsities | None = None,
+) -> list[PlannedUpdate]:
     """List the updates to come, and check that their gradients fit into memory.
 
     Args:
         engine: The model and its settings; nothing is changed.
         schedules: Key -> schedule, which differ in sparsity only.
-        collects: Whether gradients are collected.
+        times: Nominal times of the updates.
+        collects: Whether there are batches to collect gradients from.
+        began: Key -> sparsity from which an interrupted update began, which is the first.
 
     Returns:
-        The updates that prune.
+        The updates that prune, or correct what an interrupted one has pruned.
 
     Raises:
         ValueError: If there are more than 100,000 updates.
         MemoryError: If the gradients do not fit; the text says what would.
     """
-    settings, d = engine.settings, sum(engine.selection.sizes.values())
+    settings, d = engine.given, sum(engine.selection.sizes.values())
     reached: Sparsities = dict(engine.reached)
     updates: list[PlannedUpdate] = []
-    for time in next(iter(schedules.values())).nominal_times():
+    for time in times:
         after = {key: max(reached[key], schedule.sparsity(time)) for key, schedule in schedules.items()}
-        if after == reached:
+        update = engine.settled(began or reached, after)["update"]
+        corrections = engine.num_corrections(update) if collects else 0
+        if after == reached and not (began and corrections):
+            began = None
             continue
-        m = num_grads_at(settings["num_grads"], engine.selection.overall(reached)) if collects else 0
-        rounds = settings["recomputations"]
-        rounds = num_recomputations(reached, after) if rounds == "auto" else rounds
-        corrections, refresh = engine.num_corrections(engine.settled(reached, after)["update"]), engine.num_refresh(m)
+        collected = collects and engine.takes_gradients(update)
+        m = num_grads_at(settings["num_grads"], engine.selection.overall(reached)) if collected else 0
+        rounds, refresh = settings["recomputations"], engine.num_refresh(m)
+        if rounds == "auto":
+            rounds = num_recomputations(reached, after) if collected else 1
+        if after == reached:
+            rounds = 1
         updates.append(
             PlannedUpdate(
                 time=time,
                 sparsity=engine.selection.overall(after),
                 layers={names[0]: after[key] for key, names in engine.selection.segments if len(names) == 1},
-                recomputations=rounds if collects else 1,
+                recomputations=rounds,
                 num_grads=m,
-                gradients=engine.num_backward_passes(m, refresh, rounds, corrections) if collects else 0,
+                gradients=engine.num_backward_passes(m, refresh, rounds, corrections) if collected else 0,
                 nbytes=m * d * settings["dtype"].itemsize,
             )
         )
-        reached = after
+        reached, began = after, None
         if len(updates) > _MAX_UPDATES:
             raise ValueError(f"frequency: expected at most {_MAX_UPDATES} updates, got more")
     if collects and updates:

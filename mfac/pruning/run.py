@@ -51,13 +51,17 @@ def run(
             model is pruned as far as the masks say: call again to go on.
     """
     engine.apply_masks()
-    start, origin, settings = time.perf_counter(), dict(engine.reached), engine.settings
+    start, origin = time.perf_counter(), dict(engine.reached)
     engine.result = None
+    engine.settings = engine.settled(origin if began is None else began, sparsities)
+    if not engine.takes_gradients(engine.settings["update"]):
+        grads = None
     if recomputations == "auto":
         recomputations = num_recomputations(origin, sparsities) if isinstance(grads, GradientSource) else 1
-    engine.settings = engine.settled(origin if began is None else began, sparsities)
+    if began is not None and origin == sparsities:  # all is pruned, and a correction is left to make
+        recomputations = 1
     state = _Run(engine, grads, progress)
-    final = settings["final_corrections"] if state.parts else 0
+    final = engine.given["final_corrections"] if state.parts else 0
     try:
         state.announce(recomputations, sparsities)
         with progress_bar(progress, "pruning", recomputations + final, leave=True) as bar:
@@ -73,7 +77,7 @@ def run(
         engine.leave_result(error, state.steps)
         raise
     finally:
-        engine.settings = settings  # "auto" as the user wrote it
+        engine.settings = engine.given
         engine.release()
     state.seconds["total"] = time.perf_counter() - start
     return engine.result

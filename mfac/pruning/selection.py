@@ -168,12 +168,13 @@ class Selection:
         """
         self._counts(self.segments, self._done(active), sparsities, 1, strict=True)
 
-    def reached(self, active: Tensor | None) -> Sparsities:
-        """Return key -> sparsity of the units that are pruned in ``active`` [d] bool."""
+    def reached(self, active: Tensor | None, dense: Collection[str] = ()) -> Sparsities:
+        """Return key -> sparsity of the units that are pruned in ``active`` [d] bool, ``dense`` parameters left out."""
         held = {key: 0 for key, _ in self.segments}
         total = dict(held)
         done = self._by_name(self._done(active))
-        for key, names in self.segments:
+        for key, members in self.segments:
+            names = [name for name in members if name not in dense]
             total[key] += sum(self._units[name] for name in names)
             held[key] += sum(int(done[name].sum()) for name in names) if done else 0
         return {key: self.pattern.max_sparsity * held[key] / max(total[key], 1) for key in held}

@@ -125,7 +125,8 @@ class MethodSettings(CommonSettings, total=False):
             "fisher",
             one_of(CRITERIA),
             'The saliency: ``"fisher"``, or ``"magnitude"`` (the absolute value; for groups the sum of squares), which '
-            "needs no gradients and then updates nothing; given gradients, they make the ``update``.",
+            "needs no gradients and then updates nothing; gradients, if there are any, make the ``update``, and "
+            "are collected only where there is one.",
         ),
     ]
     update: Annotated[
@@ -135,8 +136,8 @@ class MethodSettings(CommonSettings, total=False):
             one_of(UPDATES),
             '``"joint"``: the exact minimum of the quadratic model given the mask. ``"independent"``: the sum of '
             'single-weight updates, as published. ``"none"``: only zeros. ``"auto"``: joint where more than half of '
-            "the weights go at once, else none: training makes up for small steps by itself, and ends lower if each of "
-            "many moves all weights.",
+            "the weights (of any key, if sparsities are a dict) go at once, else none: training makes up for small "
+            "steps by itself, and ends lower if each of many moves all weights.",
         ),
     ]
     substeps: Annotated[
@@ -264,7 +265,8 @@ class CorrectionSettings(JudgeSettings, total=False):
             "Natural-gradient corrections at each recomputation. The quadratic model assumes that the gradient is "
             "zero, which pruning makes false; so the kept weights S are moved by -η F_SS⁻¹ ḡ_S, with ḡ the mean of the "
             "newest gradients and η the best of a few by the loss of ``correction_batches``, or 0 if none lowers it. "
-            "With more than one, the ``refresh`` new gradients come in as many parts, each followed by a correction. "
+            "With more than one, the ``refresh`` new gradients come in as many parts, each followed by a correction; "
+            "those at the start, which are all new, by one. "
             "0: none. None: one where the update is joint, and none elsewhere.",
         ),
     ]

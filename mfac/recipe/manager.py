@@ -265,6 +265,9 @@ class Session:
         """
         epoch = check_number("epoch", epoch)
         results = []
+        if any(isinstance(action, Pruning) and action.due(epoch) for action in self._actions):
+            for action in self._actions:  # an update sees the model as all masks have it
+                action.enforce()
         for action in self._actions:
             if isinstance(action, Pruning) and action.due(epoch):  # it goes on from what others hold for good
                 others = [other for other in self._actions if other is not action and other.permanent(epoch)]
