@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,9 +58,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, epoch, capsys):
     whole, resumed = weights(tmp_path / "whole" / "checkpoint.pt"), weights(checkpoint)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     capsys.readouterr()
-    assert main([*command.split(), "killed", "--resume"]) == 2
-    error = f"resume: expected a run that is not finished, got {checkpoint}, which has completed the recipe's 4 epochs"
-    assert error in capsys.readouterr().err
+    assert main([*command.split(), "killed", "--resume"]) == 0
+    said = f"nothing is left to do for {checkpoint}, which has completed the recipe's 4 epochs\n"
+    assert capsys.readouterr().out == said
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
@@ -98,7 +99,8 @@ def test_compare(tmp_path, capsys):
     assert main(command.split()) == 0
     assert (tmp_path / "out" / "original-magnitude-0" / "checkpoint.pt").stat().st_mtime_ns == before
     assert main(command.replace("--train-batch-size 4", "--train-batch-size 2").split()) == 2
-    assert "save_dir: expected an empty folder, or one of a comparison with the same options" in capsys.readouterr().err
+    error = "comparison.json is of one with other train_batch_size; take another --save-dir"
+    assert error in capsys.readouterr().err
     assert main(["compare", "no.md"]) == 2
 
 
@@ -109,7 +111,10 @@ def test_an_interrupted_comparison_goes_on_with_its_run(tmp_path, images, monkey
     stale.parent.mkdir(parents=True)
     stale.touch()  # of another run of this name
     assert main([*command, "--max-train-steps=0"]) == 2  # before anything is written
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["r-0"]
+    assert main(command) == 2
+    assert f"runs of these names, got {stale.parent}, which holds one that is not of this" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["r-0"]
+    stale.unlink()
     with monkeypatch.context() as patch:
         interrupt_in(patch, 1)
         assert main(command) == 130
@@ -167,7 +172,7 @@ def test_training_needs_a_length(tmp_path, capsys):
 
 def test_only_what_is_as_before_is_resumed(tmp_path, images, monkeypatch, capsys):
     """And the time goes on."""
-    _, command = images
+    folder, command = images
     with monkeypatch.context() as patch:
         interrupt_in(patch, 1)
         assert main(command) == 130
@@ -181,6 +186,11 @@ def test_only_what_is_as_before_is_resumed(tmp_path, images, monkeypatch, capsys
     ]:
         assert main([*command, "--resume", option]) == 2
         assert error in capsys.readouterr().err
+    more = shutil.copy(folder / "train" / "a" / "0.jpg", folder / "train" / "a" / "more.jpg")
+    assert main([*command, "--resume"]) == 2
+    error = "resume: expected the 24 training and 6 validation images of before, got 25 and 6"
+    assert error in capsys.readouterr().err
+    Path(more).unlink()
     assert main([*command, "--resume"]) == 0
     measured = torch.load(path, weights_only=True)["measurements"]
     assert measured[:2] == state["measurements"] and 1000 < measured[2]["seconds"] < 2000

@@ -118,7 +118,8 @@ def verify(
         pattern: What every weight must keep, as in :func:`mfac.prune_step`. Of ``"N:M"`` each whole group holds at
             most N values. Of blocks each holds no zero or zeros alone, and only whole blocks count as sparsity.
         max_size: The largest size of the file, as a share of its tensors stored densely.
-        zeros_of: Another file, such as the pruned model before it was quantized; each of its zeros must be one here.
+        zeros_of: Another file, such as the pruned model before it was quantized; it must have zeros, and each of them
+            must be one here.
         params: Names of the weights to look at, or ``"re:..."``; None: all.
         exclude: Names of weights that may be as they are, or ``"re:..."``.
 
@@ -147,7 +148,7 @@ def verify(
     chosen = _choose(file, params, exclude)
     other = None if zeros_of is None else open_weights(zeros_of, "zeros_of").weights
     same = {} if other is None else _same_names(file.weights, other)
-    layers, failures, sizes = [], [], dict.fromkeys(("file", "dense", "zipped", "compressed"), 0)
+    compared, layers, failures, sizes = 0, [], [], dict.fromkeys(("file", "dense", "zipped", "compressed"), 0)
     for tensor in file.tensors:
         value = tensor.read()
         for name, count in _sizes(value).items():
@@ -157,7 +158,11 @@ def verify(
         if tensor.name in chosen:
             layers.append(_layer(tensor, value, kept))
             if other is not None:
-                failures += _zeros_kept(tensor, value, other.get(same[tensor.name]), other)
+                before = other.get(same[tensor.name])
+                compared += 0 if before is None else int(before.zeros(before.read()).sum())
+                failures += _zeros_kept(tensor, value, before, other)
+    if other is not None and not compared and not failures:
+        failures.append(f"zeros_of: expected a file of pruned weights, got {zeros_of}, which has no zeros in them")
     for name, before in (other or {}).items():
         if params is None and name not in same.values() and bool(before.zeros(before.read()).any()):
             failures.append(f"zeros_of: expected {name} in this file too, got {shorten(same)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from mfac.tutorial.files import make_folder
 from mfac.tutorial.loop import Measurement
 from mfac.tutorial.settings import RunSettings, TrainSettings, resolve
 from mfac.tutorial.start import measure_initial, read_pretrained
-from mfac.tutorial.train import check_options, epochs_done, train
+from mfac.tutorial.train import check_options, epochs_done, holds_run, train
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -228,10 +228,22 @@ class _Record:
                 self.content = json.loads(self._path.read_text(encoding="utf-8"))
             except json.JSONDecodeError as error:
                 raise ValueError(f"save_dir: expected a comparison in {self._path}, got a damaged file") from error
-            if self.content.get("settings") != settings:
+            before = self.content.get("settings") or {}
+            differing = [name for name, value in settings.items() if before.get(name) != value]
+            if differing:
                 raise ValueError(
-                    f"save_dir: expected an empty folder, or one of a comparison with the same options, got {folder}, "
-                    f"whose {_RUNS} is of another"
+                    f"save_dir: expected a folder without a comparison, or one of this comparison, got {folder}, whose "
+                    f"{_RUNS} is of one with other {' and '.join(differing)}; take another --save-dir"
+                )
+
+    def check_folders(self, tags: Iterable[str]) -> None:
+        """Check that no folder of a run that is to be made holds that of another program."""
+        for tag in tags:
+            folder = self._path.parent / tag
+            if tag != self.content.get("running") and holds_run(folder):
+                raise ValueError(
+                    f"save_dir: expected a folder without runs of these names, got {folder}, which holds one that is "
+                    "not of this comparison; take another --save-dir"
                 )
 
     def find(self, label: str, seed: int) -> list[Measurement] | None:
@@ -272,7 +284,8 @@ def compare(recipes: Sequence[str], settings: RunSettings, seeds: int = 1) -> li
         The runs.
 
     Raises:
-        ValueError: If there are no recipes, or `save_dir` holds a comparison with other options; and as for `train`.
+        ValueError: If there are no recipes, or `save_dir` holds a comparison with other options, or a run of another
+            program under the name of one of these; and as for `train`.
         ImportError: If matplotlib is not installed.
     """
     check_matplotlib()
@@ -294,27 +307,29 @@ def compare(recipes: Sequence[str], settings: RunSettings, seeds: int = 1) -> li
     same = {name: value for name, value in asdict(settings).items() if name not in varying}
     loaded = {label: str(manager.recipe) for label, manager in zip(labels, managers, strict=True)}
     record = _Record(folder, {**same, "recipes": loaded})
+    plan = [(seed, *pair) for seed in range(seeds) for pair in zip(methods, managers, strict=True)]
+    tags = [f"{_file_name(method.label)}-{seed}" for seed, method, _ in plan]
+    record.check_folders(
+        tag for tag, (seed, method, _) in zip(tags, plan, strict=True) if record.find(method.label, seed) is None
+    )
     if record.content["dense"] is None:
         record.content["dense"] = measure_initial(common)[1]
         record.write()
     dense = record.content["dense"]
     tqdm.write(f"initial model: top-1 {dense:.1f} %")
     runs = []
-    for seed in range(seeds):
-        for method, manager in zip(methods, managers, strict=True):
-            measurements = record.find(method.label, seed)
-            if measurements is None:
-                tqdm.write(f"{method.label}, seed {seed}")
-                tag = f"{_file_name(method.label)}-{seed}"
-                done = epochs_done(folder / tag) if record.content.get("running") == tag else None
-                goes_on = done is not None and done < manager.epochs
-                if not goes_on:
-                    (folder / tag / "checkpoint.pt").unlink(missing_ok=True)  # may belong to another run
-                    record.begin(tag)
-                run = replace(common, recipe_path=method.recipe, model_tag=tag, seed=seed)
-                measurements = train(replace(run, resume=goes_on, overwrite=not goes_on), "again")
-                record.add(method.label, seed, measurements)
-            runs.append(Run(method, seed, measurements))
+    for tag, (seed, method, manager) in zip(tags, plan, strict=True):
+        measurements = record.find(method.label, seed)
+        if measurements is None:
+            tqdm.write(f"{method.label}, seed {seed}")
+            done = epochs_done(folder / tag) if record.content.get("running") == tag else None
+            goes_on = done is not None and done < manager.epochs
+            if not goes_on:
+                record.begin(tag)
+            run = replace(common, recipe_path=method.recipe, model_tag=tag, seed=seed)
+            measurements = train(replace(run, resume=goes_on, overwrite=not goes_on), "again")
+            record.add(method.label, seed, measurements)
+        runs.append(Run(method, seed, measurements))
     text = write_comparison(
         dense, runs, folder, f"{settings.arch_key} on {settings.dataset}: the same images and steps"
     )

@@ -72,6 +72,13 @@ class Data:
     seed: int
     rank: int = 0  # of this process
 
+    @property
+    def num_images(self) -> tuple[int, int]:
+        """Images for training and for validation, of all processes together."""
+        loaders = (self.train.loader, self.validation.loader)
+        datasets = [x.dataset.dataset if isinstance(x.dataset, Subset) else x.dataset for x in loaders]
+        return len(datasets[0]), len(datasets[1])
+
     def normalize(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         """Normalise the images of folders by mean and standard deviation of the three channels."""
         for loader in (self.train.loader, self.gradients, self.validation.loader):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mfac.checks import check_choice
+from mfac.checks import check_choice, warn
 from mfac.export.compressed import save_compressed
 from mfac.export.onnx import export_onnx
 from mfac.export.verify import verify
@@ -115,6 +115,7 @@ def export(checkpoint_path: str, output: str, settings: ModelSettings, formats: 
     assert settings.image_size is not None
     source = _Source(model, asdict(built.spec), settings.image_size)
     folder = make_folder("output", output)
+    present = {file for file, _ in FORMATS.values() if (folder / file).exists()}
     written = []
     for name, (file, write) in FORMATS.items():
         if formats and name not in formats:
@@ -124,6 +125,9 @@ def export(checkpoint_path: str, output: str, settings: ModelSettings, formats: 
             continue
         tqdm.write(write(source, folder / file))
         written.append(folder / file)
+    others = sorted(present - {path.name for path in written})
+    if others:
+        warn(f"output: {folder} also holds {' and '.join(others)}, of an earlier export, perhaps of another model")
     found = verify(written[0])
     tqdm.write(f"sparsity {100 * found.sparsity:.2f} %")
     for name in ("dense", "zipped", "compressed"):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mfac.checks import check_instance, check_int, check_number
+from mfac.checks import check_instance, check_int, check_number, suggestion
 from mfac.tutorial.data import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD
 
 # (blocks, output channels at width 1.0); the first block of a section has stride 2, except in the first section.
@@ -246,7 +246,7 @@ def _pretrained_mobilenet(num_classes: int, width: float, stride: int) -> _Model
     if width != 1 or stride != 2:
         raise ValueError(
             "pretrained: expected width 1 and images of more than 64 x 64 for pretrained weights, got width "
-            f"{width:g} and stride {stride}"
+            f"{width:g}{'' if stride == 2 else ' and images of 64 x 64 or less'}"
         )
     source = _import("timm", "the pretrained weights").create_model(_TIMM_MOBILENET, pretrained=True)
     model = MobileNetV1(num_classes, relu6=True)
@@ -268,11 +268,10 @@ def _from_package(arch_key: str, num_classes: int, pretrained: bool) -> _ModelAn
         parts = build(module, arch_key, num_classes, pretrained)
         if parts is not None:
             return parts
-    if missing:
-        install = f"pip install {' '.join(missing)}"
-        raise ImportError(f"arch_key: expected mobilenet (for others: {install}), got {arch_key!r}")
+    install = f" (not installed: {' and '.join(missing)})" if missing else ""
     raise ValueError(
-        f"arch_key: expected mobilenet, a name of torchvision or timm, or package.module:function, got {arch_key!r:.80}"
+        f"arch_key: expected mobilenet, a name of torchvision or timm{install}, or package.module:function, got "
+        f"{arch_key!r:.80}{suggestion(arch_key, ['mobilenet'])}"
     )
 
 

@@ -64,13 +64,25 @@ def _folder(settings: TrainSettings) -> Path:
     resumed = settings.checkpoint_path and Path(settings.checkpoint_path).resolve().parent
     if settings.resume or settings.overwrite or folder.resolve() == resumed:
         return folder
-    earlier = [name for name in _FILES if (folder / name).exists()]
-    if earlier and not (earlier == ["checkpoint.pt"] and epochs_done(folder) == 0):  # else there is nothing to lose
+    if holds_run(folder):
         raise ValueError(
             f"model_tag: expected the name of a new run, got {folder.name!r}: {folder} holds an earlier one; "
             "--resume goes on with it, --overwrite replaces it"
         )
     return folder
+
+
+def holds_run(folder: Path) -> bool:
+    """Return whether a folder holds a run, finished or not, that would be lost.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        Whether there are files of a run that has trained for an epoch.
+    """
+    earlier = [name for name in _FILES if (folder / name).exists()]
+    return bool(earlier) and not (earlier == ["checkpoint.pt"] and epochs_done(folder) == 0)
 
 
 def epochs_done(folder: Path) -> int | None:
@@ -132,7 +144,7 @@ def _write_model_text(path: Path, epoch: int, measured: Measurement, session: Se
 
 
 def _sparsity_lines(session: Session) -> list[str]:
-    return [
+    return [f"not finished: {pruner!r}" for pruner in session.pruners if not pruner.finished] + [
         f"sparsity of {name}: {reached:.6f}" + ("" if asked is None else f", asked {asked:.6f}")
         for name, (asked, reached) in session.layer_sparsities().items()
     ]
@@ -199,17 +211,31 @@ def train(settings: TrainSettings, resume_hint: str = "with --resume") -> list[M
     recipe = str(manager.recipe)
     state = _checkpoint(settings, folder, find_device(settings.device), recipe, replicas)
     source = settings.checkpoint_path or str(folder / "checkpoint.pt")
+    earlier = [Measurement(**measured) for measured in state.get("measurements", ())] if state else []
     if state and not settings.one_shot and state["epoch"] + 1 >= manager.epochs:
-        expected = "resume: expected a run that is not finished"
-        expected = expected if settings.resume else "checkpoint_path: expected training left to do"
-        raise ValueError(f"{expected}, got {source}, which has completed the recipe's {manager.epochs:g} epochs")
+        completed = f"{source}, which has completed the recipe's {manager.epochs:g} epochs"
+        if not settings.resume:
+            raise ValueError(f"checkpoint_path: expected training left to do, got {completed}")
+        tqdm.write(f"nothing is left to do for {completed}")  # jobs that are started again resume whatever there is
+        return earlier
     fixed = (*NETWORK, "image_size", "dataset") if settings.resume else NETWORK
     epochs = replicas.together(lambda: (-1 if state is None else state["epoch"] + 1,), 1)
     if len(set(epochs)) > 1:
         raise ValueError(f"save_dir: expected a folder that all {replicas.size} processes share, got {folder}")
     with one_first(replicas):
         settings, data, built = prepare(settings, state, source, fixed, replicas)
-    model = built.model
+    model, images = built.model, data.num_images
+    if state is not None and settings.resume and state.get("images", images) != images:
+        raise ValueError(
+            f"resume: expected the {state['images'][0]:,} training and {state['images'][1]:,} validation images of "
+            f"before, got {images[0]:,} and {images[1]:,}; --checkpoint-path goes on with others"
+        )
+    if replicas.rank == 0:
+        size = "" if settings.image_size is None else f", {settings.image_size} x {settings.image_size}"
+        tqdm.write(
+            f"{settings.arch_key} on {settings.dataset}: {images[0]:,} training and {images[1]:,} validation images of "
+            f"{data.num_classes} classes{size}; {find_device(settings.device)}, seed {settings.seed}"
+        )
     if state is None and settings.initial_weights == "False" and manager.prunes:
         warn("pretrained: the recipe prunes random weights; --pretrained FILE (or True) gives trained ones")
     network = {**asdict(built.spec), "dataset": settings.dataset}
@@ -242,7 +268,6 @@ def train(settings: TrainSettings, resume_hint: str = "with --resume") -> list[M
         model, optimizer, data.gradients, F.cross_entropy, progress=True, process_group=replicas.group
     )
     first_epoch, best, measurements = 0, None, []
-    earlier = [Measurement(**measured) for measured in state.get("measurements", ())] if state else []
     if state:
         optimizer.load_state_dict(state["optimizer"])
         session.load_state_dict(state["recipe"])
@@ -268,6 +293,7 @@ def train(settings: TrainSettings, resume_hint: str = "with --resume") -> list[M
             "measurements": [asdict(measured) for measured in (*earlier, *measurements)],
             "settings": {name: getattr(settings, name) for name in _SAME},
             "processes": replicas.size,
+            "images": images,
         }
         if is_best or (epoch == final_epoch and (best is None or not (folder / "model.txt").exists())):
             save(state, folder / "model.pt")
