@@ -10,6 +10,8 @@ import pytest
 import torch
 from build_bench import Bench
 
+from mfac.pruning import gradual
+
 EMULATE = os.environ.get("MFAC_EMULATE_CUDA") == "1"
 if EMULATE:
     import emulation
@@ -20,6 +22,14 @@ if EMULATE:
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_late_warnings():
+    """A Pruner that a test leaves unfinished does not warn in another one, whenever garbage is collected."""
+    yield
+    for pruner in list(gradual._STEPPED):
+        pruner._stepped = False
 
 
 @pytest.fixture
