@@ -367,7 +367,7 @@ def test_an_update_whose_corrections_were_interrupted_stays_due(sparsity, given)
 
 @pytest.mark.parametrize("options", [{"corrections": 0}, {"update": "none"}, {"update": "independent"}])
 def test_final_corrections_need_corrections(options):
-    with pytest.raises(ValueError, match="final_corrections: expected 0 without batches and corrections, got 5"):
+    with pytest.raises(ValueError, match="final_corrections: expected 0 without batches or corrections, got 5"):
         mfac.Pruner(make_model(), make_batches(), LOSS, sparsity=0.5, end=1, final_corrections=5, **options)
 
 

@@ -372,3 +372,17 @@ def test_magnitude_collects_gradients_only_for_what_they_change():
     assert pruner.finished and not calls
     joint = make(make_model(), **options, sparsity=0.9)
     assert [update.gradients > 0 for update in joint.plan()] == [False, True]
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_magnitude_prunes_what_no_gradient_reaches(scope):
+    """Whether an update collects gradients or not: they choose nothing."""
+    model = nn.ModuleDict({"used": nn.Linear(6, 2), "unused": nn.Linear(6, 4)})
+    forward = {"forward": lambda model, batch: (model["used"](batch[0]), batch[1])}
+    pruner = make(model, **forward, criterion="magnitude", end=2, schedule="linear", scope=scope, sparsity=0.75)
+    planned = [update.sparsity for update in pruner.plan()]
+    reached = []
+    for time in (1, 2):
+        pruner.step(time)
+        reached.append(pruner.sparsity)
+    assert reached == pytest.approx(planned, abs=0.03) and pruner.sparsity == 0.75

@@ -298,3 +298,17 @@ def test_a_plan_after_loading_into_another_schedule():
     assert [update.time for update in done.plan()] == [3]
     made = done.step()
     assert done.finished and [update.gradients for update in done.plan()] == [] and made is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"began": None}, TypeError, r"state\['began'\]: expected sparsities by key, got NoneType"),
+        ({"began": {"": 2.0}}, ValueError, r"state\['began'\]: expected in \[0, 1\], got 2.0"),
+        ({"unreached": ["nope"]}, ValueError, "state: expected parameters 0.weight, 2.weight, got nope"),
+    ],
+)
+def test_bad_state_of_an_interrupted_update(change, error, message):
+    state = make(make_model()).state_dict() | change
+    with pytest.raises(error, match=message):
+        make(make_model()).load_state_dict(state)

@@ -1,4 +1,4 @@
-"""The program as its users see it: killed and resumed runs, comparisons, lint, eval, export, damaged images."""
+"""The program as its users see it: killed and resumed runs, comparisons, lint, damaged images."""
 
 import gc
 import json

@@ -137,3 +137,25 @@ def test_an_update_sees_the_masks_of_the_others(model):
     alive.clear()
     session.step(2.0)
     assert alive[0] == [16, 4] and max(kept for kept, _ in alive) == 16 and max(kept for _, kept in alive) == 4
+
+
+def test_acdc_sees_the_masks_of_the_others():
+    """The sparsity is the highest that is asked for, in whichever order the modifiers stand."""
+    acdc = "!ACDCPruningModifier {params: [weight], compression_sparsity: 0.8, start_epoch: 0, end_epoch: 4, "
+    acdc += "update_frequency: 1}"
+    other = "!MagnitudePruningModifier {params: [weight], init_sparsity: 0.5, final_sparsity: 0.5, start_epoch: 1, "
+    other += "end_epoch: 2, update_frequency: 1}"
+    found = []
+    for lines in ((acdc, other), (other, acdc)):
+        torch.manual_seed(0)
+        model = nn.Linear(40, 10)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        recipe = "modifiers:\n  - !EpochRangeModifier {end_epoch: 5}\n" + "".join(f"  - {line}\n" for line in lines)
+        session = Manager.from_recipe(recipe).apply(model, optimizer)
+        for step in range(1, 9):
+            model(torch.randn(8, 40)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            session.step(step / 4)
+        found.append(session.sparsity)
+    assert found[0] == found[1]

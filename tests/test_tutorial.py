@@ -1,4 +1,4 @@
-"""The tutorial's program: network, data, training with checkpoints, dense models and the demo."""
+"""The tutorial's program: network, data, training with checkpoints."""
 
 import csv
 import sys

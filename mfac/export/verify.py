@@ -162,7 +162,7 @@ def verify(
                 compared += 0 if before is None else int(before.zeros(before.read()).sum())
                 failures += _zeros_kept(tensor, value, before, other)
     if other is not None and not compared and not failures:
-        failures.append(f"zeros_of: expected a file of pruned weights, got {zeros_of}, which has no zeros in them")
+        failures.append(f"zeros_of: expected pruned weights, got none with zeros in {zeros_of}")
     for name, before in (other or {}).items():
         if params is None and name not in same.values() and bool(before.zeros(before.read()).any()):
             failures.append(f"zeros_of: expected {name} in this file too, got {shorten(same)}")

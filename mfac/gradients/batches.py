@@ -117,6 +117,7 @@ def run_model(model: nn.Module, batch: Any, forward: Forward | None = None) -> A
     Raises:
         TypeError: If the batch is neither a pair nor a mapping and there is no ``forward``.
     """
+    torch.clear_autocast_cache()  # within a block it would go on with the weights as they were before they were written
     if forward is not None:
         return forward(model, batch)
     if isinstance(batch, Mapping):
@@ -182,8 +183,7 @@ def evaluation(
 ) -> Iterator[None]:
     """Enable gradients and set the mode of a model; restore everything on exit.
 
-    Works under ``torch.no_grad``, ``torch.inference_mode`` and ``torch.autocast``, which would otherwise go on with the
-    copies of the weights that it made before they were written. Modes, requires_grad, buffers (bit for bit) and torch's
+    Works under ``torch.no_grad`` and ``torch.inference_mode``. Modes, requires_grad, buffers (bit for bit) and torch's
     random state (CPU and the CUDA devices of the model) are restored.
 
     Args:
@@ -199,7 +199,6 @@ def evaluation(
     params, keep = list(params), set(keep)
     modes = {module: module.training for module in model.modules()}
     required = {p: p.requires_grad for p in (*model.parameters(), *params)}  # train() of a model may change any
-    caches = torch.is_autocast_cache_enabled()
     devices = {x.device.index for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"}
     with (
         torch.inference_mode(False),
@@ -220,10 +219,8 @@ def evaluation(
                     with torch.no_grad(), torch.inference_mode(b.is_inference()):
                         b.copy_(value)
                 module._buffers[name] = b
-            torch.set_autocast_cache_enabled(caches)
 
         try:
-            torch.set_autocast_cache_enabled(False)
             if seed is not None:
                 for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
                     generator.manual_seed(seed)

@@ -276,7 +276,7 @@ def _check_reached(missing: list[str], buffer: GradientBuffer) -> None:
     if missing:
         warn(
             f"params: the loss of the first batch does not reach {shorten(missing)}; weights that no batch reaches "
-            "stay dense"
+            "stay dense (criterion='magnitude' prunes them)"
         )
 
 

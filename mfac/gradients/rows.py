@@ -1,4 +1,4 @@
-"""What becomes of a gradient on its way into a row: conversion, its norm, whether it is finite."""
+"""Conversion of gradients to rows of a buffer, their norms, and the check that they are finite."""
 
 from __future__ import annotations
 

@@ -79,12 +79,11 @@ class GradientSource:
     ) -> None:
         """Check the arguments."""
         check_functions(loss_fn, forward)
+        self._replicas, self._unit = replicas, unit
+        self.batches = BatchStream(batches, _shared_seed(replicas), rank=replicas.rank)
         self.resize(num_grads, num_grads if refresh is None else refresh)
         self.dtype, self.device = check_dtype("dtype", dtype), device
         self._loss_fn, self._forward, self._mode = loss_fn, forward, check_choice("mode", mode, MODES)
-        self._replicas, self._unit = replicas, unit
-        share = -(-self.num_grads // replicas.size)
-        self.batches = BatchStream(batches, _shared_seed(replicas), share, replicas.rank)
         self.seconds: float | None = None
 
     def resize(self, num_grads: int, refresh: int) -> None:
@@ -97,6 +96,7 @@ class GradientSource:
         self.num_grads = check_int("num_grads", num_grads)
         self.refresh = check_int("refresh", refresh, 1, self.num_grads)
         self._buffer: GradientBuffer | None = None
+        self.batches.announce = -(-self.num_grads // self._replicas.size)
 
     def collect(
         self, model: nn.Module, params: Iterable[str], progress: bool = False, count: int | None = None

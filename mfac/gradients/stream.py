@@ -64,7 +64,7 @@ class BatchStream:
                 "persistent_workers"
             )
         self._once = isinstance(batches, Iterator)
-        self._seed, self._announce, self._rank = seed % 2**64, announce, rank
+        self._seed, self.announce, self._rank = seed % 2**64, announce, rank
         self.passes = self.taken = 0
         self._served = 0  # of an iterator, by this object
         self._iterator: Iterator[Any] | None = None
@@ -118,9 +118,9 @@ class BatchStream:
             count = self._served if self._once else self.taken
             got = f"an end after {count}, and an iterator cannot start again" if count else "none"
             raise ValueError(f"batches: expected more batches, got {got}; pass a list or DataLoader")
-        if self._announce is not None and self.taken < self._announce:
-            warn(f"batches: {self.taken} batches for {self._announce} gradients; they are used again")
-            self._announce = None
+        if self.announce is not None and self.taken < self.announce:
+            warn(f"batches: {self.taken} batches for {self.announce} gradients; they are used again")
+            self.announce = None
         self._iterator = None
         self.passes, self.taken = self.passes + 1, 0
 

@@ -128,4 +128,5 @@ def correct(
             best, losses = search_step_length(loss, start)
         finally:
             write_whole(lambda: move(best))
+            torch.clear_autocast_cache()
     return Correction(best, losses[0.0], losses[best], len(losses))

@@ -73,7 +73,8 @@ class Engine:
         sparsities: Key -> sparsity that was asked for; see :data:`~mfac.pruning.selection.Sparsities`.
         zeros: Sparsity of the model when it came, if there were no masks.
         reached: Key -> sparsity that the masks were made for.
-        unreached: Names of parameters that no gradient has reached so far: they stay dense, and do not count.
+        unreached: Names of parameters that no gradient has reached so far: under a criterion that needs gradients they
+            stay dense, and do not count.
         result: What the last step or run did; None before the first.
 
     Raises:
@@ -131,7 +132,7 @@ class Engine:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and files hold: as between two runs."""
+        """Return what copies and files hold: nothing that belongs to a run."""
         return {**self.__dict__, "settings": self.given, "_fisher": None}
 
     def selection_for(self, pattern: str | Sequence[int]) -> Selection:
@@ -170,18 +171,18 @@ class Engine:
         return sparsity_of(self.masks)
 
     @property
-    def held(self) -> Sparsities:
-        """Key -> sparsity of the masks, over the parameters that count."""
+    def mask_sparsities(self) -> Sparsities:
+        """Key -> sparsity of the masks, over the parameters that gradients reach."""
         return self.selection.reached(flatten_masks(self.masks, self.params), self.unreached)
 
-    def counted(self, key: str | None) -> list[str]:
-        """Return the names of a key's parameters that count."""
+    def reached_names(self, key: str | None) -> list[str]:
+        """Return the names of a key's parameters that gradients reach."""
         return [name for name in dict(self.selection.segments)[key] if name not in self.unreached]
 
     def start_sparsity(self, key: str | None, final: float) -> float:
         """Return the sparsity of a key now; the final one if the masks hold as many weights as that rounds to."""
         reached = self.reached[key]
-        size = sum(self.selection.sizes[name] for name in self.counted(key))
+        size = sum(self.selection.sizes[name] for name in self.reached_names(key))
         return final if abs(reached - final) * size <= 0.5 * self.selection.pattern.pruned else reached
 
     def warn_of_zeros(self) -> None:
@@ -212,7 +213,7 @@ class Engine:
         if all(torch.equal(merged[name], mask) for name, mask in before.items()):
             return False
         self.masks = merged
-        self.reached = self.held
+        self.reached = self.mask_sparsities
         for key in earlier:
             for value in (earlier[key], self.sparsities[key]):  # the exact sparsity, where it rounds to as many weights
                 if self.start_sparsity(key, value) == value:
@@ -289,9 +290,7 @@ class Engine:
                 selection.num_substeps(active, sparsities) if substeps == "auto" else substeps
             ),
             kernels=self.kernels,
-            dense=self.unreached
-            if grads is None
-            else frozenset(grads.unreached if isinstance(grads, GradientBuffer) else ()),
+            dense=frozenset(grads.unreached if criterion.needs_gradients and isinstance(grads, GradientBuffer) else ()),
         )
         return params, weights, active, plan
 
@@ -422,7 +421,7 @@ class Engine:
             self.unreached = unreached
 
         write_whole(write)
-        torch.clear_autocast_cache()  # copies of the weights as they were
+        torch.clear_autocast_cache()
 
     def _warn_of_empty_layers(self, layers: list[tuple[str, int, int]], sparsities: Sparsities) -> None:
         """Warn of parameters that a global ranking has emptied; none of those whose sparsity was to be 1."""

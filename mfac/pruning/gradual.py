@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mfac.checks import check_instance, check_int, check_number, warn
+from mfac.checks import check_instance, check_int, check_number, check_sparsity, warn
 from mfac.distributed.shards import whole
 from mfac.model.names import shorten
 from mfac.pruning.criteria import CRITERIA
@@ -147,8 +147,7 @@ class Pruner:
         self._engine = Engine(model, sparsity, settings, None if buffer is None else buffer.names, only_keys=True)
         if settings["final_corrections"] and (batches is None or not self._engine.corrections):
             raise ValueError(
-                f"final_corrections: expected 0 without batches and corrections, got {settings['final_corrections']}; "
-                "corrections=1 makes one at each recomputation"
+                f"final_corrections: expected 0 without batches or corrections, got {settings['final_corrections']}"
             )
         if buffer is not None and self._engine.names != buffer.names:
             raise ValueError(
@@ -332,7 +331,9 @@ class Pruner:
     def _corrections_due(self, sparsities: Sparsities) -> bool:
         """Whether an update to there was interrupted, and makes corrections."""
         engine = self._engine
-        return self._began is not None and engine.num_corrections(engine.settled(self._began, sparsities)["update"]) > 0
+        if self._began is None or self._source is None:
+            return False
+        return engine.num_corrections(engine.settled(self._began, sparsities)["update"]) > 0
 
     def _update(self, sparsities: Sparsities) -> PruneResult:
         settings, buffer = self._engine.given, self._buffer
@@ -419,7 +420,7 @@ class Pruner:
         """Return the updates to come: when, to which sparsity, and how many gradients they take.
 
         Returns:
-            The updates that prune.
+            The updates that prune, or correct what an interrupted one has pruned.
 
         Raises:
             MemoryError: If their gradients do not fit into memory; the text says what would.
@@ -435,7 +436,7 @@ class Pruner:
 
     def _times_to_come(self) -> Iterator[float]:
         """Yield the nominal times of the updates that are left: of those that are due already only the last."""
-        waiting = self._schedule.end if self._last is not None and self._behind else None  # it has got another end
+        waiting = self._schedule.end if self._last is not None and self._behind else None  # should nothing follow
         for time in self._schedule.nominal_times():
             if self._last is not None and time <= self._last:
                 continue
@@ -465,9 +466,9 @@ class Pruner:
             if bool(whole(params[name])[~mask.to(params[name].device)].any()):
                 raise RuntimeError(f"model: expected the pruned weights of {name!r} to be zero, got others")
         if masks and self._last is not None:
-            held = engine.held
+            held = engine.mask_sparsities
             for key, _ in engine.selection.segments:
-                due, names = engine.reached[key], engine.counted(key)
+                due, names = engine.reached[key], engine.reached_names(key)
                 size = sum(engine.selection.sizes[name] for name in names)
                 if abs(held[key] - due) * size > 0.5 * engine.selection.pattern.pruned + 0.5:
                     raise RuntimeError(
@@ -577,8 +578,15 @@ class Pruner:
         if list(state["names"]) != engine.names:
             raise ValueError(f"state: expected the parameters {shorten(engine.names)}, got {shorten(state['names'])}")
         for part in ("reached", "initial", "began"):
-            if set(_with_keys(state.get(part, self._schedules))) != set(self._schedules):
-                raise ValueError(f"state: expected sparsities for {list(self._schedules)}, got {list(state[part])}")
+            values = check_instance(f"state[{part!r}]", state.get(part, {}), Mapping, "sparsities by key")
+            if set(_with_keys(values)) != set(self._schedules) and (part != "began" or values):
+                raise ValueError(f"state: expected sparsities for {list(self._schedules)}, got {list(values)}")
+        for value in state.get("began", {}).values():
+            if value is not None:
+                check_sparsity("state['began']", value)
+        unknown = set(state.get("unreached", ())) - set(engine.names)
+        if unknown:
+            raise ValueError(f"state: expected parameters {shorten(engine.names)}, got {shorten(sorted(unknown))}")
         for name in ("calls", "updates"):
             check_int(f"state[{name!r}]", state[name], 0)
         for name in ("time", "last"):

@@ -65,9 +65,11 @@ def plan_updates(
     updates: list[PlannedUpdate] = []
     for time in times:
         after = {key: max(reached[key], schedule.sparsity(time)) for key, schedule in schedules.items()}
+        if after == reached and not began:
+            continue
         update = engine.settled(began or reached, after)["update"]
         corrections = engine.num_corrections(update) if collects else 0
-        if after == reached and not (began and corrections):
+        if after == reached and not corrections:
             began = None
             continue
         collected = collects and engine.takes_gradients(update)

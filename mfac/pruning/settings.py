@@ -125,8 +125,8 @@ class MethodSettings(CommonSettings, total=False):
             "fisher",
             one_of(CRITERIA),
             'The saliency: ``"fisher"``, or ``"magnitude"`` (the absolute value; for groups the sum of squares), which '
-            "needs no gradients and then updates nothing; gradients, if there are any, make the ``update``, and "
-            "are collected only where there is one.",
+            "needs no gradients and then updates nothing; with batches the ``update`` is that of their "
+            "gradients, which are collected only where it is not none.",
         ),
     ]
     update: Annotated[
@@ -266,7 +266,7 @@ class CorrectionSettings(JudgeSettings, total=False):
             "zero, which pruning makes false; so the kept weights S are moved by -η F_SS⁻¹ ḡ_S, with ḡ the mean of the "
             "newest gradients and η the best of a few by the loss of ``correction_batches``, or 0 if none lowers it. "
             "With more than one, the ``refresh`` new gradients come in as many parts, each followed by a correction; "
-            "those at the start, which are all new, by one. "
+            "the first recomputation makes one. "
             "0: none. None: one where the update is joint, and none elsewhere.",
         ),
     ]

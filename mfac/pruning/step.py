@@ -43,7 +43,7 @@ def prune_step(
             to the GPU page by page.
         sparsity: Sparsity in [0, 1]; or a dict of sparsities by name or ``"re:<regex>"``, parameters that no key
             matches staying dense (the update may move them: leave them out of ``params`` if it must not). Weights that
-            no gradient of a buffer reaches stay dense and do not count.
+            no gradient of a buffer reaches stay dense and do not count (by magnitude they are pruned).
         batches: Batches as for :func:`collect_gradients`, other ones than gave the gradients: a natural-gradient
             correction follows then (see ``corrections`` of :func:`prune`), with the mean of all rows of ``grads``, and
             these judge it. None: no correction.

@@ -265,8 +265,8 @@ class Session:
         """
         epoch = check_number("epoch", epoch)
         results = []
-        if any(isinstance(action, Pruning) and action.due(epoch) for action in self._actions):
-            for action in self._actions:  # an update sees the model as all masks have it
+        if sum(bool(action.masks) for action in self._actions) > 1:  # an update sees the model as all masks have it
+            for action in self._actions:
                 action.enforce()
         for action in self._actions:
             if isinstance(action, Pruning) and action.due(epoch):  # it goes on from what others hold for good

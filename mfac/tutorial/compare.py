@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Iterable, Sequence
@@ -17,8 +18,9 @@ from mfac.pruning.result import write_csv
 from mfac.recipe.manager import Manager
 from mfac.tutorial.files import make_folder
 from mfac.tutorial.loop import Measurement
+from mfac.tutorial.processes import find_device
 from mfac.tutorial.settings import RunSettings, TrainSettings, resolve
-from mfac.tutorial.start import measure_initial, read_pretrained
+from mfac.tutorial.start import load_images, measure_initial, read_pretrained
 from mfac.tutorial.train import check_options, epochs_done, holds_run, train
 
 if TYPE_CHECKING:
@@ -237,7 +239,7 @@ class _Record:
                 )
 
     def check_folders(self, tags: Iterable[str]) -> None:
-        """Check that no folder of a run that is to be made holds that of another program."""
+        """Check that no folder of a run that is to be made holds a run that is not of this comparison."""
         for tag in tags:
             folder = self._path.parent / tag
             if tag != self.content.get("running") and holds_run(folder):
@@ -284,8 +286,8 @@ def compare(recipes: Sequence[str], settings: RunSettings, seeds: int = 1) -> li
         The runs.
 
     Raises:
-        ValueError: If there are no recipes, or `save_dir` holds a comparison with other options, or a run of another
-            program under the name of one of these; and as for `train`.
+        ValueError: If there are no recipes, or `save_dir` holds a comparison with other options or images, or another
+            run under the name of one of these; and as for `train`.
         ImportError: If matplotlib is not installed.
     """
     check_matplotlib()
@@ -306,28 +308,29 @@ def compare(recipes: Sequence[str], settings: RunSettings, seeds: int = 1) -> li
     varying = ("recipe_args", "save_dir", "logs_dir")
     same = {name: value for name, value in asdict(settings).items() if name not in varying}
     loaded = {label: str(manager.recipe) for label, manager in zip(labels, managers, strict=True)}
-    record = _Record(folder, {**same, "recipes": loaded})
-    plan = [(seed, *pair) for seed in range(seeds) for pair in zip(methods, managers, strict=True)]
-    tags = [f"{_file_name(method.label)}-{seed}" for seed, method, _ in plan]
-    record.check_folders(
-        tag for tag, (seed, method, _) in zip(tags, plan, strict=True) if record.find(method.label, seed) is None
-    )
+    images = load_images(settings, find_device(settings.device), settings.train_batch_size).num_images
+    record = _Record(folder, {**same, "recipes": loaded, "images": list(images)})
+    plan = [
+        (f"{_file_name(method.label)}-{seed}", seed, method)
+        for seed, method in itertools.product(range(seeds), methods)
+    ]
+    record.check_folders(tag for tag, seed, method in plan if record.find(method.label, seed) is None)
     if record.content["dense"] is None:
         record.content["dense"] = measure_initial(common)[1]
         record.write()
     dense = record.content["dense"]
     tqdm.write(f"initial model: top-1 {dense:.1f} %")
     runs = []
-    for tag, (seed, method, manager) in zip(tags, plan, strict=True):
+    for tag, seed, method in plan:
         measurements = record.find(method.label, seed)
         if measurements is None:
             tqdm.write(f"{method.label}, seed {seed}")
             done = epochs_done(folder / tag) if record.content.get("running") == tag else None
-            goes_on = done is not None and done < manager.epochs
-            if not goes_on:
+            if done is None:
+                (folder / tag / "checkpoint.pt").unlink(missing_ok=True)  # untrained, of another run
                 record.begin(tag)
             run = replace(common, recipe_path=method.recipe, model_tag=tag, seed=seed)
-            measurements = train(replace(run, resume=goes_on, overwrite=not goes_on), "again")
+            measurements = train(replace(run, resume=done is not None, overwrite=done is None), "again")
             record.add(method.label, seed, measurements)
         runs.append(Run(method, seed, measurements))
     text = write_comparison(

@@ -127,7 +127,8 @@ def export(checkpoint_path: str, output: str, settings: ModelSettings, formats: 
         written.append(folder / file)
     others = sorted(present - {path.name for path in written})
     if others:
-        warn(f"output: {folder} also holds {' and '.join(others)}, of an earlier export, perhaps of another model")
+        left = " and ".join(others)
+        warn(f"output: {folder} also holds {left}, which this export does not write: perhaps of another model")
     found = verify(written[0])
     tqdm.write(f"sparsity {100 * found.sparsity:.2f} %")
     for name in ("dense", "zipped", "compressed"):

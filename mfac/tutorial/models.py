@@ -209,7 +209,7 @@ def build_model(
     Raises:
         TypeError: If a function does not return a module.
         ValueError: If there is no such network, it has no width, or there are no pretrained weights for it.
-        ImportError: If the package that is needed is not installed, or a function cannot be imported.
+        ImportError: If the package of the pretrained weights is not installed, or a function cannot be imported.
     """
     described = described or {}
     mean, std = IMAGENET_MEAN, IMAGENET_STD

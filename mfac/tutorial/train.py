@@ -139,11 +139,11 @@ def _checkpoint(
 
 def _write_model_text(path: Path, epoch: int, measured: Measurement, session: Session) -> None:
     lines = [f"epoch: {epoch}", f"__loss__: {measured.loss}", f"top1acc: {measured.top1}", f"top5acc: {measured.top5}"]
-    lines += [f"sparsity: {session.sparsity:.6f}", *_sparsity_lines(session)]
+    lines += [f"sparsity: {session.sparsity:.6f}", *_sparsity_text(session)]
     save_text("\n".join(lines) + "\n", path)
 
 
-def _sparsity_lines(session: Session) -> list[str]:
+def _sparsity_text(session: Session) -> list[str]:
     return [f"not finished: {pruner!r}" for pruner in session.pruners if not pruner.finished] + [
         f"sparsity of {name}: {reached:.6f}" + ("" if asked is None else f", asked {asked:.6f}")
         for name, (asked, reached) in session.layer_sparsities().items()
@@ -185,8 +185,9 @@ def train(settings: TrainSettings, resume_hint: str = "with --resume") -> list[M
     `checkpoint.pt`, the last epoch. A run that was interrupted or killed goes on from it with `resume` and, on the CPU,
     ends with the same weights as an undisturbed one, bit for bit: each epoch is seeded by its number. If no epoch
     qualifies as the best (training ends before `save_best_after`, or was resumed in another folder and does not
-    improve), `model.pt` is the last epoch. The optimizer is Adam: in the single epoch that such a recipe leaves for
-    recovery, at a learning rate near 4e-4, SGD would hardly change the weights.
+    improve), `model.pt` is the last epoch. With `resume` a run that is finished returns at once. The optimizer is Adam:
+    in the single epoch that such a recipe leaves for recovery, at a learning rate near 4e-4, SGD would hardly change
+    the weights.
 
     Args:
         settings: The options.
@@ -211,17 +212,19 @@ def train(settings: TrainSettings, resume_hint: str = "with --resume") -> list[M
     recipe = str(manager.recipe)
     state = _checkpoint(settings, folder, find_device(settings.device), recipe, replicas)
     source = settings.checkpoint_path or str(folder / "checkpoint.pt")
+    epochs = replicas.together(lambda: (-1 if state is None else state["epoch"] + 1,), 1)
+    if len(set(epochs)) > 1:
+        raise ValueError(f"save_dir: expected a folder that all {replicas.size} processes share, got {folder}")
     earlier = [Measurement(**measured) for measured in state.get("measurements", ())] if state else []
     if state and not settings.one_shot and state["epoch"] + 1 >= manager.epochs:
         completed = f"{source}, which has completed the recipe's {manager.epochs:g} epochs"
         if not settings.resume:
             raise ValueError(f"checkpoint_path: expected training left to do, got {completed}")
         tqdm.write(f"nothing is left to do for {completed}")  # jobs that are started again resume whatever there is
+        if settings.logs_dir and earlier and replicas.rank == 0:
+            _write_logs(make_folder("logs_dir", settings.logs_dir), folder.name, earlier)
         return earlier
     fixed = (*NETWORK, "image_size", "dataset") if settings.resume else NETWORK
-    epochs = replicas.together(lambda: (-1 if state is None else state["epoch"] + 1,), 1)
-    if len(set(epochs)) > 1:
-        raise ValueError(f"save_dir: expected a folder that all {replicas.size} processes share, got {folder}")
     with one_first(replicas):
         settings, data, built = prepare(settings, state, source, fixed, replicas)
     model, images = built.model, data.num_images
@@ -328,7 +331,7 @@ def train(settings: TrainSettings, resume_hint: str = "with --resume") -> list[M
             f"the same command {resume_hint} goes on from there"
         )
         raise
-    for line in _sparsity_lines(session):
+    for line in _sparsity_text(session):
         tqdm.write(line)
     tqdm.write(f"saved in {folder}")
     return [*earlier, *measurements]
