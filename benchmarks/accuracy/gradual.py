@@ -158,16 +158,19 @@ def main() -> None:
         for seed, sparsity, method in itertools.product(range(options.seeds), options.sparsities, options.methods)
     ]
     rows = [row for row in run_all(plan, log, Bench.load, (*common, False), options.jobs) if not row["held_out"]]
+    devices = sorted({row["device"] for row in rows})
+    heads = [f"{s:.0%}" for s in options.sparsities] + [f"seconds, {device}" for device in devices]
     lines = [
         "# ResNet-20 on CIFAR-10, pruned during ten epochs of training",
         "",
         "top-1 in per cent on the 10,000 test images (dense: 91.43), mean ± standard deviation of the seeds; in "
-        "brackets right after the last update, three epochs before the end; seconds: of training and of pruning.",
+        "brackets right after the last update, three epochs before the end; seconds: of training, of which pruning, "
+        "beside other runs.",
         "",
         f"Learning rate {chosen['rate']}, an update every {chosen['frequency']} epochs.",
         "",
-        "| method | " + " | ".join(f"{s:.0%}" for s in options.sparsities) + " | seconds | of pruning |",
-        "|---|" + "---:|" * (len(options.sparsities) + 2),
+        "| method | " + " | ".join(heads) + " |",
+        "|---|" + "---:|" * len(heads),
     ]
     for method, (label, *_) in METHODS.items():
         found = [row for row in rows if row["method"] == method]
@@ -177,7 +180,10 @@ def main() -> None:
             texts = [spread([row[name] for row in some]) for name in ("top1", "after")] if some else []
             cells.append(f"{texts[0]} ({texts[1]})" if texts else "")
         if found:
-            cells += [f"{statistics.mean(row[name] for row in found):.0f}" for name in ("seconds", "pruning_seconds")]
+            for device in devices:
+                some = [row for row in found if row["device"] == device]
+                means = [statistics.mean(row[name] for row in some) for name in ("seconds", "pruning_seconds") if some]
+                cells.append("{:.0f}, {:.0f}".format(*means) if some else "")
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
     (options.output / "gradual.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
