@@ -16,6 +16,16 @@ def model():
     return nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
 
 
+def training(model, optimizer, session, steps):
+    """Train with four steps per epoch; yield the epochs done after each."""
+    for step in range(1, steps + 1):
+        model(torch.randn(8, 40)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        session.step(step / 4)
+        yield step / 4
+
+
 TWICE = """
 modifiers:
   - !EpochRangeModifier {{end_epoch: 5}}
@@ -108,12 +118,8 @@ def test_masks_that_are_dropped_are_no_one_elses(other, released):
     model = torch.nn.Linear(40, 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     session = Manager.from_recipe(recipe).apply(model, optimizer)
-    for step in range(1, 21):
-        model(torch.randn(8, 40)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        session.step(step / 4)
-        if step / 4 == released:
+    for epoch in training(model, optimizer, session, 20):
+        if epoch == released:
             assert float((model.weight == 0).float().mean()) == pytest.approx(0.3, abs=0.03)
 
 
@@ -152,10 +158,7 @@ def test_acdc_sees_the_masks_of_the_others():
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         recipe = "modifiers:\n  - !EpochRangeModifier {end_epoch: 5}\n" + "".join(f"  - {line}\n" for line in lines)
         session = Manager.from_recipe(recipe).apply(model, optimizer)
-        for step in range(1, 9):
-            model(torch.randn(8, 40)).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            session.step(step / 4)
+        for _ in training(model, optimizer, session, 8):
+            pass
         found.append(session.sparsity)
     assert found[0] == found[1]

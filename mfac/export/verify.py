@@ -158,9 +158,9 @@ def verify(
         if tensor.name in chosen:
             layers.append(_layer(tensor, value, kept))
             if other is not None:
-                before = other.get(same[tensor.name])
-                compared += 0 if before is None else int(before.zeros(before.read()).sum())
-                failures += _zeros_kept(tensor, value, before, other)
+                count, lost = _zeros_kept(tensor, value, other.get(same[tensor.name]), other)
+                compared += count
+                failures += lost
     if other is not None and not compared and not failures:
         failures.append(f"zeros_of: expected pruned weights, got none with zeros in {zeros_of}")
     for name, before in (other or {}).items():
@@ -249,22 +249,25 @@ def _same_names(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
     return {name: next(iter(table.find(name.removesuffix(_QUANTIZED))), "") for name in names}
 
 
-def _zeros_kept(tensor: StoredTensor, value: Tensor, before: StoredTensor | None, other: Iterable[str]) -> list[str]:
-    """What is wrong with the zeros of a weight, compared with the same weight of another file."""
+def _zeros_kept(
+    tensor: StoredTensor, value: Tensor, before: StoredTensor | None, other: Iterable[str]
+) -> tuple[int, list[str]]:
+    """The zeros of the same weight in another file, and what is wrong with those of a weight, compared with them."""
     name = tensor.name
     assert tensor.axes is not None
     if before is None:
-        return [f"zeros_of: expected {name} in the other file too, got {shorten(other)}"]
+        return 0, [f"zeros_of: expected {name} in the other file too, got {shorten(other)}"]
     zeros = before.zeros(before.read())
+    count = int(zeros.sum())
     if zeros.dim() == 2 and before.axes is not None and before.axes.outputs != tensor.axes.outputs:
         zeros = zeros.T  # of a matrix product in ONNX
     if zeros.shape != value.shape:
-        return [f"zeros_of: expected {name} of shape {list(zeros.shape)}, got {list(value.shape)}"]
+        return count, [f"zeros_of: expected {name} of shape {list(zeros.shape)}, got {list(value.shape)}"]
     lost = (zeros & ~tensor.zeros(value)).flatten()
     if not bool(lost.any()):
-        return []
+        return count, []
     place = _place(int(lost.int().argmax()), value.shape)
-    return [f"zeros_of: expected its zeros in {name}, got {int(lost.sum())} other values, the first at {place}"]
+    return count, [f"zeros_of: expected its zeros in {name}, got {int(lost.sum())} other values, the first at {place}"]
 
 
 def _sizes(value: Tensor) -> dict[str, int]:

@@ -58,6 +58,11 @@ class Batches:
             yield images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
 
+def _whole_dataset(loader: DataLoader) -> Dataset:
+    """Return the dataset of a loader, of all processes together."""
+    return loader.dataset.dataset if isinstance(loader.dataset, Subset) else loader.dataset
+
+
 @dataclass
 class Data:
     """A dataset in batches; M-FAC takes its gradients from the training images in an order of their own.
@@ -75,14 +80,12 @@ class Data:
     @property
     def num_images(self) -> tuple[int, int]:
         """Images for training and for validation, of all processes together."""
-        loaders = (self.train.loader, self.validation.loader)
-        datasets = [x.dataset.dataset if isinstance(x.dataset, Subset) else x.dataset for x in loaders]
-        return len(datasets[0]), len(datasets[1])
+        return len(_whole_dataset(self.train.loader)), len(_whole_dataset(self.validation.loader))
 
     def normalize(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         """Normalise the images of folders by mean and standard deviation of the three channels."""
         for loader in (self.train.loader, self.gradients, self.validation.loader):
-            images = loader.dataset.dataset if isinstance(loader.dataset, Subset) else loader.dataset
+            images = _whole_dataset(loader)
             if isinstance(images, ImageFolder):
                 images.mean, images.std = mean, std
 

@@ -1,0 +1,36 @@
+"""Pruning inside of a torch.autocast block."""
+
+import torch
+from test_works_with_training import CE, batches, mlp
+
+import mfac
+
+
+def test_inside_of_autocast():
+    """Its copies of the weights do not outlive the weights: as if each forward pass had a block of its own.
+
+    Also if the model has a block of its own within.
+    """
+    options = {"num_grads": 6, "recomputations": 3, "final_corrections": 2, "progress": False}
+    x = batches()[0][0]
+
+    def forward(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return CE(model(batch[0]), batch[1])
+
+    expected, model = mlp(), mlp()
+    wanted = mfac.prune(expected, batches(), None, 0.8, forward=forward, **options)
+    decorated = mlp()
+    decorated.forward = torch.autocast("cpu", torch.bfloat16)(decorated.forward)
+    with torch.autocast("cpu", torch.bfloat16):
+        other = mfac.prune(decorated, batches(), CE, 0.8, **options)
+    assert [step.step_length for step in other.steps] == [step.step_length for step in wanted.steps]
+    with torch.autocast("cpu", torch.bfloat16):
+        model.eval()(x)
+        result = mfac.prune(model, batches(), CE, 0.8, **options)
+        inside = model.eval()(x)
+    assert [step.step_length for step in result.steps] == [step.step_length for step in wanted.steps]
+    assert any(step.step_length for step in result.steps)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(inside, expected.eval()(x))
