@@ -64,7 +64,7 @@ sanitize: $(READY)  ## the kernels under AddressSanitizer and UndefinedBehaviorS
 
 # The tests of the ops and of what is made of them, with the CUDA ops emulated on the CPU.
 EMULATED = block_factor inverse_diagonal inverse_product joint_update joint_step independent_update quadratic_form \
-	group_saliency select_smallest ops fisher quadratic patterns step offload
+	group_saliency select_smallest ops fisher quadratic auto patterns step offload
 
 cuda-check: $(READY)  ## the CUDA kernels, with no GPU: nvcc for three GPUs without spills; on the CPU, under sanitizers and in all tests of the ops
 	nvcc --version

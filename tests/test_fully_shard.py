@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from ranks import run_ranks
 from test_distributed import (
+    by_auto,
     by_one_block,
     by_pattern,
     by_prune,
@@ -53,6 +54,7 @@ def outcome(how):
         (by_prune, 3, None),
         (by_pattern, 2, True),
         (by_one_block, 3, True),
+        (by_auto, 2, None),
         (by_pruner, 3, True),
         (by_recipe, 4, True),  # more ranks than one layer has rows for
     ],

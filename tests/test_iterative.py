@@ -81,20 +81,6 @@ def test_a_shuffling_loader_gives_new_batches_each_time():
     assert len(set(halves)) == 3  # 8 of 16 batches each
 
 
-def test_auto_is_chosen_once_for_the_final_sparsity():
-    batches = make_batches(20)
-    result = mfac.prune(
-        make_model(), batches, LOSS, 0.8, num_grads=8, recomputations=3, refresh=4, progress=False,
-        **PLAIN, damping="auto", block_size="auto",
-    )  # fmt: skip
-    assert len(result.candidates) >= 2 + 3  # 64 and 128 of 180 weights, and the other dampings
-    assert len({s.block_size for s in result.steps}) == 1
-    grads = mfac.collect_gradients(make_model(), batches, LOSS, 8)
-    once = mfac.prune_step(make_model(), grads, 0.8, damping="auto", block_size="auto")
-    assert once.candidates == result.candidates and once.block_size == result.block_size
-    assert result.steps[0].damping == pytest.approx(once.damping)
-
-
 def test_dicts_patterns_and_names():
     result = mfac.prune(make_model(), make_batches(12), LOSS, {"0.weight": 0.5}, params=["0.weight"], **FAST)
     assert [(name, kept) for name, _, kept in result.layers] == [("0.weight", 60)]

@@ -105,7 +105,7 @@ def test_compare(tmp_path, capsys):
 
 
 def test_an_interrupted_comparison_goes_on_with_its_run(tmp_path, images, monkeypatch, capsys, recwarn):
-    _, command = images
+    folder, command = images
     command = ["compare", str(tmp_path / "r.yaml"), *command[3:]]
     stale = tmp_path / "runs" / "r-0" / "checkpoint.pt"
     stale.parent.mkdir(parents=True)
@@ -122,6 +122,10 @@ def test_an_interrupted_comparison_goes_on_with_its_run(tmp_path, images, monkey
     assert "after 1 epochs: the same command again goes on from there" in captured.out
     gc.collect()
     assert "ends before its last update" not in captured.err + "".join(str(w.message) for w in recwarn)
+    more = shutil.copy(folder / "train" / "a" / "0.jpg", folder / "train" / "a" / "more.jpg")
+    assert main(command) == 2
+    assert "whose comparison.json is of one with other images" in capsys.readouterr().err
+    Path(more).unlink()
     assert main(command) == 0
     assert "going on with epoch 1" in capsys.readouterr().out
     record = json.loads((tmp_path / "runs" / "comparison.json").read_text())

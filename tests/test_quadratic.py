@@ -1,4 +1,4 @@
-"""Sub-steps under one Fisher, and the automatic choice of damping and block size."""
+"""Sub-steps under one Fisher, and relative damping."""
 
 import warnings
 
@@ -9,7 +9,6 @@ from oracle import BACKENDS, TOLERANCE
 from torch import nn
 
 import mfac
-from mfac.pruning.auto import BLOCK_SIZES, DAMPINGS
 from mfac.pruning.selection import Selection
 
 
@@ -111,81 +110,6 @@ def test_substeps_after_masks():
     assert result.sparsity == pytest.approx(0.8) and not (result.masks["weight"] & ~masks["weight"]).any()
 
 
-def signed_rank(default, other):
-    """z of Wilcoxon's test that `other` is smaller, by its definition."""
-    differences, n = sorted((default - other).tolist(), key=abs), len(default)
-    total = sum(rank * ((x > 0) - (x < 0)) for rank, x in enumerate(differences, 1))
-    return total / (n * (n + 1) * (2 * n + 1) / 6) ** 0.5
-
-
-def chosen(candidates):
-    best = max(candidates, key=lambda c: c.z_score)
-    return best if best.z_score > 3 else candidates[0]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_auto_takes_the_best_of_its_table(backend):
-    """The scores are those of steps made by hand from three quarters of the gradients; the default stands unless one is
-    better by more than three standard errors."""
-    grads, options = oracle.gradients(40, 120), {"substeps": 2, "backend": backend}
-    result = mfac.prune_step(linear(), grads, 0.6, damping="auto", block_size="auto", **options)
-    fit, rest = grads[:30], grads[30:]
-    best, squares = chosen(result.candidates), []
-    scale = float(fit.square().mean())
-    tried = [(round(c.damping / scale, 6), c.block_size) for c in result.candidates]
-    assert tried[:2] == [(3e-2, 120), (1e-2, 64)] and len(set(tried)) == len(tried) > len(DAMPINGS)
-    for candidate in result.candidates:
-        model = linear()
-        before = model.weight.detach().flatten().clone()
-        options |= {"damping": candidate.damping, "block_size": candidate.block_size}
-        mfac.prune_step(model, fit, 0.6, **options)
-        squares.append((rest @ (model.weight.detach().flatten() - before)).square())
-        assert candidate.score == pytest.approx(0.5 * float(squares[-1].mean()), rel=1e-3)
-        assert candidate.z_score == pytest.approx(signed_rank(squares[0], squares[-1]), abs=0.1)
-    assert result.block_size == best.block_size
-    assert result.damping / float(grads.square().mean()) == pytest.approx(best.damping / scale, rel=1e-5)
-
-
-def test_auto_looks_at_the_neighbours_of_the_best():
-    """All block sizes at one damping, all dampings at the best of them, and the sizes next to it at the best
-    damping."""
-    torch.manual_seed(0)
-    grads = oracle.gradients(40, 600)
-    result = mfac.prune_step(linear(20, 30), grads, 0.6, damping="auto", block_size="auto", substeps=1)
-    scale = float(grads[:30].square().mean())
-    tried = {(float(f"{c.damping / scale:.3g}"), c.block_size): c.z_score for c in result.candidates}
-    sizes, dampings = [b for b in BLOCK_SIZES if b < 600], [float(d.split("*")[0]) for d in DAMPINGS]
-    first = max([(3e-2, 512), *((1e-2, b) for b in sizes)], key=tried.get)[1]
-    assert set(tried) >= {(d, first) for d in dampings}
-    damping = max([(3e-2, 512), *((1e-2, b) for b in sizes), *((d, first) for d in dampings)], key=tried.get)[0]
-    assert set(tried) >= {(damping, b) for b in sizes if b in (first // 2, first, first * 2)}
-    assert result.block_size == chosen(result.candidates).block_size
-
-
-def test_auto_leaves_the_default_where_gradients_say_so():
-    """Where a few directions carry all of them, less damping is better, and the rest of the gradients see it."""
-    grads = oracle.gradients(64, 1200, "low rank")
-    result = mfac.prune_step(linear(30, 40), grads, 0.5, damping="auto", block_size="auto")
-    assert max(c.z_score for c in result.candidates) > 3
-    assert result.damping < 3e-2 * float(grads.square().mean())
-
-
-def test_auto_for_one_of_the_two():
-    grads = oracle.gradients(40, 120)
-    result = mfac.prune_step(linear(), grads, 0.6, damping="auto", block_size=30)
-    assert result.block_size == 30 and len(result.candidates) == 1 + len(DAMPINGS)
-    result = mfac.prune_step(linear(), grads, 0.6, damping=1e-3, block_size="auto")
-    assert result.damping == 1e-3 and {c.damping for c in result.candidates} == {1e-3}
-    result = mfac.prune_step(linear(5, 4), oracle.gradients(4, 20), 0.6, damping="auto", block_size="auto")
-    assert result.block_size == 20  # all there are
-
-
-def test_auto_needs_four(unchanged):
-    model = linear()
-    with unchanged(model), pytest.raises(ValueError, match="grads: expected at least 4 gradients for 'auto', got 3"):
-        mfac.prune_step(model, oracle.gradients(3, 120), 0.5, damping="auto")
-
-
 def test_relative_damping():
     grads = oracle.gradients(20, 120, scale=1e-4)
     result = mfac.prune_step(linear(), grads, 0.5, damping="3e-2*mean")
@@ -216,10 +140,3 @@ def test_no_warning_for_usual_dampings():
         warnings.simplefilter("error")
         for damping in (1e-8, 1e-5, 1e-2, 1.0, "1e-3*mean", "auto"):
             mfac.prune_step(linear(), oracle.gradients(20, 120), 0.5, damping=damping)
-
-
-def test_gradients_that_leave_no_finite_step(unchanged):
-    model = linear()
-    grads = torch.full((8, 120), 1e38) * torch.randn(8, 120).sign()
-    with unchanged(model), pytest.raises(RuntimeError, match="damping: expected a candidate with a finite step"):
-        mfac.prune_step(model, grads, 0.5, damping="auto", block_size=30)

@@ -118,7 +118,11 @@ def test_fewer_batches_than_gradients():
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        collect(make(make_batches(6)), make_model(), 4)
+        source, model = make(make_batches(6)), make_model()
+        collect(source, model, 4)
+    source.resize(8, 2)  # num_grads that grow with sparsity
+    with pytest.warns(UserWarning, match="batches: 6 batches for 8 gradients; they are used again"):
+        collect(source, model, 4)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ LABELS = {
     "published": "M-FAC as published, one step",
     "step": "`prune_step`",
     "corrected": "`prune_step(batches=...)`: and a correction",
+    "auto": '`prune_step(batches=..., damping="auto", block_size="auto")`',
     "plain": "`prune(corrections=0)`",
     "prune": "`prune`",
     "fresh": "`prune(refresh=256)`: all gradients new",
@@ -103,7 +104,7 @@ class Bench:
     def run(self, method: str, sparsity: float, seed: int) -> dict:
         """Prune and measure."""
         model = self.model()
-        grads = self.gradients(seed) if method in ("published", "step", "corrected") else None
+        grads = self.gradients(seed) if method in ("published", "step", "corrected", "auto") else None
         began = time.perf_counter()
         if method == "magnitude":
             mfac.prune_step(model, None, sparsity, criterion="magnitude")
@@ -112,8 +113,10 @@ class Bench:
             mfac.prune(model, self.batches(seed), F.cross_entropy, sparsity, **options)
         else:
             options = PUBLISHED if method == "published" else {}
-            if method == "corrected":
+            if method in ("corrected", "auto"):
                 options = {"batches": self.batches(2000 + seed), "loss_fn": F.cross_entropy, "progress": False}
+            if method == "auto":
+                options |= {"damping": "auto", "block_size": "auto"}
             mfac.prune_step(model, grads, sparsity, **options)
         return {**self.measured(model, seed), "seconds": time.perf_counter() - began}
 

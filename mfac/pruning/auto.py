@@ -1,21 +1,26 @@
-"""``damping="auto"`` and ``block_size="auto"``: chosen by what gradients that were held back predict."""
+"""``damping="auto"`` and ``block_size="auto"``: chosen by trial steps, and the loss that they lead to."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mfac.checks import warn
+from mfac.distributed.shards import local, part_of, whole
 from mfac.fisher import DEFAULT_BLOCK_SIZE, DEFAULT_DAMPING, Fisher
+from mfac.interrupts import write_whole
 from mfac.progress import progress_bar
 from mfac.pruning.quadratic import Plan, prune_vector
 
 DAMPINGS = ("1e-3*mean", "1e-2*mean", "1e-1*mean", "1*mean")  # candidates
 BLOCK_SIZES = (64, 128, 256, 512, 2048, 8192)
+NUM_JUDGES = 16  # batches whose mean loss judges a trial step
 _FIRST_DAMPING = "1e-2*mean"  # with which the block sizes are compared
-_MIN_Z = 3.0  # of a candidate that replaces the default (docs/defaults.md)
+_MIN_Z = 3.0  # of a candidate that replaces the default by prediction alone (docs/defaults.md)
 
 
 @dataclass(frozen=True)
@@ -25,15 +30,16 @@ class Candidate:
     Attributes:
         damping: λ.
         block_size: B.
-        score: ½ mean((G_B δ)²) over the gradients B that the step δ was not computed from.
-        z_score: z of Wilcoxon's signed-rank test on their (g δ)² against the default; positive is better, 0 for the
-            default.
+        score: Loss of fresh batches right after the step; without batches ½ mean((G_B δ)²) over the gradients B that
+            the step δ was not computed from.
+        z_score: Without batches z of Wilcoxon's signed-rank test on their (g δ)² against the default; positive is
+            better, 0 for the default. None with batches.
     """
 
     damping: float
     block_size: int
     score: float
-    z_score: float
+    z_score: float | None
 
 
 def choose_settings(
@@ -43,16 +49,19 @@ def choose_settings(
     plan: Plan,
     damping: float | str,
     block_size: int | str | None,
+    loss_with: Callable[[Tensor], float] | None = None,
     progress: bool = False,
 ) -> tuple[Fisher, list[Candidate]]:
-    """Turn ``"auto"`` and relative damping into numbers, without a single forward pass.
+    """Turn ``"auto"`` and relative damping into numbers.
 
-    For ``"auto"`` the step is computed from three quarters of the gradients, A, and judged by (g δ)² for each g of the
-    rest, B: twice the increase of the loss predicted by gradients which it has not seen. The default settings stand
-    unless B says by more than three standard errors that another is better (by chance 1 in 700 per candidate; some ten
-    are compared), by ranks, because a few gradients make up most of the mean. Candidates are block sizes from
-    64 to 8192 at λ = 1e-2 times the mean square of the gradients; then 1e-3, 0.1 and 1 times that at the best block
-    size; then the neighbours of that size at the best λ: as long as some 10 steps.
+    For ``"auto"`` the step is tried with some ten candidates: block sizes from 64 to 8192 at λ = 1e-2 times the mean
+    square of the gradients; then 1e-3, 0.1 and 1 times that at the best block size; then the neighbours of that size at
+    the best λ. With ``loss_with`` the lowest loss wins.
+
+    Without it there is no forward pass: the step is computed from three quarters of the gradients and judged by (g δ)²
+    for each g of the rest, twice the increase of the loss predicted by gradients which it has not seen. The default
+    settings stand unless these say by more than three standard errors that another is better (by chance 1 in 700 per
+    candidate), by ranks, because a few gradients make up most of the mean.
 
     Args:
         fisher: Of all weights, with any settings.
@@ -61,6 +70,7 @@ def choose_settings(
         plan: The step that will be made.
         damping: λ, ``"auto"`` or ``"<number>*mean"``.
         block_size: B, None or ``"auto"``.
+        loss_with: Returns the loss of the model with other weights [d].
         progress: Show a progress bar.
 
     Returns:
@@ -69,7 +79,7 @@ def choose_settings(
     Raises:
         ValueError: If there are fewer than 4 gradients for ``"auto"``, or a damping relative to gradients that are
             zero.
-        RuntimeError: If no candidate gives a finite step.
+        RuntimeError: If no candidate gives a finite step and loss.
     """
     (m, d), candidates = fisher.shape, []
     if "auto" in (damping, block_size):
@@ -83,22 +93,18 @@ def choose_settings(
             DEFAULT_DAMPING if damping == "auto" else fisher.damping,
             min(DEFAULT_BLOCK_SIZE, d) if block_size == "auto" else block_size,
         )
-        part, rest = fisher.rows(0, m * 3 // 4), fisher.rows(m * 3 // 4, m)
+        judge = _Predictions(fisher) if loss_with is None else _Losses(fisher, loss_with)
         tried: dict[tuple[float | str, int | None], Candidate] = {}
-        squares: list[Tensor] = []  # (g δ)² of the candidates, the default first
 
         def compare(settings: list[tuple[float | str, int | None]]) -> tuple[float | str, int | None]:
             """Try settings, and return the best of all so far."""
             for value, size in settings:
                 if (value, size) not in tried:
-                    step, trial = weights.clone(), part.replace(damping=value, block_size=size)
-                    prune_vector(step, active, trial, plan)
-                    step -= weights
-                    squares.append(rest.project(step).square().cpu())
-                    score, z = 0.5 * float(squares[-1].mean()), _signed_rank_z(squares[0], squares[-1])
-                    tried[value, size] = Candidate(trial.damping, trial.block_size, score, z)
+                    after, trial = weights.clone(), judge.fisher.replace(damping=value, block_size=size)
+                    prune_vector(after, active, trial, plan)
+                    tried[value, size] = Candidate(trial.damping, trial.block_size, *judge(weights, after))
                     bar.update()
-            return max(tried, key=lambda key: tried[key].z_score)
+            return max(tried, key=lambda key: judge.rank(tried[key]))
 
         with progress_bar(progress, "settings", 1 + len(dampings) + len(sizes)) as bar:
             compare([default])
@@ -108,12 +114,81 @@ def choose_settings(
                 near = sizes.index(size)
                 best = compare([(value, size) for size in sizes[max(near - 1, 0) : near + 2]])
         candidates = list(tried.values())
-        damping, block_size = best if tried[best].z_score > _MIN_Z else default
+        damping, block_size = best if judge.is_clear(tried[best]) else default
         if not tried[damping, block_size].score < math.inf:
-            raise RuntimeError("damping: expected a candidate with a finite step, got none; are the gradients huge?")
+            raise RuntimeError(
+                f"damping: expected a candidate with a finite {judge.what}, got none; are the gradients huge?"
+            )
     fisher = fisher.replace(damping=damping, block_size=block_size)
     _warn_ill_conditioned(fisher)
     return fisher, candidates
+
+
+def loss_at(params: Mapping[str, Tensor], measure: Callable[[], float], weights: Tensor) -> float:
+    """Measure the loss of a model with other weights, and put its own back.
+
+    Args:
+        params: Name -> parameter, in the order of the weights; written, and as before afterwards, also after an error.
+        measure: Returns the loss of the model as it is.
+        weights: [d] float32.
+
+    Returns:
+        The loss.
+    """
+    before = {name: whole(p).clone() for name, p in params.items()}
+    trial = dict(zip(params, weights.split([p.numel() for p in params.values()]), strict=True))
+
+    def write(values: Mapping[str, Tensor]) -> None:
+        for name, p in params.items():
+            local(p).copy_(part_of(values[name].view(p.shape), p))
+        torch.clear_autocast_cache()
+
+    try:
+        write(trial)
+        return measure()
+    finally:
+        write_whole(lambda: write(before))
+
+
+class _Losses:
+    """Judges a step by the loss that is measured after it."""
+
+    what = "loss"
+
+    def __init__(self, fisher: Fisher, loss_with: Callable[[Tensor], float]) -> None:
+        self.fisher, self._loss_with = fisher, loss_with
+
+    def __call__(self, before: Tensor, after: Tensor) -> tuple[float, None]:
+        loss = self._loss_with(after) if after.isfinite().all() else math.inf
+        return (loss if math.isfinite(loss) else math.inf), None
+
+    def rank(self, candidate: Candidate) -> float:
+        return -candidate.score
+
+    def is_clear(self, candidate: Candidate) -> bool:
+        return True
+
+
+class _Predictions:
+    """Judges a step from three quarters of the gradients by what the others predict of it."""
+
+    what = "step"
+
+    def __init__(self, fisher: Fisher) -> None:
+        m = fisher.shape[0]
+        self.fisher, self._rest = fisher.rows(0, m * 3 // 4), fisher.rows(m * 3 // 4, m)
+        self._default: Tensor | None = None  # its (g δ)², [m / 4]
+
+    def __call__(self, before: Tensor, after: Tensor) -> tuple[float, float]:
+        squares = self._rest.project(after - before).square().cpu()
+        self._default = squares if self._default is None else self._default
+        return 0.5 * float(squares.mean()), _signed_rank_z(self._default, squares)
+
+    def rank(self, candidate: Candidate) -> float:
+        return candidate.z_score
+
+    def is_clear(self, candidate: Candidate) -> bool:
+        return candidate.z_score > _MIN_Z
 
 
 def _signed_rank_z(default: Tensor, other: Tensor) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,7 +27,7 @@ from mfac.interrupts import write_whole
 from mfac.model.names import NameTable, named_parameters, shorten
 from mfac.model.targets import prunable_parameters
 from mfac.ops.backend import backend_name, select_backend
-from mfac.pruning.auto import BLOCK_SIZES, Candidate, choose_settings
+from mfac.pruning.auto import BLOCK_SIZES, Candidate, choose_settings, loss_at
 from mfac.pruning.correction import FIRST_LENGTH, MOMENTUM, Correction, Descent, correct
 from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.gradients import Gradients, check_grads
@@ -295,25 +296,44 @@ class Engine:
         return params, weights, active, plan
 
     def choose(
-        self, grads: Gradients, sparsities: Sparsities, progress: bool = False, selection: Selection | None = None
+        self,
+        grads: Gradients,
+        sparsities: Sparsities,
+        measure: Callable[[], float] | None = None,
+        progress: bool = False,
+        selection: Selection | None = None,
     ) -> tuple[Fisher, list[Candidate]]:
         """Turn damping and block size of the settings into numbers, for a step to ``sparsities``.
 
         Args:
             grads: The gradients of the step.
             sparsities: Key -> sparsity.
+            measure: Returns the loss of the model as it is, by which ``"auto"`` judges; None: it only predicts.
             progress: Show a progress bar of ``"auto"``.
             selection: Another than that of the settings.
 
         Returns:
             The Fisher with these settings, and the candidates that ``"auto"`` tried.
         """
-        settings = self.settings
         with torch.no_grad():
-            _, weights, active, plan = self._prepare(grads, sparsities, selection)
-            return choose_settings(
-                self.fisher(grads), weights, active, plan, settings["damping"], settings["block_size"], progress
-            )
+            params, weights, active, plan = self._prepare(grads, sparsities, selection)
+            return self._choose(grads, params, weights, active, plan, measure, progress)
+
+    def _choose(
+        self,
+        grads: Gradients,
+        params: Mapping[str, Tensor],
+        weights: Tensor,
+        active: Tensor | None,
+        plan: Plan,
+        measure: Callable[[], float] | None,
+        progress: bool,
+    ) -> tuple[Fisher, list[Candidate]]:
+        settings = self.settings
+        loss_with = None if measure is None else partial(loss_at, params, measure)
+        return choose_settings(
+            self.fisher(grads), weights, active, plan, settings["damping"], settings["block_size"], loss_with, progress
+        )
 
     def predict(
         self, grads: Gradients, fisher: Fisher, sparsities: Sparsities, selection: Selection
@@ -334,12 +354,19 @@ class Engine:
             kept, loss = prune_vector(weights, active, fisher, plan)
         return weights, kept, loss
 
-    def step(self, grads: Gradients | None, sparsities: Sparsities, progress: bool = False) -> PruneResult:
+    def step(
+        self,
+        grads: Gradients | None,
+        sparsities: Sparsities,
+        measure: Callable[[], float] | None = None,
+        progress: bool = False,
+    ) -> PruneResult:
         """Prune the model in one step, under one set of gradients.
 
         Args:
             grads: Gradients; None for a criterion that needs none.
             sparsities: Key -> sparsity.
+            measure: See :meth:`choose`.
             progress: Show a progress bar of ``"auto"``.
 
         Returns:
@@ -351,18 +378,16 @@ class Engine:
             RuntimeError: If the update is not finite. Model, masks and result are unchanged then, as after any error
                 before the weights are written.
         """
-        settings = self.settings
-        if grads is None and CRITERIA[settings["criterion"]].needs_gradients:
-            raise ValueError(f"grads: expected gradients for criterion={settings['criterion']!r}, got None")
+        criterion = self.settings["criterion"]
+        if grads is None and CRITERIA[criterion].needs_gradients:
+            raise ValueError(f"grads: expected gradients for criterion={criterion!r}, got None")
         seconds: dict[str, float] = {}
         fisher, candidates = None, []
         with torch.no_grad(), timed(seconds, "total"):
             params, weights, active, plan = self._prepare(grads, sparsities)
             if grads is not None:
                 with timed(seconds, "settings"):
-                    fisher, candidates = choose_settings(
-                        self.fisher(grads), weights, active, plan, settings["damping"], settings["block_size"], progress
-                    )
+                    fisher, candidates = self._choose(grads, params, weights, active, plan, measure, progress)
             kept, loss = prune_vector(weights, active, fisher, plan, seconds)
             advice = "" if fisher is None else f" with damping={fisher.damping:g}; raise the damping"
             sizes = [p.numel() for p in params.values()]
@@ -480,6 +505,11 @@ class Engine:
         """Return the settings with the update that ``"auto"`` stands for on the way between two sparsities."""
         auto = "joint" if num_halvings(start, end) > 1 + 1e-9 else "none"  # half of them: none, whatever the rounding
         return {**self.settings, "update": auto} if self.settings["update"] == "auto" else self.settings
+
+    @property
+    def chooses(self) -> bool:
+        """Whether ``"auto"`` has a damping or block size to choose."""
+        return "auto" in (self.settings["damping"], self.settings["block_size"])
 
     def num_refresh(self, num_grads: int) -> int:
         """Return how many of m gradients are new at each recomputation; with corrections more come at the end."""

@@ -184,7 +184,7 @@ def frontier(
     for selection, (_, within) in zip(selections, plan, strict=True):
         selection.check_sparsities(dict.fromkeys(engine.sparsities, within[-1]))
         selection.check_reached(flatten_masks(engine.masks, engine.params), dict.fromkeys(engine.sparsities, within[0]))
-    fisher, _ = engine.choose(grads, engine.sparsities, engine.settings["progress"])
+    fisher, _ = engine.choose(grads, engine.sparsities, progress=engine.settings["progress"])
     dense, milliseconds = None, None
     total = sum(len(within) for _, within in plan)
     with progress_bar(engine.settings["progress"], "frontier", total) as bar:

@@ -11,7 +11,7 @@ from typing import Any
 from mfac.gradients.buffer import GradientBuffer
 from mfac.gradients.source import GradientSource
 from mfac.progress import progress_bar
-from mfac.pruning.auto import Candidate
+from mfac.pruning.auto import NUM_JUDGES, Candidate
 from mfac.pruning.correction import Descent
 from mfac.pruning.engine import Engine, split_evenly
 from mfac.pruning.quadratic import timed
@@ -152,7 +152,7 @@ class _Run:
             fresh += new
             self._correct(buffer, new)
         buffer, newest = self._collect(self.parts[-1] if self.parts and steps else None)
-        if not steps and buffer is not None and "auto" in (engine.settings["damping"], engine.settings["block_size"]):
+        if not steps and buffer is not None and engine.chooses:
             with timed(self.seconds, "settings"):
                 engine.settings, self.candidates = self._settled(buffer, end)
         result = engine.step(buffer, sparsities)
@@ -181,8 +181,11 @@ class _Run:
 
     def _settled(self, buffer: GradientBuffer, sparsities: Sparsities) -> tuple[dict[str, Any], list[Candidate]]:
         """Return the settings with what "auto" chooses for the end of a run in its place, and the candidates."""
-        fisher, candidates = self.engine.choose(buffer, sparsities, self.progress)
-        settings = {**self.engine.settings, "block_size": fisher.block_size}
+        engine, measure = self.engine, None
+        if isinstance(self.grads, GradientSource):
+            measure = self.grads.hold(engine.model, NUM_JUDGES)
+        fisher, candidates = engine.choose(buffer, sparsities, measure, self.progress)
+        settings = {**engine.settings, "block_size": fisher.block_size}
         if settings["damping"] == "auto":
             settings["damping"] = f"{fisher.damping / fisher.mean_square!r}*mean"
         return settings, candidates

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mfac.gradients.buffer import GradientBuffer
 from mfac.gradients.source import GradientSource
+from mfac.pruning.auto import NUM_JUDGES
 from mfac.pruning.engine import Engine
 from mfac.pruning.quadratic import timed
 from mfac.pruning.result import PruneResult
@@ -46,7 +47,7 @@ def prune_step(
             no gradient of a buffer reaches stay dense and do not count (by magnitude they are pruned).
         batches: Batches as for :func:`collect_gradients`, other ones than gave the gradients: a natural-gradient
             correction follows then (see ``corrections`` of :func:`prune`), with the mean of all rows of ``grads``, and
-            these judge it. None: no correction.
+            these judge it, as well as the settings that ``"auto"`` tries. None: no correction.
         loss_fn: Loss of (outputs, targets) for ``batches``; None for models whose output has a ``.loss``.
         settings: The fields of :class:`PruneStepSettings`.
 
@@ -80,8 +81,10 @@ def prune_step(
         options = {"num_grads": 1, "mode": settings["mode"], "forward": settings["forward"]}
         judges = engine.replicas.call(lambda: GradientSource(batches, loss_fn, **options, replicas=engine.replicas))
     try:
-        progress = engine.settings["progress"]
-        result = engine.step(grads, engine.sparsities, progress)
+        progress, measure = engine.settings["progress"], None
+        if judges is not None and engine.chooses:
+            measure = judges.hold(engine.model, NUM_JUDGES)
+        result = engine.step(grads, engine.sparsities, measure, progress)
         if judges is not None:
             with timed(result.seconds, "correction"):
                 measure = judges.hold(engine.model, settings["correction_batches"])
