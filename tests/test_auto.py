@@ -133,9 +133,11 @@ def test_with_batches_the_lowest_loss_wins(entry):
 
 
 def test_over_recomputations_it_is_chosen_once_for_the_end():
+    """By prediction: as a single step without batches would."""
     options = {"num_grads": 8, "refresh": 4, "corrections": 0, "final_corrections": 0, **AUTO}
     result = mfac.prune(make_model(), make_batches(20), LOSS, 0.8, recomputations=3, **options)
-    once = mfac.prune(make_model(), make_batches(20), LOSS, 0.8, recomputations=1, **options)
+    grads = mfac.collect_gradients(make_model(), make_batches(20), LOSS, 8, progress=False)
+    once = mfac.prune_step(make_model(), grads, 0.8, **AUTO)
     assert len(result.candidates) >= 2 + 3  # 64 and 128 of 180 weights, and the other dampings
     assert len({s.block_size for s in result.steps}) == 1
     assert once.candidates == result.candidates and once.block_size == result.block_size

@@ -58,7 +58,7 @@ def choose_settings(
     square of the gradients; then 1e-3, 0.1 and 1 times that at the best block size; then the neighbours of that size at
     the best λ. With ``loss_with`` the lowest loss wins.
 
-    Without it there is no forward pass: the step is computed from three quarters of the gradients and judged by (g δ)²
+    Without it no forward pass is made: the step is computed from three quarters of the gradients and judged by (g δ)²
     for each g of the rest, twice the increase of the loss predicted by gradients which it has not seen. The default
     settings stand unless these say by more than three standard errors that another is better (by chance 1 in 700 per
     candidate), by ranks, because a few gradients make up most of the mean.

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from mfac.fisher import Fisher
 from mfac.gradients.buffer import GradientBuffer
 from mfac.gradients.source import GradientSource
 from mfac.progress import progress_bar
@@ -154,7 +155,11 @@ class _Run:
         buffer, newest = self._collect(self.parts[-1] if self.parts and steps else None)
         if not steps and buffer is not None and engine.chooses:
             with timed(self.seconds, "settings"):
-                engine.settings, self.candidates = self._settled(buffer, end)
+                # A loss tells about the step that is made, and little about one of many.
+                judge = sparsities == end and isinstance(self.grads, GradientSource)
+                measure = self.grads.hold(engine.model, NUM_JUDGES) if judge else None
+                fisher, self.candidates = engine.choose(buffer, end, measure, self.progress)
+                engine.settings = _settled(engine.settings, fisher)
         result = engine.step(buffer, sparsities)
         for stage, value in result.seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + value
@@ -179,13 +184,10 @@ class _Run:
         bar.set_postfix(sparsity=f"{last.sparsity:.1%}", loss=f"{loss:.3f}", refresh=False)
         bar.update()
 
-    def _settled(self, buffer: GradientBuffer, sparsities: Sparsities) -> tuple[dict[str, Any], list[Candidate]]:
-        """Return the settings with what "auto" chooses for the end of a run in its place, and the candidates."""
-        engine, measure = self.engine, None
-        if isinstance(self.grads, GradientSource):
-            measure = self.grads.hold(engine.model, NUM_JUDGES)
-        fisher, candidates = engine.choose(buffer, sparsities, measure, self.progress)
-        settings = {**engine.settings, "block_size": fisher.block_size}
-        if settings["damping"] == "auto":
-            settings["damping"] = f"{fisher.damping / fisher.mean_square!r}*mean"
-        return settings, candidates
+
+def _settled(settings: dict[str, Any], fisher: Fisher) -> dict[str, Any]:
+    """Return the settings with what "auto" has chosen in its place, damping relative to the gradients."""
+    settings = {**settings, "block_size": fisher.block_size}
+    if settings["damping"] == "auto":
+        settings["damping"] = f"{fisher.damping / fisher.mean_square!r}*mean"
+    return settings

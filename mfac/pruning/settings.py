@@ -158,10 +158,10 @@ class MethodSettings(CommonSettings, total=False):
             DEFAULT_DAMPING,
             _damping,
             'λ in [1e-30, 1e30]; ``"<number>*mean"``, relative to the mean square of the gradients; or ``"auto"``: '
-            "that of some ten trial steps whose loss on 16 fresh batches is the lowest; without batches the default, "
-            "unless steps computed from three quarters of the gradients show, on the remaining quarter, that another "
-            "value is clearly better. "
-            "Over several recomputations it is chosen once, and is relative to the gradients from then on.",
+            "that of some ten trial steps whose loss on 16 fresh batches is the lowest. Without batches, and over "
+            "several recomputations: the default, unless steps computed from three quarters of the gradients show, on "
+            "the remaining quarter, that another value is clearly better; it is chosen once, and is relative to the "
+            "gradients from then on.",
         ),
     ]
     block_size: Annotated[
