@@ -6,8 +6,9 @@ VENV   ?= .venv
 # Tests at a time.
 JOBS   ?= 2
 BIN     = $(VENV)/bin
-# One stamp per torch, so that another TORCH is set up anew.
-READY   = $(VENV)/.ready-$(subst =,-,$(TORCH))
+# One stamp per torch, so that another TORCH is set up anew: of what the program needs, and of all.
+INSTALLED = $(VENV)/.installed-$(subst =,-,$(TORCH))
+READY     = $(VENV)/.ready-$(subst =,-,$(TORCH))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test docs bench accuracy tutorial lint format sanitize cuda-check gpu clean
@@ -16,16 +17,20 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 20
 	@echo "  Set-up is done as needed, in $(VENV), with $(TORCH); override: make test TORCH=torch PYTHON=python3.12"
 
-# A virtual environment with torch, this package (editable) and all extras. The last installation names torch again, so that
-# no dependency of an extra replaces it.
-$(READY): pyproject.toml setup.py
+# A virtual environment with torch, this package (editable) and its program; then all extras. Both installations name torch, so
+# that no dependency of an extra replaces it.
+$(INSTALLED): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=23" "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[demo]" "$(TORCH)"
+	touch $@
+
+$(READY): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[demo,dev,lightning,transformers]" "$(TORCH)"
 	touch $@
 
-demo: $(READY)  ## train, prune and compare on real handwritten digits: a table and comparison.png, in a few minutes
+demo: $(INSTALLED)  ## train, prune and compare on real handwritten digits: a table and comparison.png, in a few minutes
 	$(BIN)/mfac demo
 
 # One thread: the tensors of the tests are small, and where others use the machine too, two wait for each other. The tests of
@@ -41,10 +46,10 @@ docs: $(READY)  ## the documentation as a site, in build/site; fails on a warnin
 bench: $(READY)  ## speed of textbook recursion, reference and kernels, against this machine's roofline
 	$(BIN)/python -m pytest -q benchmarks -o python_files='bench_*.py' --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
 
-accuracy: $(READY)  ## accuracy of pruned ResNet-20: make accuracy DATA=cifar10 CHECKPOINT=resnet20.pt; takes hours, goes on where it stopped
+accuracy: $(INSTALLED)  ## accuracy of pruned ResNet-20: make accuracy DATA=cifar10 CHECKPOINT=resnet20.pt; takes hours, goes on where it stopped
 	$(BIN)/python benchmarks/accuracy/run.py --data "$(DATA)" --checkpoint "$(CHECKPOINT)"
 
-tutorial: $(READY)  ## the tutorial on Imagenette, from dense training on: make tutorial DATA=imagenette; takes hours, goes on where it stopped
+tutorial: $(INSTALLED)  ## the tutorial on Imagenette, from dense training on: make tutorial DATA=imagenette; takes hours, goes on where it stopped
 	$(BIN)/python benchmarks/tutorial/run.py --data "$(DATA)"
 
 lint: $(READY)  ## ruff and clang-format, changing nothing
