@@ -1,5 +1,6 @@
 """damping="auto" and block_size="auto": what is tried, and how it is judged."""
 
+import json
 import math
 
 import oracle
@@ -94,6 +95,8 @@ def test_auto_needs_four(unchanged):
     model = linear()
     with unchanged(model), pytest.raises(ValueError, match="grads: expected at least 4 gradients for 'auto', got 3"):
         mfac.prune_step(model, oracle.gradients(3, 120), 0.5, damping="auto")
+    with unchanged(model), pytest.raises(ValueError, match="num_grads: expected at least 4 for 'auto', got 3"):
+        mfac.prune(model, [], LOSS, 0.5, damping="auto", num_grads=3)
 
 
 def test_gradients_that_leave_no_finite_step(unchanged):
@@ -162,11 +165,11 @@ def test_interrupted_while_it_is_tried(unchanged, error, call):
     assert len(calls) == call + 1
 
 
-def test_losses_that_are_not_finite(unchanged):
+def test_losses_that_are_not_finite(unchanged, tmp_path):
     """A candidate without a finite loss is not taken; if there is no other, nothing is pruned."""
     model = make_model()
     grads = mfac.collect_gradients(model, make_batches(), LOSS, 12, progress=False)
-    with unchanged(model), pytest.raises(RuntimeError, match="damping: expected a candidate with a finite loss, got"):
+    with unchanged(model), pytest.raises(RuntimeError, match="damping: expected a candidate with a finite loss of the batches, got"):
         mfac.prune_step(model, grads, 0.7, make_batches(seed=1), lambda out, y: LOSS(out, y) * math.nan, **AUTO)
     calls = []
 
@@ -177,6 +180,9 @@ def test_losses_that_are_not_finite(unchanged):
     result = mfac.prune_step(model, grads, 0.7, make_batches(seed=1), first_only, **AUTO)
     assert [math.isfinite(c.score) for c in result.candidates] == [True] + [False] * (len(result.candidates) - 1)
     assert result.block_size == result.candidates[0].block_size
+    result.to_json(tmp_path / "result.json")
+    read = mfac.PruneResult.from_dict(json.loads((tmp_path / "result.json").read_text()))
+    assert read.candidates == result.candidates
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

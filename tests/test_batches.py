@@ -290,5 +290,28 @@ def test_requires_grad_that_train_changes(unchanged):
                 collect_gradients(model, [(X, Y)], mse, 1, params="1.weight", mode=mode, progress=False)
 
 
+def test_layers_that_merge_weights_in_eval_mode():
+    """As loralib's do: training goes on with what they train."""
+
+    class Merging(nn.Linear):
+        merged = False
+
+        def train(self, mode=True):
+            super().train(mode)
+            if self.merged == mode:
+                self.weight.data.add_(-1.0 if mode else 1.0)
+                self.merged = not mode
+            return self
+
+    model = nn.Sequential(Merging(4, 4), nn.Sequential(Merging(4, 2)))
+    with torch.no_grad():
+        model[0].weight.zero_()
+    model[1].eval()
+    with evaluation(model):
+        assert model[0].merged and bool((model[0].weight == 1).all())
+    assert not model[0].merged and not model[0].weight.any()
+    assert model[1][0].merged and [m.training for m in model.modules()] == [True, True, False, False]
+
+
 def test_run_model_returns_what_forward_does():
     assert run_model(Model(), X, lambda model, batch: (model, batch))[1] is X

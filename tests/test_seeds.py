@@ -35,6 +35,21 @@ def test_seeded_is_undone():
     assert (np.random.get_state()[1] == before[2]).all()  # noqa: NPY002
 
 
+def test_interrupted_while_it_is_undone(monkeypatch):
+    before, restore, calls = np.random.get_state()[1].copy(), random.setstate, []  # noqa: NPY002
+
+    def interrupted(state):
+        calls.append(state)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        restore(state)
+
+    monkeypatch.setattr(random, "setstate", interrupted)
+    with pytest.raises(KeyboardInterrupt), seeded(3):
+        pass
+    assert len(calls) == 2 and (np.random.get_state()[1] == before).all()  # noqa: NPY002
+
+
 def test_current_seed_follows_the_random_state_of_torch():
     assert current_seed() == current_seed()
     before = current_seed()

@@ -64,6 +64,28 @@ def test_tied_once():
     assert list(prunable_parameters(model)) == ["0.weight"]
 
 
+def test_memory_that_two_parameters_share():
+    """They would be pruned one after the other; parameters that lie side by side in one tensor do not share any."""
+    state = nn.Linear(3, 3).state_dict()
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2), nn.Linear(3, 3))
+    for layer in (model[0], model[2]):
+        layer.load_state_dict(state, assign=True)
+    message = "expected parameters with memory of their own, got '0.weight' and '2.weight', which share it"
+    for params in (None, "2.weight"):
+        with pytest.raises(ValueError, match=message):
+            prunable_parameters(model, params)
+    assert list(prunable_parameters(model, "1.weight")) == ["1.weight"]
+    model[2].weight, model[2].bias = model[0].weight, model[0].bias
+    assert list(prunable_parameters(model)) == ["0.weight", "1.weight"]
+    flat, begin = torch.randn(100), 0
+    for p in model.parameters():
+        p.data, begin = flat[begin : begin + p.numel()].view_as(p), begin + p.numel()
+    assert list(prunable_parameters(model)) == ["0.weight", "1.weight"]
+    model[1].weight.data = flat[8:14].view(2, 3)  # the last number of the first weight
+    with pytest.raises(ValueError, match=r"got '0.weight' and '1.weight', which share it"):
+        prunable_parameters(model, "1.weight")
+
+
 def test_tied_layers_with_other_axes():
     model = nn.Sequential(nn.Linear(3, 3), nn.ConvTranspose1d(3, 3, 1), nn.Linear(3, 3))
     assert prunable_parameters(model).targets["1.weight"].axes == Axes(1, 0)

@@ -210,6 +210,10 @@ def evaluation(
 
         def restore() -> None:
             for module, training in modes.items():
+                own = getattr(module.train, "__func__", None) is not nn.Module.train  # it may do more than set the mode
+                if own and module.training != training:
+                    module.train(training)
+            for module, training in modes.items():
                 module.training = training
             for p, value in required.items():
                 if p.requires_grad != value:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from mfac.interrupts import write_whole
+
 
 class SeedKind(enum.IntEnum):
     """What a seed is used for; the numbers are part of every saved position."""
@@ -65,5 +67,4 @@ def seeded(seed: int) -> Iterator[None]:
             np.random.seed(seed % 2**32)  # noqa: NPY002
             yield
         finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
+            write_whole(lambda: (random.setstate(states[0]), np.random.set_state(states[1])))  # noqa: NPY002

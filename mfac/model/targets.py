@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import type_before_parametrizations
@@ -112,7 +113,7 @@ def prunable_parameters(
             string.
         ValueError: If the model has no parameters, nothing is left to prune, an entry of ``params`` or ``exclude``
             matches nothing or is ambiguous, or a parameter cannot be pruned: it is uninitialised, masked by
-            ``torch.nn.utils.prune`` or used through an unknown parametrization.
+            ``torch.nn.utils.prune``, used through an unknown parametrization, or shares its memory with another one.
 
     Example:
         >>> import torch
@@ -153,6 +154,7 @@ def prunable_parameters(
     reasons |= dict.fromkeys(chosen & excluded, _EXCLUDED)
     chosen -= excluded
     _check_prunable(model, {name: parameters[name] for name in parameters if name in chosen}, names)
+    _check_own_memory(parameters, chosen)
     reasons = {name: reasons[name] for name in parameters if name in reasons}
     if reasons:
         _log_once(_summary(reasons))
@@ -256,6 +258,26 @@ def _check_prunable(model: nn.Module, chosen: Mapping[str, nn.Parameter], names:
             raise ValueError(
                 f"model: expected initialised parameters, got {name!r} uninitialised; run the model on a batch first"
             )
+
+
+def _check_own_memory(parameters: Mapping[str, nn.Parameter], chosen: set[str]) -> None:
+    """Check that no other parameter is written with a chosen one: tied weights are a single parameter."""
+    spans = []
+    for name, p in parameters.items():
+        dense = type(p.data) is Tensor and p.layout == torch.strided and p.device.type != "meta" and not is_lazy(p)
+        if dense and p.data_ptr() and torch.ops.aten.is_non_overlapping_and_dense(p):
+            spans.append((p.device.type, p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name))
+    before = ("", 0, 0, "")  # of those that begin earlier the one that ends last
+    for span in sorted(spans):
+        pair = {before[3], span[3]}
+        if before[0] == span[0] and span[1] < before[2] and chosen & pair:
+            first, second = (name for name in parameters if name in pair)
+            raise ValueError(
+                f"model: expected parameters with memory of their own, got {first!r} and {second!r}, which share it "
+                "without being one parameter, as after load_state_dict(..., assign=True); tie them again, by assigning "
+                "the parameter of one layer to the other"
+            )
+        before = max(before, span, key=lambda x: (x[0] == span[0], x[2]))
 
 
 def _summary(reasons: Mapping[str, str]) -> str:

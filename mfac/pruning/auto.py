@@ -18,6 +18,7 @@ from mfac.pruning.quadratic import Plan, prune_vector
 
 DAMPINGS = ("1e-3*mean", "1e-2*mean", "1e-1*mean", "1*mean")  # candidates
 BLOCK_SIZES = (64, 128, 256, 512, 2048, 8192)
+MIN_GRADS = 4  # a quarter of them is held back
 NUM_JUDGES = 16  # batches whose mean loss judges a trial step
 _FIRST_DAMPING = "1e-2*mean"  # with which the block sizes are compared
 _MIN_Z = 3.0  # of a candidate that replaces the default by prediction alone (docs/defaults.md)
@@ -83,8 +84,8 @@ def choose_settings(
     """
     (m, d), candidates = fisher.shape, []
     if "auto" in (damping, block_size):
-        if m < 4:
-            raise ValueError(f"grads: expected at least 4 gradients for 'auto', got {m}")
+        if m < MIN_GRADS:
+            raise ValueError(f"grads: expected at least {MIN_GRADS} gradients for 'auto', got {m}")
         fisher = fisher.replace(**({} if damping == "auto" else {"damping": damping}))
         dampings, first = (DAMPINGS, _FIRST_DAMPING) if damping == "auto" else ([fisher.damping], fisher.damping)
         possible = [b for b in BLOCK_SIZES if b < d and fisher.accepts(b)]
@@ -116,9 +117,7 @@ def choose_settings(
         candidates = list(tried.values())
         damping, block_size = best if judge.is_clear(tried[best]) else default
         if not tried[damping, block_size].score < math.inf:
-            raise RuntimeError(
-                f"damping: expected a candidate with a finite {judge.what}, got none; are the gradients huge?"
-            )
+            raise RuntimeError(f"damping: expected a candidate with a finite {judge.what}")
     fisher = fisher.replace(damping=damping, block_size=block_size)
     _warn_ill_conditioned(fisher)
     return fisher, candidates
@@ -153,7 +152,10 @@ def loss_at(params: Mapping[str, Tensor], measure: Callable[[], float], weights:
 class _Losses:
     """Judges a step by the loss that is measured after it."""
 
-    what = "loss"
+    what = (
+        "loss of the batches, got none; prune less at once, or leave out layers that are divided by their norm, which "
+        "must not be pruned whole"
+    )
 
     def __init__(self, fisher: Fisher, loss_with: Callable[[Tensor], float]) -> None:
         self.fisher, self._loss_with = fisher, loss_with
@@ -172,7 +174,7 @@ class _Losses:
 class _Predictions:
     """Judges a step from three quarters of the gradients by what the others predict of it."""
 
-    what = "step"
+    what = "step, got none; are the gradients huge?"
 
     def __init__(self, fisher: Fisher) -> None:
         m = fisher.shape[0]

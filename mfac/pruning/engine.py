@@ -27,7 +27,7 @@ from mfac.interrupts import write_whole
 from mfac.model.names import NameTable, named_parameters, shorten
 from mfac.model.targets import prunable_parameters
 from mfac.ops.backend import backend_name, select_backend
-from mfac.pruning.auto import BLOCK_SIZES, Candidate, choose_settings, loss_at
+from mfac.pruning.auto import BLOCK_SIZES, MIN_GRADS, Candidate, choose_settings, loss_at
 from mfac.pruning.correction import FIRST_LENGTH, MOMENTUM, Correction, Descent, correct
 from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.gradients import Gradients, check_grads
@@ -474,6 +474,8 @@ class Engine:
         """
         settings = self.settings
         check_grads_device("grads_device", settings["grads_device"], self.device)
+        if self.chooses and least_num_grads(settings["num_grads"]) < MIN_GRADS:
+            raise ValueError(f"num_grads: expected at least {MIN_GRADS} for 'auto', got {settings['num_grads']}")
         if settings["refresh"] is not None:
             check_int("refresh", settings["refresh"], 1, least_num_grads(settings["num_grads"]))
         count = num_grads_at(settings["num_grads"], self.selection.overall(self.reached))

@@ -388,8 +388,11 @@ class Pruner:
                 "optimizer: expected a Pruner that is not attached, got one that is; remove() its handle first"
             )
 
-        def after_step(*_: Any) -> None:
-            self.step()
+        def after_step(stepped: torch.optim.Optimizer, *_: Any) -> None:
+            # A fused optimizer is called also where a GradScaler has found infinite gradients: it skips the step itself
+            found = getattr(stepped, "found_inf", None)
+            if found is None or not found.item():
+                self.step()
 
         self._handle = optimizer.register_step_post_hook(after_step)
         return self._handle

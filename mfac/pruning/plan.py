@@ -24,7 +24,7 @@ class PlannedUpdate:
         layers: Name -> sparsity afterwards, of parameters that are ranked by themselves.
         recomputations: R.
         num_grads: m, rows of the Fisher; 0 for a criterion that needs none.
-        gradients: Backward passes that it takes. Corrections draw further batches, to judge them.
+        gradients: Backward passes that it takes. Corrections and ``"auto"`` draw further batches, to judge by.
         nbytes: Of the gradients.
     """
 

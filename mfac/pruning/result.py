@@ -175,7 +175,10 @@ class PruneResult:
         if missing:
             raise ValueError(f"values: expected what to_dict returned, got none of {', '.join(sorted(missing))}")
         values["layers"] = [(row["name"], row["weights"], row["kept"]) for row in values["layers"]]
-        values["candidates"] = [Candidate(**row) for row in values["candidates"]]
+        infinite = {"score": math.inf}  # null in JSON
+        values["candidates"] = [
+            Candidate(**{**row, **(infinite if row["score"] is None else {})}) for row in values["candidates"]
+        ]
         losses = ("loss_before", "loss_after")  # null in JSON where not known
         values["steps"] = [
             PruneStep(**{**row, **{name: math.nan for name in losses if row[name] is None}}) for row in values["steps"]
