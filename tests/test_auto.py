@@ -169,7 +169,10 @@ def test_losses_that_are_not_finite(unchanged, tmp_path):
     """A candidate without a finite loss is not taken; if there is no other, nothing is pruned."""
     model = make_model()
     grads = mfac.collect_gradients(model, make_batches(), LOSS, 12, progress=False)
-    with unchanged(model), pytest.raises(RuntimeError, match="damping: expected a candidate with a finite loss of the batches, got"):
+    with (
+        unchanged(model),
+        pytest.raises(RuntimeError, match="damping: expected a candidate with a finite loss of the batches, got"),
+    ):
         mfac.prune_step(model, grads, 0.7, make_batches(seed=1), lambda out, y: LOSS(out, y) * math.nan, **AUTO)
     calls = []
 

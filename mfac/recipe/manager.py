@@ -328,13 +328,14 @@ class Session:
         """Return masks, progress and what the recipe set, for :meth:`load_state_dict`."""
         return {"epoch": self._epoch, "actions": [action.state_dict() for action in self._actions]}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Restore masks, progress, learning rate and weight decay, and enforce the masks.
 
         Model and optimizer have states of their own; load them before or after.
 
         Args:
             state: From :meth:`state_dict` of a session of the same recipe.
+            strict: Refuse a state whose pruning settings (damping, pattern, ...) are others than the recipe's now.
 
         Raises:
             ValueError: If it belongs to another recipe; nothing is changed then.
@@ -346,7 +347,7 @@ class Session:
             raise ValueError(f"state: expected {len(self._actions)} modifiers, those of this recipe, got {len(states)}")
         epoch = check_number("state['epoch']", state["epoch"])
         for action, saved in zip(self._actions, states, strict=True):
-            action.check_state_dict(saved)  # all before one is changed
+            action.check_state_dict(saved, strict)  # all before one is changed
         for action, saved in zip(self._actions, states, strict=True):
             action.load_state_dict(saved)
         self._epoch = epoch

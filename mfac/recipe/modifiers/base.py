@@ -202,8 +202,8 @@ class Action:
         """Return tensors and plain values, for :meth:`load_state_dict`."""
         return {}
 
-    def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Check a state without loading it; raise ValueError if it belongs to another action."""
+    def check_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Check a state without loading it; raise ValueError if it belongs to another action (strict: or settings)."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state."""

@@ -38,7 +38,7 @@ class _Masked(Action):
     def state_dict(self) -> dict[str, Any]:
         return {"masks": {name: mask.clone() for name, mask in self.masks.items()}}
 
-    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+    def check_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         if not isinstance(state.get("masks"), Mapping):
             raise ValueError(f"state: expected masks, got {sorted(map(str, state))!r:.80}")
         check_masks("state", state["masks"], self._params())

@@ -149,7 +149,7 @@ class Write(Action):
         values = [float(group[setting.key]) for group in setting.groups(self._optimizer)]
         return {"values": values, "written": self._written, "written_at": self.written_at}
 
-    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+    def check_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Check the number of values."""
         values, count = state.get("values"), len(self.setting.groups(self._optimizer))
         if not isinstance(values, list) or len(values) != count:

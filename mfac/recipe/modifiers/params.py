@@ -74,7 +74,7 @@ class _Trainable(Action):
     def state_dict(self) -> dict[str, Any]:
         return {"active": self._active, "before": dict(self._before)}
 
-    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+    def check_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         before = state.get("before")
         if not isinstance(before, Mapping) or list(before) != list(self._before):
             raise ValueError(f"state: expected requires_grad of {', '.join(self._before):.200}, got {before!r:.80}")

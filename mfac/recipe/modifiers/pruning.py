@@ -293,13 +293,13 @@ class Pruning(Action):
         """Return the Pruner's state."""
         return {**self.pruner.state_dict(), "released": self.released}
 
-    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+    def check_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Check a state of the Pruner."""
-        self.pruner.check_state_dict(state)
+        self.pruner.check_state_dict(state, strict)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the Pruner's state, and enforce its masks if they are held."""
-        self.pruner.restore(state)
+        self.pruner.restore(state, strict=False)  # checked already
         self.enforce()
 
 
