@@ -245,6 +245,23 @@ def test_recipe(tmp_path):
         trainer([PrunerCallback(recipe=RECIPE)], tmp_path, max_epochs=1).fit(Module(), loader())
 
 
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_a_recipe_sets_the_learning_rate_against_a_scheduler(tmp_path, interval):
+    class Scheduled(Module):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
+
+        def on_before_optimizer_step(self, optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    rates, recipe = [], "modifiers:\n  - !EpochRangeModifier {end_epoch: 3}\n"
+    recipe += "  - !SetLearningRateModifier {start_epoch: 1, learning_rate: 0.01}\n"
+    trainer([PrunerCallback(recipe=recipe)], tmp_path).fit(Scheduled(), loader())
+    assert rates == [0.1] * 8 + [0.01] * 16
+
+
 def test_a_recipe_is_resumed(tmp_path):
     weights = []
     for path in (None, "half.ckpt"):
@@ -252,7 +269,8 @@ def test_a_recipe_is_resumed(tmp_path):
         used = trainer([PrunerCallback(recipe=RECIPE)], tmp_path, max_epochs=2)
         if path is None:
             half = trainer([PrunerCallback(recipe=RECIPE)], tmp_path, max_epochs=2, max_steps=8)
-            half.fit(Module(), loader(False))
+            with pytest.warns(UserWarning, match="trainer: expected max_steps of at least 12, where"):
+                half.fit(Module(), loader(False))
             half.save_checkpoint(tmp_path / "half.ckpt")
         used.fit(module, loader(False), ckpt_path=path and str(tmp_path / path))
         weights.append([p.detach().clone() for p in module.parameters()])

@@ -296,6 +296,38 @@ def test_a_model_at_its_final_sparsity_goes_on(model):
     assert session.step(1.0) == [] and float((model[0].weight == 0).float().mean()) == 0.3125
 
 
+def test_a_freeze_within_another(model):
+    """The one that begins last counts; where it ends, the other holds."""
+    text = "  - !TrainableParamsModifier {params: __ALL__, trainable: false, start_epoch: 0, end_epoch: 4}\n"
+    text += "  - !TrainableParamsModifier {params: [2.weight], trainable: %s, start_epoch: 1, end_epoch: %d}\n"
+    for value, end, seen in [("false", 2, [0, 0, 0, 1]), ("true", 2, [0, 1, 0, 1]), ("false", 5, [0, 0, 0, 0, 1])]:
+        for p in model.parameters():
+            p.requires_grad_(True)
+        session, _ = apply(text % (value, end), model)
+        found = []
+        for epoch in (0.5, 1.0, 2.0, 4.0, 5.0)[: len(seen)]:
+            session.step(epoch)
+            found.append(int(model[2].weight.requires_grad))
+        assert found == seen and model[0].weight.requires_grad
+
+
+def test_what_a_recipe_thaws_is_named(model):
+    """`__ALL_PRUNABLE__` leaves out what is frozen when the recipe is applied."""
+    model[0].weight.requires_grad_(False)
+    text = "  - !TrainableParamsModifier {params: [0.weight], start_epoch: 1}\n"
+    text += (
+        "  - !GMPruningModifier {params: %s, init_sparsity: 0.25, final_sparsity: 0.75, start_epoch: 2, end_epoch: 3}\n"
+    )
+    with pytest.raises(
+        ValueError, match=r"line 4: !GMPruningModifier: params: expected the names of 0.weight too, froz"
+    ):
+        apply(text % "__ALL_PRUNABLE__", model)
+    assert not model[0].weight.requires_grad
+    session, _ = apply(text % "[0.weight, 2.weight]", model)
+    session.step(3.0)
+    assert [float((model[i].weight == 0).float().mean()) for i in (0, 2)] == [0.75, 0.75]
+
+
 def test_overlapping_freezes_end_as_before(model):
     text = "  - !TrainableParamsModifier {params: __ALL__, trainable: false, start_epoch: 0, end_epoch: 1}\n"
     text += "  - !TrainableParamsModifier {params: [2.weight], trainable: true, start_epoch: 0, end_epoch: 1}\n"

@@ -207,5 +207,11 @@ def test_recipe(tmp_path):
     with pytest.raises(ValueError, match="recipe: expected a trainer of at least its 3 epochs, got 2"):
         longer = RECIPE.replace("end_epoch: 2}", "end_epoch: 3}")
         make_trainer(make_model(), PrunerCallback(recipe=longer), tmp_path).train()
+    for steps in (3, 4):  # of 3 of the 8 batches of an epoch, the last one of 2
+        with pytest.raises(ValueError, match=f"of at least its 3 epochs, got {steps / 3:g}"):
+            options = {"gradient_accumulation_steps": 3, "max_steps": steps}
+            make_trainer(make_model(), PrunerCallback(recipe=longer), tmp_path, **options).train()
+    with pytest.raises(ValueError, match="of at least its 3 epochs, got 2"):
+        make_trainer(make_model(), PrunerCallback(recipe=longer), tmp_path, gradient_accumulation_steps=3).train()
     with pytest.raises(TypeError, match="recipe: expected no settings beside it, got sparsity"):
         PrunerCallback(recipe=RECIPE, sparsity=0.5)

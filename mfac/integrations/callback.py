@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -83,9 +84,12 @@ def apply_recipe(
         ValueError: If the recipe is longer, or wrong.
     """
     manager = Manager.from_recipe(recipe, recipe_args)
-    if epochs < manager.epochs:
+    if epochs < manager.epochs - 1e-9:
         raise ValueError(f"recipe: expected a trainer of at least its {manager.epochs:g} epochs, got {epochs:g}")
-    return manager.apply(model, optimizer, batches, loss_fn, **{"progress": True, **settings})
+    session = manager.apply(model, optimizer, batches, loss_fn, **{"progress": True, **settings})
+    if session.sets_learning_rate:
+        logging.getLogger("mfac").info("the recipe sets the learning rate, in place of the trainer's scheduler")
+    return session
 
 
 def full_state(pruner: Pruner | Session) -> dict[str, Any]:

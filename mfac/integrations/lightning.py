@@ -157,7 +157,20 @@ class PrunerCallback(Callback):
             raise ValueError(f"recipe: expected a model with one optimizer, got {len(trainer.optimizers)}")
         epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
         arguments = (module, trainer.optimizers[0], batches, self._loss_fn, settings)
-        return apply_recipe(self._recipe, self._recipe_args, epochs, *arguments)
+        session = apply_recipe(self._recipe, self._recipe_args, epochs, *arguments)
+        steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        last = max((pruner.end for pruner in session.pruners), default=0.0)
+        if trainer.max_steps not in (None, -1) and trainer.max_steps / steps < last:
+            warn(
+                f"trainer: expected max_steps of at least {math.ceil(last * steps)}, where the recipe's last update is "
+                f"due, got {trainer.max_steps}"
+            )
+        return session
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Set the learning rate of a recipe once more, which a scheduler may have changed."""
+        if isinstance(self.pruner, Session):
+            self.pruner.rewrite_learning_rate()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Take pruned weights out of the gradients, before these are clipped."""

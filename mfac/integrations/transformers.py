@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,14 +123,13 @@ class PrunerCallback(TrainerCallback):
             loader = objects["train_dataloader"]
             batches = getattr(loader, "base_dataloader", loader)  # without accelerate's bookkeeping
         if self._recipe is not None:
-            steps = max(len(objects["train_dataloader"]) // args.gradient_accumulation_steps, 1)
-            epochs, optimizer = state.max_steps / steps, objects["optimizer"]
+            epochs, optimizer = float(args.num_train_epochs), objects["optimizer"]
+            if args.max_steps > 0:
+                epochs = args.max_steps / math.ceil(len(objects["train_dataloader"]) / args.gradient_accumulation_steps)
             optimizer = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
             self.pruner = apply_recipe(
                 self._recipe, self._recipe_args, epochs, model, optimizer, batches, self._loss_fn, settings
             )
-            if self.pruner.sets_learning_rate:
-                logging.getLogger("mfac").info("the recipe sets the learning rate, in place of the trainer's scheduler")
         else:
             self.pruner = Pruner(model, batches, self._loss_fn, **settings)
         if saved is not None:

@@ -194,6 +194,11 @@ class Pruner:
         return self._engine.sparsity
 
     @property
+    def end(self) -> float:
+        """The nominal time of the last update."""
+        return self._schedule.end
+
+    @property
     def finished(self) -> bool:
         """Whether the last update has been made, and the final sparsity reached."""
         return self._last is not None and self._last >= self._schedule.end and not self._behind

@@ -19,6 +19,7 @@ from mfac.recipe.load import Recipe, load_recipe
 from mfac.recipe.modifiers import EpochRange, MagnitudePruning, Modifier, Pruning, Target, build
 from mfac.recipe.modifiers.base import Action
 from mfac.recipe.modifiers.optimizer import Write
+from mfac.recipe.modifiers.params import Trainable
 
 
 class Manager:
@@ -170,12 +171,14 @@ class Manager:
     def _bind(self, target: Target) -> Session:
         # Stable: of two settings that start together, the later one wins.
         modifiers = sorted(self.modifiers, key=lambda modifier: modifier.start_epoch)
-        actions = []
+        actions = [_located(modifier, modifier.bind, target) for modifier in modifiers]
+        trainable = [action for action in actions if isinstance(action, Trainable)]
+        thawed = {name for action in trainable for name in action.thawed}
+        for action in trainable:
+            action.peers = trainable
         for modifier in modifiers:
-            try:
-                actions.append(modifier.bind(target))
-            except ValueError as error:
-                raise ValueError(f"{modifier.where}: {error}" if modifier.where else str(error)) from error
+            if isinstance(modifier, MagnitudePruning) and thawed:
+                _located(modifier, modifier.check_thawed, target.model, thawed)
         return Session(target.model, [action for action in actions if action is not None])
 
     def one_shot(
@@ -211,6 +214,14 @@ class Manager:
         )
         session.step(0.0)
         return session
+
+
+def _located(modifier: Modifier, call: Callable[..., Any], *arguments: Any) -> Any:
+    """Call, and name the modifier's place in its errors."""
+    try:
+        return call(*arguments)
+    except ValueError as error:
+        raise ValueError(f"{modifier.where}: {error}" if modifier.where else str(error)) from error
 
 
 class Session:

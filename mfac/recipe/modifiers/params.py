@@ -45,10 +45,21 @@ class TrainableParams(Modifier):
     def bind(self, target: Target) -> Action | None:
         """Return what sets `requires_grad`."""
         found = _matching(target.model, self.params, self.params_strict)
-        return None if target.one_shot else _Trainable(self, target.model, found)
+        return None if target.one_shot else Trainable(self, target.model, found)
 
 
-class _Trainable(Action):
+class Trainable(Action):
+    """Parameters whose `requires_grad` is set for a time.
+
+    Args:
+        modifier: Which value, and from when to when.
+        model: The model.
+        found: Names of the parameters.
+
+    Attributes:
+        peers: All actions of this kind in the recipe, by the epoch at which they begin: the last one that lasts counts.
+    """
+
     early = True
 
     def __init__(self, modifier: TrainableParams, model: nn.Module, found: list[str]) -> None:
@@ -57,29 +68,41 @@ class _Trainable(Action):
         every = named_parameters(model)
         self._before = {name: every[name].requires_grad for name in found}
         self._active = False
+        self.peers: list[Trainable] = [self]
+
+    @property
+    def thawed(self) -> list[str]:
+        """Names of frozen parameters that it makes trainable."""
+        return [name for name, before in self._before.items() if self._trainable and not before]
 
     def _set(self, active: bool) -> None:
-        every = named_parameters(self._model)
-        for name, before in self._before.items():
-            every[name].requires_grad_(self._trainable if active else before)
-            if not every[name].requires_grad:
-                every[name].grad = None  # which an optimizer would go on to apply
         self._active = active
+        every = named_parameters(self._model)
+        for name, value in self._before.items():
+            for peer in self.peers:
+                value = peer._trainable if peer._active and name in peer._before else value
+            every[name].requires_grad_(value)
+            if not value:
+                every[name].grad = None  # which an optimizer would go on to apply
 
     def step(self, last: float, epoch: float) -> None:
+        """Begin or end."""
         active = self._start <= epoch < self._end
         if active != self._active:
             self._set(active)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return whether it lasts, and what there was before."""
         return {"active": self._active, "before": dict(self._before)}
 
     def check_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Check the names."""
         before = state.get("before")
         if not isinstance(before, Mapping) or list(before) != list(self._before):
             raise ValueError(f"state: expected requires_grad of {', '.join(self._before):.200}, got {before!r:.80}")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore it, and set the parameters."""
         self._before = dict(state["before"])
         self._set(bool(state["active"]))
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mfac.checks import check_choice
 from mfac.gradients.settings import SourceSettings
+from mfac.model.names import shorten
+from mfac.model.targets import prunable_parameters
 from mfac.pruning.criteria import CRITERIA
 from mfac.pruning.gradual import Pruner
 from mfac.pruning.patterns import parse_pattern
@@ -231,6 +233,24 @@ class MagnitudePruning(Modifier):
             **self.settings_for(target.one_shot),
         )
         return Pruning(pruner, self.leave_enabled or target.one_shot)
+
+    def check_thawed(self, model: nn.Module, thawed: Collection[str]) -> None:
+        """Check that no parameter is left out because it is frozen when the recipe is applied.
+
+        Args:
+            model: The model.
+            thawed: Names of frozen parameters that the recipe makes trainable later.
+
+        Raises:
+            ValueError: If one is.
+        """
+        left_out = prunable_parameters(model, self.params).left_out if self.params else {}
+        missed = [name for name in left_out if name in thawed]
+        if missed:
+            raise ValueError(
+                f"params: expected the names of {shorten(missed, 3)} too, frozen when the recipe is applied and made "
+                f"trainable by it later, which __ALL_PRUNABLE__ leaves out, got {self.params}"
+            )
 
     @staticmethod
     def _pruner(*arguments: Any, **settings: Any) -> Pruner:
