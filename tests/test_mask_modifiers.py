@@ -315,12 +315,8 @@ def test_what_a_recipe_thaws_is_named(model):
     """`__ALL_PRUNABLE__` leaves out what is frozen when the recipe is applied."""
     model[0].weight.requires_grad_(False)
     text = "  - !TrainableParamsModifier {params: [0.weight], start_epoch: 1}\n"
-    text += (
-        "  - !GMPruningModifier {params: %s, init_sparsity: 0.25, final_sparsity: 0.75, start_epoch: 2, end_epoch: 3}\n"
-    )
-    with pytest.raises(
-        ValueError, match=r"line 4: !GMPruningModifier: params: expected the names of 0.weight too, froz"
-    ):
+    text += "  - !GMPruningModifier {params: %s, final_sparsity: 0.75, start_epoch: 2, end_epoch: 3}\n"
+    with pytest.raises(ValueError, match=r"line 4: !GMPruningModifier: params: expected the names of 0.weight too"):
         apply(text % "__ALL_PRUNABLE__", model)
     assert not model[0].weight.requires_grad
     session, _ = apply(text % "[0.weight, 2.weight]", model)
