@@ -1,5 +1,7 @@
 """Files of converted models: compressed, complete, and read without dense weights."""
 
+import pickle
+
 import pytest
 import torch
 from test_sparse_convert import Branching, network, prune, times  # noqa: F401  # fixtures
@@ -76,7 +78,7 @@ def test_wrong_files(network, tmp_path):  # noqa: F811
     mfac.sparse.save(mfac.sparse.convert(model, x, policy="sparse"), path)
     with pytest.raises(ValueError, match=r"model: expected the layers of .*, got none of that name for 'sections"):
         mfac.sparse.load(nn.Linear(2, 2), path)
-    with pytest.raises(ValueError, match=r"model: expected the network of .*, got another: 'sections"):
+    with pytest.raises(ValueError, match=r"model: expected the network of .*, got another: out_channels of 'input"):
         mfac.sparse.load(MobileNetV1(num_classes=10, width=0.5), path)
     with pytest.raises(ValueError, match=r"model: expected one that torch\.fx can trace, as was the one in"):
         mfac.sparse.load(Branching(), path)
@@ -91,11 +93,11 @@ def convolution(inputs=16, size=1, stride=1, padding=0, activation=nn.ReLU, norm
 @pytest.mark.parametrize(
     ("other", "text"),
     [
-        ({"inputs": 32}, r"'0' is SparseConv2d, shape=\[64, 16\], .* there, SparseConv2d, shape=\[64, 32\]"),
-        ({"size": 3}, r"'0' is .*kernel=\[1, 1\].* there, .*kernel=\[3, 3\]"),
-        ({"stride": 2}, r"'0' is .*stride=\[1, 1\].* there, .*stride=\[2, 2\]"),
-        ({"padding": 1}, r"'0' is .*padding=\[0, 0\].* there, .*padding=\[1, 1\]"),
-        ({"activation": nn.GELU}, r"'0' is .*activation=relu there, .*activation=none"),
+        ({"inputs": 32}, r"shape of '0' is \[64, 16\] there, \[64, 32\] here"),
+        ({"size": 3}, r"shape of '0' is \[64, 16\] there, \[64, 144\] here"),
+        ({"stride": 2}, r"stride of '0' is \[1, 1\] there, \[2, 2\] here"),
+        ({"padding": 1}, r"padding of '0' is \[0, 0\] there, \[1, 1\] here"),
+        ({"activation": nn.GELU}, r"activation of '0' is 'relu' there, 'none' here"),
     ],
 )
 def test_another_network_of_the_same_names(tmp_path, suffix, other, text):
@@ -120,3 +122,79 @@ def test_damaged_files(tmp_path, suffix):
         mfac.sparse.load(convolution(), path)
     with pytest.raises(ValueError, match=r"path: expected an existing file, got .*none"):
         mfac.sparse.load(convolution(), tmp_path / "none")
+
+
+class Attention(nn.Module):
+    """A module with children whose number of heads no tensor says, and a number in the forward."""
+
+    def __init__(self, heads=2, scale=0.5, branches=False):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(64, heads, batch_first=True), nn.Linear(64, 64)
+        self.scale, self.branches = scale, branches
+
+    def forward(self, x):
+        if self.branches and x.sum() > 1e9:
+            return x
+        return self.head(self.scale * self.attention(x, x, x)[0])
+
+
+def followed_by(*layers):
+    return nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), *layers)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "text"),
+    [
+        (followed_by(nn.GroupNorm(4, 16)), followed_by(nn.GroupNorm(8, 16)), "num_groups of '1' is 4 there, 8 here"),
+        (followed_by(nn.LeakyReLU()), followed_by(nn.LeakyReLU(0.3)), "negative_slope of '1' is 0.01 there, 0.3 here"),
+        (followed_by(nn.GELU()), followed_by(nn.GELU("tanh")), "approximate of '1' is 'none' there, 'tanh' here"),
+        (followed_by(nn.Hardtanh(-1, 1)), followed_by(nn.Hardtanh(-2, 1)), "min_val of '1' is -1 there, -2 here"),
+        (
+            followed_by(nn.Upsample(scale_factor=2)),
+            followed_by(nn.Upsample(scale_factor=2, mode="bilinear")),
+            "mode of '1' is 'nearest' there, 'bilinear' here",
+        ),
+        (
+            nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect")),
+            nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, padding_mode="circular")),
+            "padding_mode of '0' is 'reflect' there, 'circular' here",
+        ),
+        (Attention(), Attention(8), "num_heads of 'attention' is 2 there, 8 here"),
+        (Attention(), Attention(scale=2), "step 3 of '' is call_function mul .0.5, .* there, .* mul .2,"),
+        (Attention(branches=True), Attention(8, branches=True), "num_heads of 'attention' is 2 there, 8 here"),
+        (Attention(branches=True), Attention(scale=2, branches=True), "scale of '' is 0.5 there, 2 here"),
+    ],
+)
+def test_settings_that_no_tensor_says(tmp_path, one, other, text):
+    x = torch.randn(2, 5, 64) if isinstance(one, Attention) else torch.randn(1, 16, 8, 8)
+    for layer in (module for module in one.modules() if type(module) in (nn.Linear, nn.Conv2d)):
+        layer.weight.data.mul_(torch.rand_like(layer.weight) < 0.1)
+    fast = mfac.sparse.convert(one, x, policy="sparse")
+    mfac.sparse.save(pickle.loads(pickle.dumps(fast)), tmp_path / "model.safetensors")
+    with torch.no_grad():
+        assert torch.equal(mfac.sparse.load(one, tmp_path / "model.safetensors")(x), fast(x))
+    with pytest.raises(ValueError, match=f"model: expected the network of .*, got another: {text}"):
+        mfac.sparse.load(other, tmp_path / "model.safetensors")
+
+
+def test_a_file_of_an_earlier_version(tmp_path):
+    fast = mfac.sparse.convert(prune(convolution().eval(), 0.9), torch.randn(1, 16, 8, 8), policy="sparse")
+    mfac.sparse.save(fast, tmp_path / "model.pt")
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    content["mfac.sparse"]["modules"] = {"0": "SparseConv2d, shape=[64, 16]"}
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(
+        ValueError, match=r"path: expected a file of this version of mfac.sparse.save, got .*model.pt of"
+    ):
+        mfac.sparse.load(convolution(), tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("settings", [{"padding_mode": "reflect"}, {"dilation": 2}])
+def test_a_layer_that_would_not_be_replaced(tmp_path, settings):
+    one, other = (nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, **given)) for given in ({}, settings))
+    one[0].weight.data.mul_(torch.rand_like(one[0].weight) < 0.1)
+    mfac.sparse.save(mfac.sparse.convert(one, torch.randn(1, 16, 8, 8), policy="sparse"), tmp_path / "model.pt")
+    with pytest.raises(
+        ValueError, match=r"model: expected the layers of .*, got '0' that is not replaced: its padding"
+    ):
+        mfac.sparse.load(other, tmp_path / "model.pt")

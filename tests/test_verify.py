@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mfac import save_compressed, sparse, verify
+from mfac import Pruner, save_compressed, sparse, verify
 from mfac.cli.main import main
 from mfac.tutorial.models import MobileNetV1
 
@@ -63,6 +63,72 @@ def test_what_does_not_hold(files, asked, failure):
     result = verify(files[0], **asked)
     assert not result.ok and result.failures[0].startswith(failure)
     assert f"failed: {failure}" in str(result)
+
+
+DENSE, ZERO = torch.ones(8, 8), torch.zeros(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("content", "read", "more"),
+    [
+        ({"a.weight": ZERO, "ema": {"a.weight": DENSE}}, "the top level", "ema"),
+        ({"a": ZERO, "blocks": [DENSE, DENSE]}, "the top level", "blocks"),
+        ({"a": (ZERO, {"b": DENSE})}, "the top level", "a"),
+        ({"G": {"a": ZERO}, "D": {"a": DENSE}}, "the top level", "G, D"),
+        ({"model": {"a": ZERO}, "state_dict": {"a": DENSE}}, "'model'", "state_dict"),
+        ({"model": {"a": ZERO, "state_dict": {"a": ZERO}}, "ema": DENSE}, "'model.state_dict'", "ema, a"),
+        ({"state_dict": {"a": ZERO}, "callbacks": {"EMA": {"shadow": [DENSE]}}}, "'state_dict'", "callbacks"),
+    ],
+)
+def test_weights_that_are_not_read_are_refused(tmp_path, content, read, more):
+    torch.save(content, tmp_path / "m.pt")
+    text = (
+        f"path: expected the weights of one state dict, got .*, of which {read} is read, with more weights in {more};"
+    )
+    with pytest.raises(ValueError, match=text):
+        verify(tmp_path / "m.pt", sparsity=0.9)
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict"])
+def test_what_a_checkpoint_holds_beside_the_weights_is_named(tmp_path, key):
+    model = pruned()
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(4, 8, 4, 4)).sum().backward()
+    optimizer.step()
+    pruner = Pruner(model, sparsity=0.9, end=1, criterion="magnitude")
+    pruner.step()
+    content = {
+        key: model.state_dict(),
+        "optimizer_states": [optimizer.state_dict()],
+        "callbacks": {"PrunerCallback": pruner.state_dict(results=True)},
+        "loops": {"fit_loop": {"state_dict": {}, "epoch": 1}},
+        "rng": torch.get_rng_state(),
+    }
+    torch.save(content, tmp_path / "m.pt")
+    found = verify(tmp_path / "m.pt", sparsity=0.9)
+    assert found.ok and found.part == key and found.unread == ("optimizer_states", "callbacks", "rng")
+    assert f"  read: {key}\n  not read, no weights: optimizer_states, callbacks, rng\n" in str(found)
+
+
+def test_names_of_one_memory_in_two_layouts_are_two_weights(tmp_path):
+    weight = torch.ones(8, 8)
+    weight[:, ::2] = 0
+    torch.save({"a": weight, "b": weight.T, "c": weight}, tmp_path / "m.pt")
+    found = verify(tmp_path / "m.pt", pattern="2:4")
+    assert [(layer.name, not layer.breaks) for layer in found.layers] == [("a", True), ("b", False)]
+
+
+def test_rounding_lets_no_layer_pass_that_no_pruning_gives(tmp_path):
+    torch.save({f"{i}.weight": torch.ones(2, 2) for i in range(10)}, tmp_path / "m.pt")
+    failures = verify(tmp_path / "m.pt", sparsity=0.9, layer_sparsity=0.9, pattern=[8, 1]).failures
+    assert failures[0] == "sparsity: expected >= 90.00 %, got 0.00 %" and len(failures) == 11
+    weight = torch.ones(8, 10)  # at 55 % 5.5 of its 10 blocks go
+    weight[:, :5] = 0
+    torch.save({"w": weight}, tmp_path / "m.pt")
+    assert verify(tmp_path / "m.pt", sparsity=0.55, layer_sparsity=0.55, pattern=[8, 1]).ok
+    weight[:, 4] = 1
+    torch.save({"w": weight}, tmp_path / "m.pt")
+    assert len(verify(tmp_path / "m.pt", sparsity=0.55, layer_sparsity=0.55, pattern=[8, 1]).failures) == 2
 
 
 def test_sparsity_is_exact_up_to_the_rounding_of_each_layer(tmp_path):

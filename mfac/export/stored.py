@@ -53,12 +53,16 @@ class WeightsFile:
         format: In words.
         tensors: All its tensors, each stored one once.
         nbytes: Bytes on disk, with those of an ONNX file's external data.
+        part: Of a checkpoint, the entry that holds them, such as ``"model"``; empty if it is the whole file.
+        unread: Other parts of a checkpoint that hold tensors, such as ``"optimizer"``.
     """
 
     path: Path
     format: str
     tensors: list[StoredTensor] = field(repr=False)
     nbytes: int
+    part: str = ""
+    unread: tuple[str, ...] = ()
 
     @property
     def weights(self) -> dict[str, StoredTensor]:

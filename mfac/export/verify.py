@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ class Layer:
         dtype: Of its elements.
         zeros: Elements that are zero; under a pattern of blocks those in blocks of zeros alone.
         breaks: The first group that does not keep the pattern, in words; empty if all do, or no pattern was asked for.
+        groups: Whole groups of the pattern in the weight.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Layer:
     dtype: torch.dtype
     zeros: int
     breaks: str = ""
+    groups: int = 0
 
     @property
     def numel(self) -> int:
@@ -60,6 +63,8 @@ class Verification:
         layers: The weights that were looked at.
         sizes: ``"file"``, ``"dense"``, ``"zipped"`` and ``"compressed"`` -> bytes.
         failures: What was asked and does not hold, each in a line; empty if all does.
+        part: Of a checkpoint, the entry that was read, such as ``"model"``; empty if it is the whole file.
+        unread: Other parts of a checkpoint that hold tensors, such as ``"optimizer"``; they were not looked at.
     """
 
     path: Path
@@ -67,6 +72,8 @@ class Verification:
     layers: list[Layer] = field(repr=False)
     sizes: dict[str, int]
     failures: list[str]
+    part: str = ""
+    unread: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -81,6 +88,10 @@ class Verification:
     def __str__(self) -> str:
         width = max(len(layer.name) for layer in self.layers)
         lines = [f"{self.path}: {self.format}, {len(self.layers)} weights, sparsity {100 * self.sparsity:.2f} %"]
+        if self.part:
+            lines.append(f"  read: {self.part}")
+        if self.unread:
+            lines.append(f"  not read, no weights: {shorten(self.unread)}")
         for layer in self.layers:
             shape, dtype = "x".join(map(str, layer.shape)), str(layer.dtype).removeprefix("torch.")
             line = f"  {layer.name:{width}}  {shape:>16}  {dtype:8}  {100 * layer.sparsity:6.2f} %  {layer.breaks}"
@@ -108,12 +119,14 @@ def verify(
     Looked at are the tensors with two axes or more; in an ONNX file the weights of convolutions and matrix products.
     In other files the first axis of a weight counts as its outputs and the second as its inputs, as in linear layers
     and convolutions, and convolutions as without groups. One tensor at a time is in memory. That weights are finite is
-    always asked.
+    always asked. Of a checkpoint the state dict in ``"model"`` or ``"state_dict"`` is read; masks and the states of
+    optimizers beside it are named in the result, other weights are refused.
 
     Args:
         path: A checkpoint or state_dict of torch, a safetensors file, compressed or not, or an ONNX file. Of quantized
             weights the zeros are the elements that equal their zero point.
-        sparsity: The least share of zeros of all weights together, up to the rounding of each layer to whole groups.
+        sparsity: The least share of zeros of all weights together, up to the rounding of each layer to the nearest
+            number of zeros that its whole groups give.
         layer_sparsity: The same of each.
         pattern: What every weight must keep, as in :func:`mfac.prune_step`. Of ``"N:M"`` each whole group holds at
             most N values. Of blocks each holds no zero or zeros alone, and only whole blocks count as sparsity.
@@ -128,7 +141,8 @@ def verify(
 
     Raises:
         TypeError: If an argument is of another type.
-        ValueError: If it is not such a file, a name is none of its weights, or an argument is out of range.
+        ValueError: If it is not such a file, a name is none of its weights, an argument is out of range, or it is a
+            checkpoint with weights beside those of the state dict that is read, such as an average of them.
         ImportError: If it is an ONNX file and onnx is not installed.
 
     Example:
@@ -167,16 +181,15 @@ def verify(
         if params is None and name not in same.values() and bool(before.zeros(before.read()).any()):
             failures.append(f"zeros_of: expected {name} in this file too, got {shorten(same)}")
     sizes["file"] = file.nbytes
-    slack = kept.size / 2  # what rounding to whole groups changes in a layer
-    found = Verification(file.path, file.format, layers, sizes, failures)
+    found = Verification(file.path, file.format, layers, sizes, failures, file.part, file.unread)
     for layer in layers:
         if layer.breaks:
             failures.append(f"pattern: expected {kept.name} in {layer.name}, got {layer.breaks}")
-    zeros, count = sum(layer.zeros for layer in layers), sum(layer.numel for layer in layers)
-    if wanted is not None and zeros < wanted * count - slack * len(layers):
+    zeros = sum(layer.zeros for layer in layers)
+    if wanted is not None and zeros < sum(_least_zeros(layer, wanted, kept) for layer in layers):
         failures.append(f"sparsity: expected >= {100 * wanted:.2f} %, got {100 * found.sparsity:.2f} %")
     for layer in layers:
-        if wanted_each is not None and layer.zeros < wanted_each * layer.numel - slack:
+        if wanted_each is not None and layer.zeros < _least_zeros(layer, wanted_each, kept):
             got = f"{100 * layer.sparsity:.2f} % in {layer.name}"
             failures.append(f"layer_sparsity: expected >= {100 * wanted_each:.2f} %, got {got}")
     if limit is not None and file.nbytes > limit * sizes["dense"]:
@@ -211,9 +224,10 @@ def _choose(file: WeightsFile, params: str | Iterable[str] | None, exclude: str 
 
 def _layer(tensor: StoredTensor, value: Tensor, pattern: Pattern) -> Layer:
     kept = ~tensor.zeros(value).flatten()
-    zeros, breaks = int((~kept).sum()), ""
+    zeros, breaks, num_groups = int((~kept).sum()), "", len(kept)
     if pattern.size > 1:
         groups = pattern.groups(value.shape, tensor.axes)
+        num_groups = len(groups)
         counts = kept[groups].sum(1)
         if pattern.pruned == pattern.size:
             zeros = pattern.size * int((counts == 0).sum())
@@ -224,7 +238,16 @@ def _layer(tensor: StoredTensor, value: Tensor, pattern: Pattern) -> Layer:
             first = int(broken.int().argmax())
             place = _place(int(groups[first, 0]), value.shape)
             breaks = f"{int(counts[first])} of {pattern.size} kept in the group that begins at {place}"
-    return Layer(tensor.name, tuple(value.shape), value.dtype, zeros, breaks)
+    return Layer(tensor.name, tuple(value.shape), value.dtype, zeros, breaks, num_groups)
+
+
+def _least_zeros(layer: Layer, sparsity: float, pattern: Pattern) -> float:
+    """The zeros of a layer at a sparsity: the nearest number that whole groups give, if there are any."""
+    exact = sparsity * layer.numel
+    if not layer.groups:
+        return exact
+    nearest = pattern.pruned * math.ceil(exact / pattern.pruned - 0.5 - 1e-9)  # the lower of two
+    return min(exact, nearest)
 
 
 def _place(index: int, shape: Sequence[int]) -> list[int]:

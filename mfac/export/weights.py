@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from mfac.export.stored import StoredTensor, WeightsFile, along
 from mfac.files.container import is_safetensors
 from mfac.files.states import read_state
 from mfac.model.layers import Axes
+from mfac.model.names import shorten
 from mfac.sparse.formats import CONVERTED, PARTS
 
 _AXES = Axes(outputs=0, inputs=1)  # of linear layers and convolutions, which is all that a state_dict says
+_STATES = ("model", "state_dict")  # where a checkpoint has its state dict
+_NOT_WEIGHTS = {"state": "param_groups", "rows": "num_grads"}  # beside these keys: of optimizers and a GradientBuffer
 
 
 def open_weights(path: str | Path, name: str = "path") -> WeightsFile:
@@ -33,7 +37,7 @@ def open_weights(path: str | Path, name: str = "path") -> WeightsFile:
         Its tensors, which are read when asked for.
 
     Raises:
-        ValueError: If it is none of these, damaged, or without weights.
+        ValueError: If it is none of these, damaged, without weights, or a checkpoint with weights in several places.
         ImportError: If it is an ONNX file and onnx is not installed.
     """
     path = Path(path)
@@ -94,18 +98,30 @@ def _with_converted(path: Path, name: str, kind: str, tensors: dict[str, StoredT
 def _of_torch(path: Path, name: str) -> WeightsFile:
     state = read_state(name, path, "a checkpoint, a safetensors file or an ONNX file (FILE.onnx)", mmap=True)
     described = state.get(CONVERTED) if isinstance(state, dict) else None
-    for key in ("model", "state_dict"):
+    part, others = "", []
+    for key in _STATES:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
+            others += [found for other, value in state.items() if other != key for found in _inside(other, value)]
+            part, state = f"{part}.{key}".removeprefix("."), state[key]
+    others += _nested(state)
+    weights = [place for place, is_weight in others if is_weight]
+    if weights:
+        read = repr(part) if part else "the top level"
+        raise ValueError(
+            f"{name}: expected the weights of one state dict, got {path}, of which {read} is read, with more "
+            f"weights in {shorten(dict.fromkeys(weights))}; save the state dict in a file of its own"
+        )
     tensors: dict[str, StoredTensor] = {}
     seen = set()
     for key, value in _named_tensors(state):
-        identity = value.data_ptr() if value.layout is torch.strided and not value.is_quantized else 0
-        if identity and (identity, value.shape, value.dtype) in seen:
-            continue  # a further name of a tensor
-        seen.add((identity, value.shape, value.dtype))
+        if value.layout is torch.strided and not value.is_quantized and value.numel():
+            identity = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+            if identity in seen:
+                continue  # a further name of a tensor
+            seen.add(identity)
         tensors[key] = _stored(key, value)
-    return _with_converted(path, name, "checkpoint", tensors, described)
+    file = _with_converted(path, name, "checkpoint", tensors, described)
+    return replace(file, part=part, unread=tuple(dict.fromkeys(place for place, _ in others)))
 
 
 def _named_tensors(state: Any) -> Iterator[tuple[str, Tensor]]:
@@ -114,6 +130,27 @@ def _named_tensors(state: Any) -> Iterator[tuple[str, Tensor]]:
         for index, part in enumerate(parts):
             if isinstance(part, Tensor):
                 yield f"{key}.{index}" if index else str(key), part
+
+
+def _nested(state: Any) -> list[tuple[str, bool]]:
+    """The tensors of a state dict that :func:`_named_tensors` passes over, as :func:`_inside` returns them."""
+    found = []
+    for key, value in state.items() if isinstance(state, dict) else ():
+        for part in value if isinstance(value, tuple) else (value,):
+            found += [] if isinstance(part, Tensor) else _inside(key, part)
+    return found
+
+
+def _inside(place: Any, value: Any, state: bool = True) -> list[tuple[str, bool]]:
+    """The tensors in an entry of a checkpoint: the entry, and whether it is a weight, not a mask or a gradient."""
+    if isinstance(value, Tensor):
+        return [(str(place), state and value.dim() > 1 and value.dtype is not torch.bool)]
+    if isinstance(value, dict):
+        training = {key for key, other in _NOT_WEIGHTS.items() if other in value}
+        return [found for key, item in value.items() for found in _inside(place, item, state and key not in training)]
+    if isinstance(value, (list, tuple)):
+        return [found for item in value for found in _inside(place, item, state)]
+    return []
 
 
 def _stored(name: str, value: Tensor) -> StoredTensor:

@@ -81,7 +81,7 @@ def examine(name: str, layer: nn.Module, activation: str, calls: int | None) -> 
         The candidate, its forms not timed.
     """
     out = Candidate(name, layer, activation)
-    out.obstacle = _obstacle(layer, calls)
+    out.obstacle = find_obstacle(layer, calls)
     if out.obstacle:
         return out
     if isinstance(layer, nn.Conv2d) and layer.groups > 1:
@@ -102,8 +102,16 @@ def examine(name: str, layer: nn.Module, activation: str, calls: int | None) -> 
     return out
 
 
-def _obstacle(layer: nn.Module, calls: int | None) -> str:
-    """Why a layer cannot be replaced; empty if it can."""
+def find_obstacle(layer: nn.Module, calls: int | None) -> str:
+    """Return why a layer cannot be replaced; empty if it can.
+
+    Args:
+        layer: A Linear or Conv2d, or a subclass.
+        calls: How often it is called in the graph; None: unknown.
+
+    Returns:
+        The reason in words.
+    """
     if type(layer) not in (nn.Linear, nn.Conv2d):
         return f"it is a {type(layer).__name__}, a class of its own"
     if layer._forward_hooks or layer._forward_pre_hooks:

@@ -7,18 +7,20 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from mfac.checks import check_module
 from mfac.files.container import SafetensorsFile, is_safetensors, write_tensors
 from mfac.files.states import read_state, write_state
+from mfac.sparse.candidates import find_obstacle
 from mfac.sparse.convert import apply_forms
 from mfac.sparse.formats import CONVERTED
 from mfac.sparse.graph import trace
 from mfac.sparse.modules import DepthwiseConv2d, SparseConv2d, SparseLinear
 
 _FORMS = ("rows", "blocks", "depthwise")
-_SETTINGS = ("shape", "kernel", "kernel_size", "stride", "padding", "dilation", "groups", "activation", "eps")
+_VOLATILE = ("training", "backend")  # attributes that differ between equal networks
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -30,8 +32,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
     Returns:
         ``traced``: whether BatchNorm is folded and activations are fused; ``layers``: the form of each layer that is
         replaced, ``"rows"``, ``"blocks"`` or ``"depthwise"``; ``shapes``: that of the weight of each sparse layer, for
-        :func:`mfac.verify`; ``modules``: of every layer what its tensors do not say, such as a stride, so that
-        :func:`load` refuses another network.
+        :func:`mfac.verify`; ``modules``: of every module its class and its attributes of plain types, such as a
+        stride, so that :func:`load` refuses another network.
     """
     layers, shapes = {}, {}
     for name, layer in model.named_modules():
@@ -41,19 +43,54 @@ def describe(model: nn.Module) -> dict[str, Any]:
             shapes[name] = [layer.shape[0], layer.shape[1] // math.prod(kernel), *kernel]
         elif isinstance(layer, DepthwiseConv2d):
             layers[name] = "depthwise"
-    modules = {name: _settings(module) for name, module in model.named_modules() if not list(module.children())}
+    modules = {name: _settings(module) for name, module in model.named_modules()}
     return {"traced": isinstance(model, fx.GraphModule), "layers": layers, "shapes": shapes, "modules": modules}
 
 
-def _settings(module: nn.Module) -> str:
-    """Return the class of a layer and what decides about its result beside its tensors."""
-    words = [type(module).__name__]
-    for name in _SETTINGS:
-        value = getattr(module, name, None)
-        value = list(value) if isinstance(value, tuple) else value
-        if isinstance(value, (int, float, str)) or (isinstance(value, list) and all(type(x) is int for x in value)):
-            words.append(f"{name}={value}")
-    return ", ".join(words)
+def _settings(module: nn.Module) -> dict[str, str]:
+    """Return the class of a module and its public attributes of plain types, as text; of a traced one its steps."""
+    if isinstance(module, fx.GraphModule):
+        return _steps(module.graph)
+    settings = {"class": type(module).__name__}
+    for name, value in vars(module).items():
+        text = _text(value)
+        if text is not None and not name.startswith("_") and name not in _VOLATILE:
+            settings[name] = text
+    return settings
+
+
+def _steps(graph: fx.Graph) -> dict[str, str]:
+    """Return the calls of a graph as text, in which "%3" is the result of step 3; numbers in a forward are there."""
+    results = {node: f"%{index}" for index, node in enumerate(graph.nodes)}
+    steps = {"number of steps": str(len(results))}
+    for index, node in enumerate(graph.nodes):
+        target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "function")
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), results.__getitem__)
+        steps[f"step {index}"] = f"{node.op} {target} {args} {kwargs}"
+    return steps
+
+
+def _text(value: Any) -> str | None:
+    """Return a number, word, dtype, None or a list or tuple of these as text, None for any other value."""
+    if isinstance(value, (list, tuple)):
+        parts = [_text(item) for item in value]
+        return None if None in parts else f"[{', '.join(map(str, parts))}]"
+    return repr(value) if value is None or isinstance(value, (int, float, str, torch.dtype)) else None
+
+
+def _first_difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
+    """Return where two networks differ, in words; empty if they do not.
+
+    An attribute is compared where both have it: what is None here may be a tensor or a cache there.
+    """
+    for name in sorted([*expected, *found], key=lambda name: name == ""):  # the steps of the whole last
+        if name not in expected or name not in found:
+            return f"a module {name!r} is only {'there' if name in expected else 'here'}"
+        there, here = expected[name], found[name]
+        for setting in there:
+            if there[setting] != here.get(setting, there[setting]):
+                return f"{setting} of {name!r} is {there[setting]} there, {here[setting]} here"
+    return ""
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -97,7 +134,8 @@ def load(model: nn.Module, path: str | Path, *, backend: str = "auto") -> nn.Mod
 
     Args:
         model: The network that was converted. Its weights do not matter: build it under ``torch.device("meta")``, and
-            they take no memory. It is not changed.
+            they take no memory. It is not changed. Public attributes of its modules that are numbers or words must be
+            those of the model that was saved, also a counter or a path, where no graph was traced.
         path: Of the file.
         backend: ``"auto"``, ``"compiled"`` or ``"reference"``.
 
@@ -106,7 +144,8 @@ def load(model: nn.Module, path: str | Path, *, backend: str = "auto") -> nn.Mod
 
     Raises:
         TypeError: If `model` is not a module.
-        ValueError: If the file is not of a converted model, or the model is not the one that was converted.
+        ValueError: If the file is not of a converted model, or the model is not the one that was converted: a module,
+            an attribute of one that is a number, a word or a list of them, or a call in a traced forward is another.
     """
     check_module("model", model)
     described, state = _read(Path(path))
@@ -118,14 +157,13 @@ def load(model: nn.Module, path: str | Path, *, backend: str = "auto") -> nn.Mod
         if not isinstance(modules.get(name), nn.Conv2d if form == "depthwise" else (nn.Linear, nn.Conv2d)):
             got = type(modules[name]).__name__ if name in modules else "none of that name"
             raise ValueError(f"model: expected the layers of {path}, got {got} for {name!r}")
+        obstacle = find_obstacle(modules[name], None)
+        if obstacle:
+            raise ValueError(f"model: expected the layers of {path}, got {name!r} that is not replaced: {obstacle}")
     fast = apply_forms(traced, described["layers"], backend, empty=True)
-    expected, found = described["modules"], describe(fast)["modules"]
-    for name in [*expected, *found]:
-        if expected.get(name) != found.get(name):
-            raise ValueError(
-                f"model: expected the network of {path}, got another: {name!r} is {expected.get(name)} there, "
-                f"{found.get(name)} here"
-            )
+    difference = _first_difference(described["modules"], describe(fast)["modules"])
+    if difference:
+        raise ValueError(f"model: expected the network of {path}, got another: {difference}")
     try:
         fast.load_state_dict(state, assign=True)
     except RuntimeError as error:
@@ -151,4 +189,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     modules = described.get("modules") if isinstance(described, dict) else None
     if not isinstance(layers, dict) or not isinstance(modules, dict) or not set(layers.values()) <= set(_FORMS):
         raise ValueError(f"path: expected a file of mfac.sparse.save, got {path} without its description")
+    if not all(isinstance(settings, dict) for settings in modules.values()):
+        raise ValueError(
+            f"path: expected a file of this version of mfac.sparse.save, got {path} of an earlier one, which does not "
+            "say all settings of the network; convert and save the model again"
+        )
     return described, state
