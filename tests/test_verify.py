@@ -141,6 +141,17 @@ def test_sparsity_is_exact_up_to_the_rounding_of_each_layer(tmp_path):
     assert verify(tmp_path / "m.pt", sparsity=0.95).ok and not verify(tmp_path / "m.pt", sparsity=0.955).ok
 
 
+def test_layers_that_were_ranked_together(tmp_path):
+    """25.2 of 28 weights are 25; each by itself would be 12.6 of 14, 13."""
+    first, second = torch.ones(2, 7), torch.ones(2, 7)
+    first.view(-1)[:13] = second.view(-1)[:12] = 0
+    torch.save({"a": first, "b": second}, tmp_path / "m.pt")
+    assert verify(tmp_path / "m.pt", sparsity=0.9).ok
+    second.view(-1)[0] = 1
+    torch.save({"a": first, "b": second}, tmp_path / "m.pt")
+    assert not verify(tmp_path / "m.pt", sparsity=0.9).ok
+
+
 def test_the_first_place_that_breaks_a_pattern(tmp_path):
     weight = torch.ones(8, 8, 3, 3)
     weight[:, 1::4] = weight[:, 2::4] = 0
