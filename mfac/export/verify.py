@@ -125,8 +125,8 @@ def verify(
     Args:
         path: A checkpoint or state_dict of torch, a safetensors file, compressed or not, or an ONNX file. Of quantized
             weights the zeros are the elements that equal their zero point.
-        sparsity: The least share of zeros of all weights together, up to the rounding of each layer to the nearest
-            number of zeros that its whole groups give.
+        sparsity: The least share of zeros of all weights together, up to rounding, of each layer or of all, to
+            the nearest number of zeros that whole groups give.
         layer_sparsity: The same of each.
         pattern: What every weight must keep, as in :func:`mfac.prune_step`. Of ``"N:M"`` each whole group holds at
             most N values. Of blocks each holds no zero or zeros alone, and only whole blocks count as sparsity.
@@ -185,11 +185,12 @@ def verify(
     for layer in layers:
         if layer.breaks:
             failures.append(f"pattern: expected {kept.name} in {layer.name}, got {layer.breaks}")
-    zeros = sum(layer.zeros for layer in layers)
-    if wanted is not None and zeros < sum(_least_zeros(layer, wanted, kept) for layer in layers):
-        failures.append(f"sparsity: expected >= {100 * wanted:.2f} %, got {100 * found.sparsity:.2f} %")
+    if wanted is not None:
+        each = sum(_least_zeros([layer], wanted, kept) for layer in layers)  # pruning rounds each, or all together
+        if sum(layer.zeros for layer in layers) < min(each, _least_zeros(layers, wanted, kept)):
+            failures.append(f"sparsity: expected >= {100 * wanted:.2f} %, got {100 * found.sparsity:.2f} %")
     for layer in layers:
-        if wanted_each is not None and layer.zeros < _least_zeros(layer, wanted_each, kept):
+        if wanted_each is not None and layer.zeros < _least_zeros([layer], wanted_each, kept):
             got = f"{100 * layer.sparsity:.2f} % in {layer.name}"
             failures.append(f"layer_sparsity: expected >= {100 * wanted_each:.2f} %, got {got}")
     if limit is not None and file.nbytes > limit * sizes["dense"]:
@@ -241,10 +242,10 @@ def _layer(tensor: StoredTensor, value: Tensor, pattern: Pattern) -> Layer:
     return Layer(tensor.name, tuple(value.shape), value.dtype, zeros, breaks, num_groups)
 
 
-def _least_zeros(layer: Layer, sparsity: float, pattern: Pattern) -> float:
-    """The zeros of a layer at a sparsity: the nearest number that whole groups give, if there are any."""
-    exact = sparsity * layer.numel
-    if not layer.groups:
+def _least_zeros(layers: Sequence[Layer], sparsity: float, pattern: Pattern) -> float:
+    """The zeros of layers at a sparsity: the nearest number that whole groups give, if there are any."""
+    exact = sparsity * sum(layer.numel for layer in layers)
+    if not any(layer.groups for layer in layers):
         return exact
     nearest = pattern.pruned * math.ceil(exact / pattern.pruned - 0.5 - 1e-9)  # the lower of two
     return min(exact, nearest)
