@@ -131,6 +131,16 @@ def test_rounding_lets_no_layer_pass_that_no_pruning_gives(tmp_path):
     assert len(verify(tmp_path / "m.pt", sparsity=0.55, layer_sparsity=0.55, pattern=[8, 1]).failures) == 2
 
 
+def test_sparsity_of_layers_that_were_pruned_together(tmp_path):
+    weights = torch.ones(32, 27), torch.ones(64, 288)  # at 90 % 17366.4 of both, 777.6 and 16588.8 of each
+    weights[0].view(-1)[:700] = weights[1].view(-1)[:16666] = 0
+    torch.save(dict(zip("ab", weights, strict=True)), tmp_path / "m.pt")
+    assert verify(tmp_path / "m.pt", sparsity=0.9).ok
+    weights[1].view(-1)[0] = 1
+    torch.save(dict(zip("ab", weights, strict=True)), tmp_path / "m.pt")
+    assert not verify(tmp_path / "m.pt", sparsity=0.9).ok
+
+
 def test_sparsity_is_exact_up_to_the_rounding_of_each_layer(tmp_path):
     weight = torch.ones(10, 33)
     weight.view(-1)[: round(0.95 * 330)] = 0  # 313.5 rounds to 314

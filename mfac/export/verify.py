@@ -125,8 +125,8 @@ def verify(
     Args:
         path: A checkpoint or state_dict of torch, a safetensors file, compressed or not, or an ONNX file. Of quantized
             weights the zeros are the elements that equal their zero point.
-        sparsity: The least share of zeros of all weights together, up to the rounding of each layer to the nearest
-            number of zeros that its whole groups give.
+        sparsity: The least share of zeros of all weights together, up to rounding, of each layer or of all, to
+            the nearest number of zeros that whole groups give.
         layer_sparsity: The same of each.
         pattern: What every weight must keep, as in :func:`mfac.prune_step`. Of ``"N:M"`` each whole group holds at
             most N values. Of blocks each holds no zero or zeros alone, and only whole blocks count as sparsity.
@@ -193,7 +193,7 @@ def verify(
         if zeros < least:
             failures.append(f"sparsity: expected >= {100 * wanted:.2f} %, got {100 * found.sparsity:.2f} %")
     for layer in layers:
-        if wanted_each is not None and layer.zeros < _least_zeros(layer, wanted_each, kept):
+        if wanted_each is not None and layer.zeros < _least_zeros([layer], wanted_each, kept):
             got = f"{100 * layer.sparsity:.2f} % in {layer.name}"
             failures.append(f"layer_sparsity: expected >= {100 * wanted_each:.2f} %, got {got}")
     if limit is not None and file.nbytes > limit * sizes["dense"]:
