@@ -185,12 +185,9 @@ def verify(
     for layer in layers:
         if layer.breaks:
             failures.append(f"pattern: expected {kept.name} in {layer.name}, got {layer.breaks}")
-    zeros, count = sum(layer.zeros for layer in layers), sum(layer.numel for layer in layers)
     if wanted is not None:
-        least = sum(_least_zeros(layer, wanted, kept) for layer in layers)
-        if any(layer.groups for layer in layers):  # which may have been ranked together
-            least = min(least, _nearest(wanted * count, kept))
-        if zeros < least:
+        each = sum(_least_zeros([layer], wanted, kept) for layer in layers)  # pruning rounds each, or all together
+        if sum(layer.zeros for layer in layers) < min(each, _least_zeros(layers, wanted, kept)):
             failures.append(f"sparsity: expected >= {100 * wanted:.2f} %, got {100 * found.sparsity:.2f} %")
     for layer in layers:
         if wanted_each is not None and layer.zeros < _least_zeros([layer], wanted_each, kept):
@@ -245,15 +242,13 @@ def _layer(tensor: StoredTensor, value: Tensor, pattern: Pattern) -> Layer:
     return Layer(tensor.name, tuple(value.shape), value.dtype, zeros, breaks, num_groups)
 
 
-def _least_zeros(layer: Layer, sparsity: float, pattern: Pattern) -> float:
-    """The zeros of a layer at a sparsity: the nearest number that whole groups give, if there are any."""
-    exact = sparsity * layer.numel
-    return min(exact, _nearest(exact, pattern)) if layer.groups else exact
-
-
-def _nearest(zeros: float, pattern: Pattern) -> int:
-    """The nearest number of zeros that whole groups give; of two the lower."""
-    return pattern.pruned * math.ceil(zeros / pattern.pruned - 0.5 - 1e-9)
+def _least_zeros(layers: Sequence[Layer], sparsity: float, pattern: Pattern) -> float:
+    """The zeros of layers at a sparsity: the nearest number that whole groups give, if there are any."""
+    exact = sparsity * sum(layer.numel for layer in layers)
+    if not any(layer.groups for layer in layers):
+        return exact
+    nearest = pattern.pruned * math.ceil(exact / pattern.pruned - 0.5 - 1e-9)  # the lower of two
+    return min(exact, nearest)
 
 
 def _place(index: int, shape: Sequence[int]) -> list[int]:
