@@ -9,7 +9,7 @@ import torch
 from sparse_layers import in_turns, pruned_mobilenet
 
 import mfac
-from mfac.sparse.graph import largest_difference
+from mfac.sparse.example import largest_difference
 
 
 def onnx_runtime(model, x, threads, folder):

@@ -10,6 +10,7 @@ from torch import nn
 
 import mfac
 from mfac.cli.main import main
+from mfac.export.onnx import _difference
 from mfac.tutorial.models import MobileNetV1
 
 onnx = pytest.importorskip("onnx")
@@ -128,6 +129,22 @@ def test_what_is_not_exported(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"onnxruntime is not installed; .*pip install 'mfac-pruning\[onnx\]'"):
         mfac.export_onnx(model, inputs, path)
     assert mfac.export_onnx(model, inputs, path, check=False).error is None
+
+
+@pytest.mark.parametrize("fill", [-1e9, -torch.inf, torch.nan])
+def test_masked_outputs_do_not_hide_a_difference(tmp_path, fill):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.fc(x).masked_fill(torch.arange(8) < 3, fill), self.fc(x) * 1e6
+
+    model, x, path = Masked(), torch.randn(4, 8), tmp_path / "m.onnx"
+    assert mfac.export_onnx(model, x, path).error < 1e-5
+    model.fc.bias.data += 0.1
+    assert _difference(pytest.importorskip("onnxruntime"), model, (x,), path) > 1e-2
 
 
 def test_the_formats_of_the_command(tmp_path, capsys):

@@ -10,7 +10,8 @@ from torch import nn
 
 import mfac
 from mfac.sparse import candidates
-from mfac.sparse.graph import call_model, largest_difference, trace
+from mfac.sparse.example import call_model, largest_difference
+from mfac.sparse.graph import trace
 from mfac.sparse.modules import DepthwiseConv2d, SparseConv2d, SparseLinear
 from mfac.tutorial.models import MobileNetV1
 
@@ -255,7 +256,7 @@ def test_any_batch_size_after_export(backend):
 
 def test_training_is_refused(network):
     fast = mfac.sparse.convert(*network, policy="sparse")
-    with pytest.raises(RuntimeError, match="x: expected no gradient, got a tensor that requires one: SparseConv2d"):
+    with pytest.raises(RuntimeError, match="input: expected no gradient, got a tensor that requires one: SparseConv2d"):
         fast.get_submodule("sections.1.0.point.conv")(torch.randn(1, 16, 4, 4, requires_grad=True))
 
 

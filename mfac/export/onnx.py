@@ -20,9 +20,10 @@ from mfac.checks import check_module, check_positive
 from mfac.export.weights import open_weights
 from mfac.extras import install_hint
 from mfac.model.layers import LayerWeight, layer_weights
+from mfac.sparse.example import largest_difference
 
 TOLERANCE = 1e-4
-_LEAST_SCALE = 1e-2  # outputs that are all smaller are compared with this
+_LEAST_SCALE = 1e-2  # outputs that are smaller are compared with this
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class OnnxExport:
 
     Attributes:
         path: The file.
-        error: Largest difference between the outputs of ONNX Runtime and torch, as a share of the largest output (at
-            least 0.01); None if it was not measured.
+        error: Largest difference between the outputs of ONNX Runtime and torch, each element relative to the largest of
+            its magnitude, the typical one of its tensor and 0.01; None if it was not measured.
         batchnorms: BatchNormalization nodes that are left because none of the layers before takes them in.
     """
 
@@ -64,7 +65,7 @@ def export_onnx(
         dynamic_batch: Leave the size of the first axis of every input open, unless the model fixes it. The inputs then
             hold two samples or more.
         check: Compare ONNX Runtime's outputs with torch's.
-        tolerance: The largest difference, as a share of the largest output.
+        tolerance: The largest relative difference.
 
     Returns:
         The file and how exact it is.
@@ -220,5 +221,4 @@ def _difference(runtime: Any, model: nn.Module, arguments: tuple[Any, ...], path
             f"model: expected outputs of the shapes {[list(value.shape) for value in wanted]} from ONNX Runtime, got "
             f"{[list(value.shape) for value in got]}"
         )
-    scale = max([_LEAST_SCALE, *(float(value.abs().max()) for value in wanted if value.numel())])
-    return max([0.0, *(float((a - b).abs().max()) / scale for a, b in zip(got, wanted, strict=True) if a.numel())])
+    return largest_difference(got, wanted, _LEAST_SCALE)

@@ -116,6 +116,8 @@ def find_obstacle(layer: nn.Module, calls: int | None) -> str:
         return f"it is a {type(layer).__name__}, a class of its own"
     if layer._forward_hooks or layer._forward_pre_hooks:
         return "it has hooks (torch.nn.utils.prune.remove takes off those of torch's pruning)"
+    if "forward" in vars(layer):
+        return "its forward is replaced on the instance"
     if calls is not None and calls != 1:
         return f"it is called {calls} times"
     if layer.weight.dtype not in (torch.float32, torch.bfloat16):

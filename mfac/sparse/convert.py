@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,8 @@ from mfac import _build
 from mfac.checks import check_choice, check_module
 from mfac.sparse.backend import backend_name, select_backend
 from mfac.sparse.candidates import Candidate, build, examine, fastest, measure
-from mfac.sparse.graph import Traced, call_model, largest_difference, trace
+from mfac.sparse.example import call_model, clone_tensors, largest_difference, layers_read, run_example
+from mfac.sparse.graph import Traced, first_line, tolerance, trace
 from mfac.sparse.report import ConversionReport, LayerReport
 
 POLICIES = ("faster", "sparse")
@@ -34,7 +36,8 @@ def convert(model: nn.Module, example_inputs: Any, *, policy: str = "faster", ba
     Args:
         model: Trained and pruned, on the CPU, float32 or bfloat16. It is not changed.
         example_inputs: What the model will get, with the batch size that it will have: a tensor, a tuple of arguments
-            or a dict of keyword arguments.
+            or a dict of keyword arguments. Of a model that can be traced they decide which optional arguments (default
+            None) the copy takes: a call that gives others, or leaves one out, is a ValueError. They are not changed.
         policy: ``"faster"``: what the times say. ``"sparse"``: nothing is timed, and each layer of which at least
             half of the weights are zero is replaced, for a smaller file, or to convert on another machine.
         backend: ``"auto"``, ``"compiled"`` (an error if the kernels cannot be built) or ``"reference"``.
@@ -46,6 +49,7 @@ def convert(model: nn.Module, example_inputs: Any, *, policy: str = "faster", ba
     Raises:
         TypeError: If `model` is not a module.
         ValueError: If the model is not on the CPU, or a word is not one of those above.
+        RuntimeError: If a mere copy of the model computes something else than the model on the example inputs.
         BuildError: If ``backend="compiled"`` and the kernels cannot be built.
 
     Example:
@@ -66,8 +70,9 @@ def convert(model: nn.Module, example_inputs: Any, *, policy: str = "faster", ba
         if tensor.device.type != "cpu":
             raise ValueError(f"model: expected on the CPU, got {name} on {tensor.device}")
     backend = backend_name(select_backend(backend))
+    right = run_example(model, example_inputs)
     traced = trace(model, example_inputs)
-    candidates = find_candidates(traced)
+    candidates = find_candidates(traced, layers_read(model, example_inputs))
     report = ConversionReport(
         folded=traced.folded, backend=backend, machine=_build.cpu()[0], threads=torch.get_num_threads()
     )
@@ -78,7 +83,20 @@ def convert(model: nn.Module, example_inputs: Any, *, policy: str = "faster", ba
             _measure_all(traced.model, candidates, example_inputs, backend)
         forms, reasons = _choose(candidates, policy)
         dense = replace(traced, model=copy.deepcopy(traced.model)).finish()
-        fast = apply_forms(traced, forms, backend)
+        dense_error = largest_difference(run_example(dense, example_inputs), right)
+        if not dense_error <= tolerance(model):
+            raise RuntimeError(
+                f"model: expected the same outputs from a copy, got a difference of {dense_error:.1e}; outputs must "
+                "depend on arguments and weights alone, and be tensors or values that can be compared"
+            )
+        fast, report.error = dense, dense_error
+        if forms:
+            fast, report.error, failure = _replace_layers(traced, forms, backend, example_inputs, right)
+            if not report.error <= tolerance(model):
+                failure = failure or f"the outputs differ by {report.error:.1e}"
+                report.notes.append(f"the whole model stays dense: with the layers above replaced, {failure}")
+                reasons |= dict.fromkeys(forms, "the model does not work with it replaced")
+                forms, fast, report.error = {}, dense, dense_error
         if policy == "faster":
             report.dense_ms, report.fast_ms = _compare(dense, fast, example_inputs)
             if not forms:
@@ -89,28 +107,31 @@ def convert(model: nn.Module, example_inputs: Any, *, policy: str = "faster", ba
                     f"without {report.dense_ms:.2f} ms"
                 )
                 reasons |= dict.fromkeys(forms, "faster alone, but not in the whole model")
-                forms, fast, report.fast_ms = {}, dense, report.dense_ms
-        right = call_model(copy.deepcopy(model).eval(), example_inputs)
-        report.error = largest_difference(call_model(fast, example_inputs), right)
+                forms, fast, report.fast_ms, report.error = {}, dense, report.dense_ms, dense_error
     report.layers = [_layer_report(c, forms.get(c.name), reasons[c.name], fast) for c in candidates]
     fast.sparse_report = report
     return fast
 
 
-def find_candidates(traced: Traced) -> list[Candidate]:
+def find_candidates(traced: Traced, read: Collection[str] = ()) -> list[Candidate]:
     """Return all Linear layers and 2-d convolutions of a model, subclasses too.
 
     Args:
         traced: The model.
+        read: Layers whose weights or sizes other code reads (:func:`mfac.sparse.example.layers_read`).
 
     Returns:
         What is known about each, in the order of the model; a layer that the graph does not call is not among them.
     """
-    return [
+    candidates = [
         examine(name, layer, traced.activations.get(name, "none"), None if traced.reason else traced.calls[name])
         for name, layer in traced.model.named_modules()
         if isinstance(layer, (nn.Linear, nn.Conv2d)) and (traced.reason or traced.calls[name])
     ]
+    for candidate in candidates:
+        if candidate.name in read and not candidate.obstacle:
+            candidate.obstacle = "other code reads its weights or sizes"
+    return candidates
 
 
 def apply_forms(traced: Traced, forms: dict[str, str], backend: str = "auto", empty: bool = False) -> nn.Module:
@@ -132,24 +153,33 @@ def apply_forms(traced: Traced, forms: dict[str, str], backend: str = "auto", em
     return traced.finish()
 
 
+def _replace_layers(
+    traced: Traced, forms: dict[str, str], backend: str, inputs: Any, right: list[Any]
+) -> tuple[nn.Module, float, str]:
+    """Replace layers; return the model, by how much it differs on the example, and why it failed, if it did."""
+    try:
+        fast = apply_forms(traced, forms, backend)
+        return fast, largest_difference(run_example(fast, inputs), right), ""
+    except Exception as error:  # of the user's forward, which may ask of a layer what only torch's has
+        return traced.model, float("inf"), first_line(error)
+
+
 def _measure_all(model: nn.Module, candidates: list[Candidate], inputs: Any, backend: str) -> None:
-    """Run the model once, and time each layer when its turn comes, on its own input."""
+    """Run a copy of the model once, and time each layer when its turn comes, on its own input."""
+    model = copy.deepcopy(model)  # a forward may leave state
 
     def hook(candidate: Candidate):
-        def measure_once(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            if candidate.dense_ms is None and arguments and isinstance(arguments[0], Tensor):
-                handles[candidate.name].remove()
-                measure(candidate, arguments[0], backend)
+        def measure_once(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs.get("input")
+            if candidate.dense_ms is None and isinstance(x, Tensor):
+                measure(candidate, x, backend)
 
         return measure_once
 
-    usable = [c for c in candidates if not c.obstacle]
-    handles = {c.name: c.layer.register_forward_pre_hook(hook(c)) for c in usable}
-    try:
-        call_model(model, inputs)
-    finally:
-        for handle in handles.values():
-            handle.remove()
+    for c in candidates:
+        if not c.obstacle:
+            model.get_submodule(c.name).register_forward_pre_hook(hook(c), with_kwargs=True)
+    call_model(model, clone_tensors(inputs))
 
 
 def _choose(candidates: list[Candidate], policy: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -187,6 +217,7 @@ def _choose(candidates: list[Candidate], policy: str) -> tuple[dict[str, str], d
 
 def _compare(dense: nn.Module, fast: nn.Module, inputs: Any) -> tuple[float, float]:
     """Return the milliseconds of the dense model, in the faster of torch's layouts, and of the converted one."""
+    inputs, dense, fast = clone_tensors(inputs), copy.deepcopy(dense), copy.deepcopy(fast)  # calls may change them
     variants = {"dense": lambda: call_model(dense, inputs), "fast": lambda: call_model(fast, inputs)}
     if isinstance(inputs, Tensor) and inputs.dim() == 4:
         last = copy.deepcopy(dense).to(memory_format=torch.channels_last)

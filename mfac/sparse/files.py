@@ -15,6 +15,7 @@ from mfac.files.container import SafetensorsFile, is_safetensors, write_tensors
 from mfac.files.states import read_state, write_state
 from mfac.sparse.candidates import find_obstacle
 from mfac.sparse.convert import apply_forms
+from mfac.sparse.example import check_given
 from mfac.sparse.formats import CONVERTED
 from mfac.sparse.graph import trace
 from mfac.sparse.modules import DepthwiseConv2d, SparseConv2d, SparseLinear
@@ -33,7 +34,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
         ``traced``: whether BatchNorm is folded and activations are fused; ``layers``: the form of each layer that is
         replaced, ``"rows"``, ``"blocks"`` or ``"depthwise"``; ``shapes``: that of the weight of each sparse layer, for
         :func:`mfac.verify`; ``modules``: of every module its class and its attributes of plain types, such as a
-        stride, so that :func:`load` refuses another network.
+        stride, so that :func:`load` refuses another network; ``given``: of each optional argument whether the graph
+        expects it.
     """
     layers, shapes = {}, {}
     for name, layer in model.named_modules():
@@ -44,7 +46,10 @@ def describe(model: nn.Module) -> dict[str, Any]:
         elif isinstance(layer, DepthwiseConv2d):
             layers[name] = "depthwise"
     modules = {name: _settings(module) for name, module in model.named_modules()}
-    return {"traced": isinstance(model, fx.GraphModule), "layers": layers, "shapes": shapes, "modules": modules}
+    traced = isinstance(model, fx.GraphModule)
+    checks = [node.args for node in model.graph.nodes if node.target is check_given] if traced else []
+    given = {name: is_given for name, _, is_given in checks}
+    return {"traced": traced, "layers": layers, "shapes": shapes, "modules": modules, "given": given}
 
 
 def _settings(module: nn.Module) -> dict[str, str]:
@@ -149,7 +154,7 @@ def load(model: nn.Module, path: str | Path, *, backend: str = "auto") -> nn.Mod
     """
     check_module("model", model)
     described, state = _read(Path(path))
-    traced = trace(model, plain=not described["traced"])
+    traced = trace(model, given=described.get("given"), plain=not described["traced"])
     if described["traced"] and traced.reason:
         raise ValueError(f"model: expected one that torch.fx can trace, as was the one in {path}, got {traced.reason}")
     modules = dict(traced.model.named_modules())

@@ -31,7 +31,7 @@ class _Layer(nn.Module):
     def _kernels(self, x: Tensor) -> Any:
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError(
-                f"x: expected no gradient, got a tensor that requires one: {type(self).__name__} is for inference; "
+                f"input: expected no gradient, got a tensor that requires one: {type(self).__name__} is for inference; "
                 "call it under torch.no_grad()"
             )
         return compiled if self.backend == "compiled" else reference
@@ -118,10 +118,10 @@ class SparseLinear(_SparseLayer):
         tensor([[2., 0.]])
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return activation(x Wᵀ + bias), [..., N], for x [..., K]."""
-        return self._kernels(x).linear(
-            x, self.values, self.columns, self.pointers, self.order, self.bias, self.shape, self.activation
+    def forward(self, input: Tensor) -> Tensor:  # the name that torch gives it; some models pass it by name
+        """Return activation(x Wᵀ + bias), [..., N], for an input x [..., K]."""
+        return self._kernels(input).linear(
+            input, self.values, self.columns, self.pointers, self.order, self.bias, self.shape, self.activation
         )
 
 
@@ -161,14 +161,14 @@ class SparseConv2d(_SparseLayer):
         self.kernel, self.stride = list(kernel), [check_int("stride", size) for size in stride]
         self.padding = [check_int("padding", size, 0) for size in padding]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the convolution [n, N, ...], contiguous, of x [n, channels, height, width] or of one image."""
-        images = x if x.dim() == 4 else x.unsqueeze(0)
-        out = self._kernels(x).conv2d(
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the convolution [n, N, ...], contiguous, of [n, channels, height, width] or of one image."""
+        images = input if input.dim() == 4 else input.unsqueeze(0)
+        out = self._kernels(input).conv2d(
             images, self.values, self.columns, self.pointers, self.order, self.bias, self.shape,
             self.kernel, self.stride, self.padding, self.activation,
         )  # fmt: skip
-        return out if x.dim() == 4 else out.squeeze(0)
+        return out if input.dim() == 4 else out.squeeze(0)
 
     def extra_repr(self) -> str:
         """Return what stands in the brackets of the module's text."""
@@ -201,11 +201,11 @@ class DepthwiseConv2d(_Layer):
         self.register_buffer("weight", weight.detach().clone(memory_format=torch.contiguous_format))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the convolution of x [n, channels, height, width], or of one image; contiguous."""
-        images = x if x.dim() == 4 else x.unsqueeze(0)
-        out = self._kernels(x).depthwise_conv2d(images, self.weight, self.bias, self.stride, self.activation)
-        return out if x.dim() == 4 else out.squeeze(0)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the convolution of [n, channels, height, width], or of one image; contiguous."""
+        images = input if input.dim() == 4 else input.unsqueeze(0)
+        out = self._kernels(input).depthwise_conv2d(images, self.weight, self.bias, self.stride, self.activation)
+        return out if input.dim() == 4 else out.squeeze(0)
 
     def extra_repr(self) -> str:
         """Return what stands in the brackets of the module's text."""

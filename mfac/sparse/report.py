@@ -57,7 +57,8 @@ class ConversionReport:
         dense_ms: Time of the dense model with BatchNorm folded, in the faster of its layouts, milliseconds; None: not
             timed.
         fast_ms: Time of the converted model.
-        error: Largest difference of the outputs from the model's, relative to the largest output.
+        error: Largest difference of the outputs from the model's on the example inputs, each element relative to its
+            magnitude or the typical one of its tensor, whichever is larger.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
