@@ -1,5 +1,8 @@
-"""Pruning inside of a torch.autocast block."""
+"""Mixed precision: pruning inside of a torch.autocast block, and steps that a GradScaler skips."""
 
+import math
+
+import pytest
 import torch
 from test_works_with_training import CE, batches, mlp
 
@@ -34,3 +37,20 @@ def test_inside_of_autocast():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(inside, expected.eval()(x))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_grad_scaler_skips(fused):
+    """A fused optimizer is called then too."""
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
+    pruner = mfac.Pruner(model, sparsity=0.5, end=2, criterion="magnitude")
+    pruner.attach(optimizer)
+    scaler, sparsities = torch.amp.GradScaler("cpu", init_scale=1024.0), []
+    for (x, y), factor in zip(batches(), (math.inf, 1.0, 1.0), strict=False):
+        optimizer.zero_grad()
+        scaler.scale(CE(model(x), y) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        sparsities.append(pruner.sparsity)
+    assert sparsities[0] == 0 < sparsities[1] < sparsities[2] and pruner.finished

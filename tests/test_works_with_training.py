@@ -2,7 +2,6 @@
 
 import copy
 import io
-import math
 
 import pytest
 import torch
@@ -144,23 +143,6 @@ def test_attached_to_the_optimizer():
             handle.remove()
     assert outcomes[0] == outcomes[1]
     assert all(torch.equal(p, q) for p, q in zip(*(m.parameters() for m in models), strict=True))
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_steps_that_a_grad_scaler_skips(fused):
-    """A fused optimizer is called then too."""
-    model = mlp()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
-    pruner = mfac.Pruner(model, sparsity=0.5, end=2, criterion="magnitude")
-    pruner.attach(optimizer)
-    scaler, sparsities = torch.amp.GradScaler("cpu", init_scale=1024.0), []
-    for (x, y), factor in zip(batches(), (math.inf, 1.0, 1.0), strict=False):
-        optimizer.zero_grad()
-        scaler.scale(CE(model(x), y) * factor).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        sparsities.append(pruner.sparsity)
-    assert sparsities[0] == 0 < sparsities[1] < sparsities[2] and pruner.finished
 
 
 def test_master_weights_are_refused():
