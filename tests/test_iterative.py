@@ -156,7 +156,7 @@ def test_result_as_text_json_and_csv(tmp_path):
         ({"refresh": 9}, ValueError, "refresh: expected an int 1 to 8, got 9"),
         ({"refresh": 0}, ValueError, "refresh: expected an int >= 1, got 0"),
         ({"refresh": 2.0}, TypeError, "refresh: expected an int, got 2.0"),
-        ({"num_grads": 3, "damping": "auto"}, ValueError, "grads: expected at least 4 gradients for 'auto', got 3"),
+        ({"num_grads": 3, "damping": "auto"}, ValueError, "num_grads: expected at least 4 for 'auto', got 3"),
         ({"batches": 3}, TypeError, "batches: expected an iterable of batches, got int"),
         ({"batches": []}, ValueError, "batches: expected more batches, got none"),
         ({"loss_fn": None}, TypeError, "loss_fn: expected a function, got None"),
