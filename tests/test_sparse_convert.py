@@ -10,7 +10,7 @@ from torch import nn
 
 import mfac
 from mfac.sparse import candidates
-from mfac.sparse.example import call_model, largest_difference
+from mfac.sparse.example import call_model, largest_difference, run_example
 from mfac.sparse.graph import trace
 from mfac.sparse.modules import DepthwiseConv2d, SparseConv2d, SparseLinear
 from mfac.tutorial.models import MobileNetV1
@@ -183,7 +183,8 @@ class Suspicious(nn.Module):
 
 
 def test_a_model_whose_trace_does_something_else():
-    traced = trace(Suspicious(), torch.randn(2, 4))
+    model, x = Suspicious(), torch.randn(2, 4)
+    traced = trace(model, x, run_example(model, x))
     assert "the traced model differs" in traced.reason and isinstance(traced.model, Suspicious)
 
 

@@ -71,7 +71,7 @@ def convert(model: nn.Module, example_inputs: Any, *, policy: str = "faster", ba
             raise ValueError(f"model: expected on the CPU, got {name} on {tensor.device}")
     backend = backend_name(select_backend(backend))
     right = run_example(model, example_inputs)
-    traced = trace(model, example_inputs)
+    traced = trace(model, example_inputs, right)
     candidates = find_candidates(traced, layers_read(model, example_inputs))
     report = ConversionReport(
         folded=traced.folded, backend=backend, machine=_build.cpu()[0], threads=torch.get_num_threads()
