@@ -140,13 +140,13 @@ def loss_at(params: Mapping[str, Tensor], measure: Callable[[], float], weights:
     def write(values: Mapping[str, Tensor]) -> None:
         for name, p in params.items():
             local(p).copy_(part_of(values[name].view(p.shape), p))
-        torch.clear_autocast_cache()
 
     try:
         write(trial)
         return measure()
     finally:
         write_whole(lambda: write(before))
+        torch.clear_autocast_cache()
 
 
 class _Losses:
