@@ -223,6 +223,19 @@ def test_bfloat16(network, times):
         assert largest_difference(fast(x), model(x)) < 5e-2
 
 
+@pytest.mark.parametrize("backend", ["compiled", "reference"])
+def test_autocast(backend, times):
+    model = prune(nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 32), nn.Unflatten(1, (8, 2, 2)), nn.Conv2d(8, 8, 1)))
+    x = torch.randn(4, 8)
+    fast = mfac.sparse.convert(model, x, policy="sparse", backend=backend)
+    setattr(fast, "0", model[0])  # a layer that torch computes in bfloat16 before those that are sparse
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model[0](x).dtype == torch.bfloat16 and isinstance(fast.get_submodule("1"), SparseLinear)
+        out = fast(x)
+    with torch.no_grad():
+        assert out.dtype == torch.float32 and largest_difference(out, model(x)) < 2e-2
+
+
 def test_one_image_without_a_batch(times):
     model = prune(nn.Sequential(nn.Conv2d(8, 9, 1), nn.Conv2d(9, 9, 3, padding=1, groups=9)))
     x = torch.randn(8, 5, 4)

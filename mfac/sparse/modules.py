@@ -28,13 +28,17 @@ class _Layer(nn.Module):
         super().__setstate__(state)  # of a module that was pickled, perhaps elsewhere
         self.backend = backend_name(select_backend())
 
-    def _kernels(self, x: Tensor) -> Any:
+    def _kernels(self) -> Any:
+        return compiled if self.backend == "compiled" else reference
+
+    def _input(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return x; in the type of the weight under autocast, where other layers change that of their results."""
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError(
                 f"input: expected no gradient, got a tensor that requires one: {type(self).__name__} is for inference; "
                 "call it under torch.no_grad()"
             )
-        return compiled if self.backend == "compiled" else reference
+        return x.to(weight.dtype) if torch.is_autocast_enabled(x.device.type) else x
 
 
 class _SparseLayer(_Layer):
@@ -120,8 +124,15 @@ class SparseLinear(_SparseLayer):
 
     def forward(self, input: Tensor) -> Tensor:  # the name that torch gives it; some models pass it by name
         """Return activation(x Wᵀ + bias), [..., N], for an input x [..., K]."""
-        return self._kernels(input).linear(
-            input, self.values, self.columns, self.pointers, self.order, self.bias, self.shape, self.activation
+        return self._kernels().linear(
+            self._input(input, self.values),
+            self.values,
+            self.columns,
+            self.pointers,
+            self.order,
+            self.bias,
+            self.shape,
+            self.activation,
         )
 
 
@@ -163,8 +174,8 @@ class SparseConv2d(_SparseLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution [n, N, ...], contiguous, of [n, channels, height, width] or of one image."""
-        images = input if input.dim() == 4 else input.unsqueeze(0)
-        out = self._kernels(input).conv2d(
+        images = self._input(input if input.dim() == 4 else input.unsqueeze(0), self.values)
+        out = self._kernels().conv2d(
             images, self.values, self.columns, self.pointers, self.order, self.bias, self.shape,
             self.kernel, self.stride, self.padding, self.activation,
         )  # fmt: skip
@@ -203,8 +214,8 @@ class DepthwiseConv2d(_Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of [n, channels, height, width], or of one image; contiguous."""
-        images = input if input.dim() == 4 else input.unsqueeze(0)
-        out = self._kernels(input).depthwise_conv2d(images, self.weight, self.bias, self.stride, self.activation)
+        images = self._input(input if input.dim() == 4 else input.unsqueeze(0), self.weight)
+        out = self._kernels().depthwise_conv2d(images, self.weight, self.bias, self.stride, self.activation)
         return out if input.dim() == 4 else out.squeeze(0)
 
     def extra_repr(self) -> str:
