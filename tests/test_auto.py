@@ -178,7 +178,7 @@ def test_losses_that_are_not_finite(unchanged, tmp_path):
 
     def first_only(output, target):
         calls.append(1)
-        return LOSS(output, target) * (1.0 if len(calls) <= NUM_JUDGES else math.inf)
+        return LOSS(output, target) * (1.0 if len(calls) <= 2 * NUM_JUDGES else math.inf)  # of the model, one step
 
     result = mfac.prune_step(model, grads, 0.7, make_batches(seed=1), first_only, **AUTO)
     assert [math.isfinite(c.score) for c in result.candidates] == [True] + [False] * (len(result.candidates) - 1)
@@ -186,6 +186,19 @@ def test_losses_that_are_not_finite(unchanged, tmp_path):
     result.to_json(tmp_path / "result.json")
     read = mfac.PruneResult.from_dict(json.loads((tmp_path / "result.json").read_text()))
     assert read.candidates == result.candidates
+
+
+def test_a_step_that_breaks_some_batches_is_not_taken():
+    """A batch counts if the loss of the model as it is was finite, and not only if that after the first trial is."""
+    model, calls = make_model(), []
+    grads = mfac.collect_gradients(model, make_batches(), LOSS, 12, progress=False)
+
+    def broken_by_the_default(output, target):
+        calls.append(1)
+        return LOSS(output, target) * (math.inf if NUM_JUDGES < len(calls) < 2 * NUM_JUDGES else 1.0)
+
+    result = mfac.prune_step(model, grads, 0.7, make_batches(seed=1), broken_by_the_default, **AUTO)
+    assert [math.isfinite(c.score) for c in result.candidates] == [False] + [True] * (len(result.candidates) - 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

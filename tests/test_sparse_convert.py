@@ -80,7 +80,7 @@ def test_same_results(network, policy, backend, times, unchanged):
     assert largest_difference(out, right) < 1e-5 and fast.sparse_report.error < 1e-5
     assert not fast.training and not any(p.requires_grad for p in fast.parameters())
     assert len(fast.sparse_report.folded) == 27 and not [m for m in fast.modules() if isinstance(m, nn.BatchNorm2d)]
-    taken = fast.sparse_report.taken
+    taken = fast.sparse_report.replaced
     assert "sections.1.0.point.conv" in taken and "classifier.fc" in taken
     layer = fast.get_submodule("sections.1.0.point.conv")
     assert isinstance(layer, SparseConv2d) and layer.activation == "relu" and layer.backend == backend
@@ -105,7 +105,7 @@ def test_dense_where_dense_is_faster(network, times):
     model, x = network
     times["dense"] = times["channels_last"] = 0.9
     fast = mfac.sparse.convert(model, x)
-    assert fast.sparse_report.taken == []
+    assert fast.sparse_report.replaced == []
     assert "dense is as fast or faster: 0.90x" in str(fast.sparse_report)
 
 
@@ -113,7 +113,7 @@ def test_neighbours_stay_in_one_layout(network, times):
     """A layer that torch does faster in NHWC only is replaced if others make the network NCHW."""
     model, x = network
     times |= {"channels_last": 0.9, "dense": 2.0, "fast": 0.5}
-    assert mfac.sparse.convert(model, x).sparse_report.taken == ["classifier.fc"]
+    assert mfac.sparse.convert(model, x).sparse_report.replaced == ["classifier.fc"]
     times["rows"] = 0.5
     report = mfac.sparse.convert(model, x).sparse_report
     reasons = {layer.name: layer.reason for layer in report.layers}
@@ -125,7 +125,7 @@ def test_the_whole_model_stays_dense_if_it_is_not_faster(network, times):
     model, x = network
     times["fast"] = 3.0
     fast = mfac.sparse.convert(model, x)
-    assert fast.sparse_report.taken == [] and not [m for m in fast.modules() if isinstance(m, SparseConv2d)]
+    assert fast.sparse_report.replaced == [] and not [m for m in fast.modules() if isinstance(m, SparseConv2d)]
     assert "the whole model stays dense" in str(fast.sparse_report)
     assert not [m for m in fast.modules() if isinstance(m, nn.BatchNorm2d)]
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_real_times():
     """A layer of which nearly all is zero gains, and the report has the times."""
     model = prune(nn.Sequential(nn.Linear(1024, 2048)), 0.98)
     report = mfac.sparse.convert(model, torch.randn(16, 1024)).sparse_report
-    assert report.taken == ["0"] and report.fast_ms < report.dense_ms
+    assert report.replaced == ["0"] and report.fast_ms < report.dense_ms
     assert report.layers[0].bytes < report.layers[0].dense_bytes / 20
 
 
@@ -195,7 +195,8 @@ def test_layers_that_stay_and_why():
     model = nn.Sequential(
         Own(8, 8), nn.Linear(8, 8), nn.Linear(8, 8).double(), nn.Conv2d(8, 8, 3, padding="same"),
         nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 8, 5, groups=8), nn.Linear(40_000, 1), nn.Linear(4, 4),
-        nn.Conv2d(8, 8, 1, padding_mode="circular"),
+        nn.Conv2d(8, 8, 1, padding_mode="circular"), nn.Conv2d(8, 8, 3, 3, padding=1, groups=8),
+        nn.Conv2d(8, 8, 3, (1, 2), padding=1, groups=8),
     )  # fmt: skip
     model[7].register_forward_hook(lambda *a: None)
     found = convert_module.find_candidates(trace(model))
@@ -203,7 +204,15 @@ def test_layers_that_stay_and_why():
         "it is a Own, a class of its own", "0% zeros, fewer than 30%", "torch.float64, neither float32 nor bfloat16",
         "its padding or dilation has no kernel", "its groups have no kernel", "its groups have no kernel",
         "it has more than 32766 inputs per output", "it has hooks", "its padding or dilation has no kernel",
+        "its groups have no kernel", "its groups have no kernel",
     ]  # fmt: skip
+
+
+def test_what_dense_layers_can_become():
+    model = nn.Sequential(
+        nn.Conv2d(64, 64, 3), nn.Conv2d(256, 300, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Linear(64, 64),
+    )  # fmt: skip
+    assert [c.formats for c in convert_module.find_candidates(trace(model))] == [["blocks"], [], ["depthwise"], []]
 
 
 def test_blocks_of_four_rows(times):
@@ -219,7 +228,7 @@ def test_bfloat16(network, times):
     model, x = copy.deepcopy(network[0]).bfloat16(), network[1].bfloat16()
     with torch.no_grad():
         fast = mfac.sparse.convert(model, x)
-        assert fast(x).dtype == torch.bfloat16 and len(fast.sparse_report.taken) > 20
+        assert fast(x).dtype == torch.bfloat16 and len(fast.sparse_report.replaced) > 20
         assert largest_difference(fast(x), model(x)) < 5e-2
 
 
@@ -228,7 +237,9 @@ def test_autocast(backend, times):
     model = prune(nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 32), nn.Unflatten(1, (8, 2, 2)), nn.Conv2d(8, 8, 1)))
     x = torch.randn(4, 8)
     fast = mfac.sparse.convert(model, x, policy="sparse", backend=backend)
-    setattr(fast, "0", model[0])  # a layer that torch computes in bfloat16 before those that are sparse
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert largest_difference(fast(x), model.eval().requires_grad_(False).double()(x.double()).float()) < 1e-5
+    setattr(fast, "0", model.float()[0])  # a layer that torch computes in bfloat16 before those that are sparse
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert model[0](x).dtype == torch.bfloat16 and isinstance(fast.get_submodule("1"), SparseLinear)
         out = fast(x)
@@ -266,6 +277,31 @@ def test_any_batch_size_after_export(backend):
     exported = torch.export.export(fast, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
     x = torch.randn(11, 16)
     assert torch.equal(exported.module()(x), fast(x))
+
+
+def test_copies_keep_the_backend(monkeypatch):
+    model = nn.Sequential(prune(nn.Linear(64, 64)))
+    for backend, other in (("reference", "compiled"), ("compiled", "reference")):
+        fast = mfac.sparse.convert(model, torch.randn(1, 64), policy="sparse", backend=backend)
+        monkeypatch.setenv("MFAC_BACKEND", other)
+        for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+            assert [m.backend for m in copied.modules() if isinstance(m, SparseLinear)] == [backend]
+        monkeypatch.delenv("MFAC_BACKEND")
+
+
+@pytest.mark.parametrize("policy", ["faster", "sparse"])
+def test_random_numbers_of_the_program(policy, unchanged):
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = prune(nn.Linear(64, 64))
+
+        def forward(self, x):
+            return self.fc(x) + torch.rand_like(x)
+
+    model, x = Noisy(), torch.randn(1, 64)
+    with unchanged(model):
+        mfac.sparse.convert(model, x, policy=policy)
 
 
 def test_training_is_refused(network):

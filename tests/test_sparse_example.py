@@ -78,7 +78,7 @@ def test_a_forward_on_the_instance():
     x, model = torch.randn(4, 16), nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
     model[0].forward = lambda x, layer=model[0]: 2 * F.linear(x, layer.weight, layer.bias)
     model, fast = convert(model, x)
-    assert fast.sparse_report.taken == ["2"] and "its forward is replaced on the instance" in str(fast.sparse_report)
+    assert fast.sparse_report.replaced == ["2"] and "its forward is replaced on the instance" in str(fast.sparse_report)
     torch.testing.assert_close(fast(x), model(x))
 
 
@@ -102,7 +102,7 @@ class Changed(Layers):
 def test_a_model_that_does_not_work_with_its_layers_replaced(kind, text):
     x = torch.randn(4, 16)
     model, fast = convert(kind(), x)
-    assert fast.sparse_report.taken == []
+    assert fast.sparse_report.replaced == []
     assert text in str(fast.sparse_report) and "the whole model stays dense" in str(fast.sparse_report)
     assert torch.equal(fast(x), model(x))
 
@@ -122,7 +122,7 @@ def test_random_numbers():
             return F.dropout(self.a(x), 0.5, training=True)
 
     _, fast = convert(Noisy(), torch.randn(4, 16))
-    assert fast.sparse_report.taken == ["a"] and fast.sparse_report.notes == []
+    assert fast.sparse_report.replaced == ["a"] and fast.sparse_report.notes == []
 
 
 class Functional(Layers):
@@ -139,7 +139,7 @@ class Branching(Functional):
 def test_a_weight_that_other_code_reads(kind):
     x = torch.randn(4, 16)
     model, fast = convert(kind(), x)
-    assert fast.sparse_report.taken == ["b"] and "other code reads its weights or sizes" in str(fast.sparse_report)
+    assert fast.sparse_report.replaced == ["b"] and "other code reads its weights or sizes" in str(fast.sparse_report)
     torch.testing.assert_close(fast(x), model(x))
 
 
@@ -160,7 +160,7 @@ def test_an_argument_by_name():
 
     x = torch.randn(4, 16)
     model, fast = convert(Named(), x)
-    assert fast.sparse_report.taken == ["a"]
+    assert fast.sparse_report.replaced == ["a"]
     torch.testing.assert_close(fast(x), model(x))
     assert mfac.sparse.convert(model, x).sparse_report.layers[0].dense_ms is not None
 
@@ -280,9 +280,9 @@ def test_nan_outputs():
 
     x = torch.randn(4, 16)
     model, fast = convert(Logarithm(), x)
-    assert fast.sparse_report.taken == ["a"] and fast.sparse_report.error < 1e-4 and bool(fast(x).isnan().any())
+    assert fast.sparse_report.replaced == ["a"] and fast.sparse_report.error < 1e-4 and bool(fast(x).isnan().any())
     model, fast = convert(model, torch.full((4, 16), NAN))  # sparse kernels skip products of NaN and zero
-    assert fast.sparse_report.taken == [] and "the outputs differ by inf" in str(fast.sparse_report)
+    assert fast.sparse_report.replaced == [] and "the outputs differ by inf" in str(fast.sparse_report)
 
 
 def test_hooks_on_a_traced_module_are_kept():

@@ -8,7 +8,8 @@ from test_sparse_convert import Branching, network, prune, times  # noqa: F401  
 from torch import nn
 
 import mfac
-from mfac.sparse.formats import slice_matrix
+from mfac.files.container import write_tensors
+from mfac.sparse.formats import CONVERTED, slice_matrix
 from mfac.sparse.modules import SparseLinear
 from mfac.tutorial.models import MobileNetV1
 
@@ -18,8 +19,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 @pytest.mark.parametrize("backend", ["compiled", "reference"])
 def test_round_trip(network, times, tmp_path, suffix, backend):  # noqa: F811
-    if suffix == "safetensors":
-        pytest.importorskip("safetensors")
     model, x = network
     fast, path = mfac.sparse.convert(model, x), tmp_path / f"model.{suffix}"
     mfac.sparse.save(fast, path)
@@ -122,6 +121,38 @@ def test_damaged_files(tmp_path, suffix):
         mfac.sparse.load(convolution(), path)
     with pytest.raises(ValueError, match=r"path: expected an existing file, got .*none"):
         mfac.sparse.load(convolution(), tmp_path / "none")
+
+
+@pytest.mark.parametrize("part", ["traced", "state_dict", "layers"])
+def test_files_without_a_part(tmp_path, part):
+    path = tmp_path / "model.pt"
+    mfac.sparse.save(mfac.sparse.convert(prune(nn.Linear(64, 64)), torch.randn(1, 64), policy="sparse"), path)
+    content = torch.load(path)
+    del (content if part == "state_dict" else content[CONVERTED])[part]
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=r"path: expected a file of mfac.sparse.save, got .* without its description"):
+        mfac.sparse.load(nn.Linear(64, 64), path)
+
+
+def test_a_description_that_is_no_json(tmp_path):
+    path = tmp_path / "model.safetensors"
+    write_tensors(path, {"weight": torch.ones(2, 2)}, {CONVERTED: "{"})
+    with pytest.raises(ValueError, match=r"path: expected JSON as mfac.sparse in .*, got Expecting"):
+        mfac.sparse.load(nn.Linear(2, 2), path)
+
+
+def test_rows_that_are_left_out(tmp_path):
+    """What no row of the file writes must not be read from memory."""
+    path = tmp_path / "model.pt"
+    mfac.sparse.save(
+        mfac.sparse.convert(nn.Sequential(prune(nn.Linear(64, 64))), torch.randn(1, 64), policy="sparse"), path
+    )
+    content = torch.load(path)
+    content["state_dict"]["0.order"].fill_(-1)
+    torch.save(content, path)
+    again = mfac.sparse.load(nn.Sequential(nn.Linear(64, 64)), path)
+    with torch.no_grad(), pytest.raises(ValueError, match="order: expected each of the rows 0 to 63 once, got others"):
+        again(torch.randn(1, 64))
 
 
 class Attention(nn.Module):

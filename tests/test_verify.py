@@ -196,6 +196,8 @@ def test_what_is_not_finite(tmp_path):
     torch.save(state, tmp_path / "m.pt")
     expected = ["weights: expected finite values, got NaN or infinity in 1.running_var"]
     assert verify(tmp_path / "m.pt").failures == expected
+    torch.save({"w": torch.ones(4, 4), "x": torch.full((2,), complex(1, float("nan")))}, tmp_path / "m.pt")
+    assert verify(tmp_path / "m.pt").failures == ["weights: expected finite values, got NaN or infinity in x"]
 
 
 def test_zeros_of_another_file(files, tmp_path):
@@ -328,7 +330,7 @@ def test_files_without_weights(tmp_path):
             verify(tmp_path / name)
 
 
-def test_the_command(files, capsys):
+def test_the_command(files, capsys, monkeypatch):
     path = str(files[3])
     assert main(["verify", path, "--sparsity", "0.9", "--max-size", "0.5"]) == 0
     text = capsys.readouterr().out
@@ -342,6 +344,8 @@ def test_the_command(files, capsys):
     assert "pattern: expected 'unstructured', 'block4', 'N:M' such as '2:4', or [rows, cols], got '4,x'" in (
         capsys.readouterr().err
     )
+    monkeypatch.setattr("mfac.export.verify.open_weights", lambda *_: (_ for _ in ()).throw(ImportError("onnx: none")))
+    assert main(["verify", path]) == 2 and capsys.readouterr().err == "mfac: error: onnx: none\n"
     assert main(["verify", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert all(word in text for word in ("--zeros-of", "N:M, block4, or R,C", "0.95", "int8.onnx"))
@@ -360,8 +364,6 @@ def test_a_large_layer_is_read_one_at_a_time(tmp_path):
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_files_of_mfac_sparse(tmp_path, suffix):
     """As mfac.sparse.save writes them: the weights of convolutions of 1 x 1 and 3 x 3, and of a linear layer."""
-    if suffix == "safetensors":
-        pytest.importorskip("safetensors")
     torch.manual_seed(0)
     pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten()
     layers = nn.Conv2d(8, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 1), *pooled, nn.Linear(64, 40)

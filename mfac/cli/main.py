@@ -291,9 +291,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             shows the traceback of an error.
 
     Returns:
-        The exit status: 0 on success; 2 for bad usage, options or recipes, and 1 for other failures, each with one line
-        on stderr (several if the kernels cannot be built); 130 if interrupted; 141, and no line, if stdout is a
-        closed pipe. Of several processes, that torchrun has started, one writes the line.
+        The exit status: 0 on success; 2 for bad usage, options or recipes, and 1 for other failures (of `verify` 2),
+        each with one line on stderr (several if the kernels cannot be built); 130 if interrupted; 141, and no line, if
+        stdout is a closed pipe. Of several processes, that torchrun has started, one writes the line.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     tokens = [token for token in given if token != "--debug"]
@@ -318,7 +318,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = str(error) or "memory: expected enough, got a MemoryError"  # which mostly has no text
             text = text if isinstance(error, BuildError) else " ".join(text.split())
             sys.stderr.write(f"mfac: error: {text}\n")
-        return _WRONG if isinstance(error, (ValueError, TypeError)) else _FAILED
+        wrong = isinstance(error, (ValueError, TypeError)) or "verify" in tokens[:1]  # whose 1 is an answer
+        return _WRONG if wrong else _FAILED
     except KeyboardInterrupt:
         if processes.first_to_fail():
             sys.stderr.write("mfac: interrupted\n")

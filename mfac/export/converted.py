@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfac.sparse.formats import PARTS, SLICE_ROWS, dense_matrix
+from mfac.sparse.formats import MAX_INPUTS, PARTS, SLICE_ROWS, dense_matrix
 
 
 def converted_layers(names: Collection[str]) -> list[str]:
@@ -51,7 +51,7 @@ def dense_weight(parts: Mapping[str, Tensor], shape: Any) -> Tensor:
     rows, inputs = sizes[0], math.prod(sizes[1:])
     values, columns, pointers, order = (parts[part] for part in PARTS)
     lengths = pointers.long().diff()
-    if columns.dtype != torch.int16 or inputs > torch.iinfo(torch.int16).max:
+    if columns.dtype != torch.int16 or inputs > MAX_INPUTS:
         raise ValueError(f"columns of {columns.dtype} do not number {inputs} inputs")
     if min(sizes) < 0 or len(order) != SLICE_ROWS * len(lengths) or -(-rows // SLICE_ROWS) != len(lengths):
         raise ValueError(f"{len(order)} rows in {len(lengths)} slices are not those of the shape {list(sizes)}")

@@ -27,9 +27,9 @@ class Layer:
     """A weight of a file.
 
     Attributes:
-        name: In the file.
-        shape: Of the weight.
-        dtype: Of its elements.
+        name: Its name in the file.
+        shape: Its shape.
+        dtype: The type of its elements.
         zeros: Elements that are zero; under a pattern of blocks those in blocks of zeros alone.
         breaks: The first group that does not keep the pattern, in words; empty if all do, or no pattern was asked for.
         groups: Whole groups of the pattern in the weight.
@@ -157,7 +157,7 @@ def verify(
     wanted = None if sparsity is None else check_sparsity("sparsity", sparsity)
     wanted_each = None if layer_sparsity is None else check_sparsity("layer_sparsity", layer_sparsity)
     limit = None if max_size is None else check_positive("max_size", max_size)
-    kept = parse_pattern("unstructured" if pattern is None else pattern)
+    rule = parse_pattern("unstructured" if pattern is None else pattern)
     file = open_weights(path)
     chosen = _choose(file, params, exclude)
     other = None if zeros_of is None else open_weights(zeros_of, "zeros_of").weights
@@ -170,7 +170,7 @@ def verify(
         if not _is_finite(value):
             failures.append(f"weights: expected finite values, got NaN or infinity in {tensor.name}")
         if tensor.name in chosen:
-            layers.append(_layer(tensor, value, kept))
+            layers.append(_layer(tensor, value, rule))
             if other is not None:
                 count, lost = _zeros_kept(tensor, value, other.get(same[tensor.name]), other)
                 compared += count
@@ -184,13 +184,13 @@ def verify(
     found = Verification(file.path, file.format, layers, sizes, failures, file.part, file.unread)
     for layer in layers:
         if layer.breaks:
-            failures.append(f"pattern: expected {kept.name} in {layer.name}, got {layer.breaks}")
+            failures.append(f"pattern: expected {rule.name} in {layer.name}, got {layer.breaks}")
     if wanted is not None:
-        each = sum(_least_zeros([layer], wanted, kept) for layer in layers)  # pruning rounds each, or all together
-        if sum(layer.zeros for layer in layers) < min(each, _least_zeros(layers, wanted, kept)):
+        each = sum(_least_zeros([layer], wanted, rule) for layer in layers)  # pruning rounds each, or all together
+        if sum(layer.zeros for layer in layers) < min(each, _least_zeros(layers, wanted, rule)):
             failures.append(f"sparsity: expected >= {100 * wanted:.2f} %, got {100 * found.sparsity:.2f} %")
     for layer in layers:
-        if wanted_each is not None and layer.zeros < _least_zeros([layer], wanted_each, kept):
+        if wanted_each is not None and layer.zeros < _least_zeros([layer], wanted_each, rule):
             got = f"{100 * layer.sparsity:.2f} % in {layer.name}"
             failures.append(f"layer_sparsity: expected >= {100 * wanted_each:.2f} %, got {got}")
     if limit is not None and file.nbytes > limit * sizes["dense"]:
@@ -217,6 +217,8 @@ def _choose(file: WeightsFile, params: str | Iterable[str] | None, exclude: str 
         return found
 
     chosen = set(names) if params is None else find("params", params)
+    if not chosen:
+        raise ValueError(f"params: expected names of weights in {file.path} ({shorten(names)}), got none")
     chosen -= find("exclude", exclude)
     if not chosen:
         raise ValueError(f"exclude: expected to leave a weight of {file.path}, got all excluded")
@@ -262,7 +264,7 @@ def _place(index: int, shape: Sequence[int]) -> list[int]:
 
 def _is_finite(value: Tensor) -> bool:
     """Whether all elements are, which torch does not say of 8-bit types."""
-    if not value.is_floating_point():
+    if not (value.is_floating_point() or value.is_complex()):
         return True
     return bool((value.float() if value.itemsize == 1 else value).isfinite().all())
 

@@ -18,7 +18,7 @@ from mfac.pruning.quadratic import Plan, prune_vector
 
 DAMPINGS = ("1e-3*mean", "1e-2*mean", "1e-1*mean", "1*mean")  # candidates
 BLOCK_SIZES = (64, 128, 256, 512, 2048, 8192)
-MIN_GRADS = 4  # a quarter of them is held back
+MIN_GRADS = 4  # without batches a quarter of them is held back
 NUM_JUDGES = 16  # batches whose mean loss judges a trial step
 _FIRST_DAMPING = "1e-2*mean"  # with which the block sizes are compared
 _MIN_Z = 3.0  # of a candidate that replaces the default by prediction alone (docs/defaults.md)
@@ -86,6 +86,7 @@ def choose_settings(
     if "auto" in (damping, block_size):
         if m < MIN_GRADS:
             raise ValueError(f"grads: expected at least {MIN_GRADS} gradients for 'auto', got {m}")
+        asked = "damping" if damping == "auto" else "block_size"
         fisher = fisher.replace(**({} if damping == "auto" else {"damping": damping}))
         dampings, first = (DAMPINGS, _FIRST_DAMPING) if damping == "auto" else ([fisher.damping], fisher.damping)
         possible = [b for b in BLOCK_SIZES if b < d and fisher.accepts(b)]
@@ -117,7 +118,7 @@ def choose_settings(
         candidates = list(tried.values())
         damping, block_size = best if judge.is_clear(tried[best]) else default
         if not tried[damping, block_size].score < math.inf:
-            raise RuntimeError(f"damping: expected a candidate with a finite {judge.what}")
+            raise RuntimeError(f"{asked}: expected a candidate with a finite {judge.what}")
     fisher = fisher.replace(damping=damping, block_size=block_size)
     _warn_ill_conditioned(fisher)
     return fisher, candidates

@@ -46,8 +46,6 @@ def split_evenly(count: int, parts: int) -> list[int]:
     return [count * (i + 1) // parts - count * i // parts for i in range(parts)]
 
 
-LossFn = Callable[[Any, Any], Tensor]
-
 # What may differ between ranks: where and how they compute, and what is shown.
 _OWN = ("process_group", "progress", "backend", "grads_device")
 _WARN_SPARSITY = 0.01  # of a model without masks
@@ -246,7 +244,7 @@ class Engine:
             grads: A buffer, a tensor [m, d], or m dicts name -> gradient.
 
         Returns:
-            It, with a damping of 1 for the whole vector; :meth:`choose` sets the real one.
+            The Fisher, with placeholders for damping and block size; :meth:`choose` sets the real ones.
 
         Raises:
             ValueError: If the gradients are spread over other processes than the model.
@@ -286,7 +284,7 @@ class Engine:
             selection=selection,
             sparsities=sparsities,
             criterion=criterion,
-            update=self.settled(self.reached, sparsities)["update"],
+            update=self.with_update(self.reached, sparsities)["update"],
             substeps=criterion.num_substeps(
                 selection.num_substeps(active, sparsities) if substeps == "auto" else substeps
             ),
@@ -330,7 +328,10 @@ class Engine:
         progress: bool,
     ) -> tuple[Fisher, list[Candidate]]:
         settings = self.settings
-        loss_with = None if measure is None else partial(loss_at, params, measure)
+        loss_with = None
+        if measure is not None:
+            measure()  # of the model as it is: batches whose loss is finite now are the judges
+            loss_with = partial(loss_at, params, measure)
         return choose_settings(
             self.fisher(grads), weights, active, plan, settings["damping"], settings["block_size"], loss_with, progress
         )
@@ -450,8 +451,8 @@ class Engine:
 
     def _warn_of_empty_layers(self, layers: list[tuple[str, int, int]], sparsities: Sparsities) -> None:
         """Warn of parameters that a global ranking has emptied; none of those whose sparsity was to be 1."""
-        whole = {name for key, names in self._members.items() if sparsities[key] == 1 for name in names}
-        empty = [name for name, n, kept in layers if kept == 0 and n > 0 and name not in whole]
+        meant = {name for key, names in self._members.items() if sparsities[key] == 1 for name in names}
+        empty = [name for name, n, kept in layers if kept == 0 and n > 0 and name not in meant]
         if empty and self.settings["scope"] == "global":
             warn(
                 f"sparsity: scope='global' leaves no weight in {shorten(empty, 3)}, which may cut the network in two; "
@@ -466,7 +467,7 @@ class Engine:
             loss_fn: Loss of (outputs, targets), or None.
 
         Returns:
-            It; nothing is drawn yet.
+            The source; no batch is drawn yet.
 
         Raises:
             TypeError: If an argument is of the wrong type.
@@ -503,7 +504,7 @@ class Engine:
         if count != source.num_grads:
             source.resize(count, self.num_refresh(count))
 
-    def settled(self, start: Sparsities, end: Sparsities) -> dict[str, Any]:
+    def with_update(self, start: Sparsities, end: Sparsities) -> dict[str, Any]:
         """Return the settings with the update that ``"auto"`` stands for on the way between two sparsities."""
         auto = "joint" if num_halvings(start, end) > 1 + 1e-9 else "none"  # half of them: none, whatever the rounding
         return {**self.settings, "update": auto} if self.settings["update"] == "auto" else self.settings

@@ -338,7 +338,7 @@ class Pruner:
         engine = self._engine
         if self._began is None or self._source is None:
             return False
-        return engine.num_corrections(engine.settled(self._began, sparsities)["update"]) > 0
+        return engine.num_corrections(engine.with_update(self._began, sparsities)["update"]) > 0
 
     def _update(self, sparsities: Sparsities) -> PruneResult:
         settings, buffer = self._engine.given, self._buffer

@@ -67,7 +67,7 @@ def plan_updates(
         after = {key: max(reached[key], schedule.sparsity(time)) for key, schedule in schedules.items()}
         if after == reached and not began:
             continue
-        update = engine.settled(began or reached, after)["update"]
+        update = engine.with_update(began or reached, after)["update"]
         corrections = engine.num_corrections(update) if collects else 0
         if after == reached and not corrections:
             began = None

@@ -54,7 +54,7 @@ def run(
     engine.apply_masks()
     start, origin = time.perf_counter(), dict(engine.reached)
     engine.result = None
-    engine.settings = engine.settled(origin if began is None else began, sparsities)
+    engine.settings = engine.with_update(origin if began is None else began, sparsities)
     if not engine.takes_gradients(engine.settings["update"]):
         grads = None
     if recomputations == "auto":
@@ -159,7 +159,7 @@ class _Run:
                 judge = sparsities == end and isinstance(self.grads, GradientSource)
                 measure = self.grads.hold(engine.model, NUM_JUDGES) if judge else None
                 fisher, self.candidates = engine.choose(buffer, end, measure, self.progress)
-                engine.settings = _settled(engine.settings, fisher)
+                engine.settings = _with_chosen(engine.settings, fisher)
         result = engine.step(buffer, sparsities)
         for stage, value in result.seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + value
@@ -185,7 +185,7 @@ class _Run:
         bar.update()
 
 
-def _settled(settings: dict[str, Any], fisher: Fisher) -> dict[str, Any]:
+def _with_chosen(settings: dict[str, Any], fisher: Fisher) -> dict[str, Any]:
     """Return the settings with what "auto" has chosen in its place, damping relative to the gradients."""
     settings = {**settings, "block_size": fisher.block_size}
     if settings["damping"] == "auto":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mfac import _build
 from mfac.checks import check_choice, check_module
+from mfac.gradients.seeds import seeded
 from mfac.sparse.backend import backend_name, select_backend
 from mfac.sparse.candidates import Candidate, build, examine, fastest, measure
 from mfac.sparse.example import call_model, clone_tensors, largest_difference, layers_read, run_example
@@ -20,10 +21,11 @@ from mfac.sparse.report import ConversionReport, LayerReport
 
 POLICIES = ("faster", "sparse")
 MIN_GAIN = 1.05  # a layer is replaced if dense takes at least so many times as long; less is within the noise
-HALF = 0.5  # zeros from which on policy "sparse" replaces a layer
+MIN_SPARSITY_UNTIMED = 0.5  # zeros from which on policy "sparse" replaces a layer
 _MODEL_SECONDS = 1.0  # for timing the whole model in all its forms
 
 
+@seeded(0)  # a model that draws numbers does not advance those of the program
 def convert(model: nn.Module, example_inputs: Any, *, policy: str = "faster", backend: str = "auto") -> nn.Module:
     """Return a copy of a model for inference on this CPU, in which layers with many zeros run on sparse kernels.
 
@@ -32,6 +34,9 @@ def convert(model: nn.Module, example_inputs: Any, *, policy: str = "faster", ba
     and on the kernels of this package, with torch's present number of threads; it is replaced where these are faster.
     Depthwise 3 x 3 convolutions, and small dense convolutions, may run on them too, so that a network stays in one
     layout (NCHW). Finally the whole model is timed: if it has not become faster, it stays dense.
+
+    Weights that are zero are not multiplied at all: where dense layers give NaN for an input of NaN or infinity, sparse
+    ones may not.
 
     Args:
         model: Trained and pruned, on the CPU, float32 or bfloat16. It is not changed.
@@ -58,7 +63,7 @@ def convert(model: nn.Module, example_inputs: Any, *, policy: str = "faster", ba
         >>> model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 8))
         >>> _ = model[0].weight.data.mul_(torch.rand(256, 256) < 0.05)
         >>> fast = mfac.sparse.convert(model, torch.randn(1, 256), policy="sparse")
-        >>> fast.sparse_report.taken
+        >>> fast.sparse_report.replaced
         ['0']
         >>> x = torch.randn(1, 256)
         >>> with torch.no_grad():
@@ -189,11 +194,13 @@ def _choose(candidates: list[Candidate], policy: str) -> tuple[dict[str, str], d
     usable = [c for c in candidates if not c.obstacle]
     if policy == "sparse":
         for c in usable:
-            if c.formats == ["depthwise"] or c.sparsity < HALF:
-                reasons[c.name] = f"fewer than {HALF:.0%} zeros" if c.formats != ["depthwise"] else "dense by nature"
+            if c.formats == ["depthwise"] or c.sparsity < MIN_SPARSITY_UNTIMED:
+                reasons[c.name] = (
+                    f"fewer than {MIN_SPARSITY_UNTIMED:.0%} zeros" if c.formats != ["depthwise"] else "dense by nature"
+                )
             else:
                 forms[c.name] = c.formats[-1]
-                reasons[c.name] = f"at least {HALF:.0%} zeros"
+                reasons[c.name] = f"at least {MIN_SPARSITY_UNTIMED:.0%} zeros"
         return forms, reasons
     for c in usable:
         if c.dense_ms is None or not c.times:

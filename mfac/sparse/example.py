@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from mfac.gradients.seeds import seeded
+
 _RUNS = 2  # state that a forward keeps outside of tensors shows from the second call on
 _LEAST_SCALE = 1e-30
 
@@ -47,27 +49,27 @@ def run_example(model: nn.Module, inputs: Any) -> list[Any]:
         The output of each call.
     """
     model = copy.deepcopy(model).eval()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with torch.no_grad(), seeded(0):
         return [clone_tensors(call_model(model, clone_tensors(inputs))) for _ in range(_RUNS)]
 
 
-def largest_difference(one: Any, other: Any, least_scale: float = _LEAST_SCALE) -> float:
-    """Return the largest difference of two outputs, each element relative to its magnitude or the tensor's typical one.
+def largest_difference(found: Any, expected: Any, least_scale: float = _LEAST_SCALE) -> float:
+    """Return the largest difference of two outputs, each element relative to what is expected.
 
-    The typical magnitude is the median of the distinct finite magnitudes above zero. A constant that fills masked
+    An element that is smaller than the tensor's typical magnitude counts relative to that: the median of the distinct
+    finite magnitudes above zero of what is expected. A constant that fills masked
     elements, such as -1e9, counts once there and cannot hide what the other elements differ by.
 
     Args:
-        one: An output of a model: tensors, numbers and other values, in containers or attributes of objects.
-        other: The output to compare with.
+        found: An output of a model: tensors, numbers and other values, in containers or attributes of objects.
+        expected: The output to compare with.
         least_scale: Smaller magnitudes are replaced by it.
 
     Returns:
         The relative difference. It is infinite if structures, shapes, types, or values other than finite numbers
         differ; NaN equals NaN.
     """
-    ones, others = _leaves(one, set()), _leaves(other, set())
+    ones, others = _leaves(found, set()), _leaves(expected, set())
     if len(ones) != len(others):
         return float("inf")
     return max((_difference(a, b, least_scale) for a, b in zip(ones, others, strict=True)), default=0.0)

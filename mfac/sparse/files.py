@@ -16,11 +16,11 @@ from mfac.files.states import read_state, write_state
 from mfac.sparse.candidates import find_obstacle
 from mfac.sparse.convert import apply_forms
 from mfac.sparse.example import check_given
-from mfac.sparse.formats import CONVERTED
+from mfac.sparse.formats import CONVERTED, FORMATS
 from mfac.sparse.graph import trace
 from mfac.sparse.modules import DepthwiseConv2d, SparseConv2d, SparseLinear
 
-_FORMS = ("rows", "blocks", "depthwise")
+_FORMS = (*FORMATS, "depthwise")
 _VOLATILE = ("training", "backend")  # attributes that differ between equal networks
 
 
@@ -183,16 +183,24 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the description and the state dict of a file."""
     if is_safetensors(path):
         file = SafetensorsFile(path)
-        text = file.metadata.get(CONVERTED)
-        described = None if text is None else json.loads(text)
+        try:
+            described = json.loads(file.metadata.get(CONVERTED, "null"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"path: expected JSON as {CONVERTED} in {path}, got {error}") from error
         state = {name: file.read(name) for name in file.entries} if described else {}
     else:
         content = read_state("path", path, "a file of mfac.sparse.save")
-        described = content.get(CONVERTED) if isinstance(content, dict) else None
-        state = content["state_dict"] if described else {}
-    layers = described.get("layers") if isinstance(described, dict) else None
-    modules = described.get("modules") if isinstance(described, dict) else None
-    if not isinstance(layers, dict) or not isinstance(modules, dict) or not set(layers.values()) <= set(_FORMS):
+        content = content if isinstance(content, dict) else {}
+        described, state = content.get(CONVERTED), content.get("state_dict")
+    described = described if isinstance(described, dict) else {}
+    layers, modules = described.get("layers"), described.get("modules")
+    if not (
+        isinstance(layers, dict)
+        and all(isinstance(form, str) and form in _FORMS for form in layers.values())
+        and isinstance(modules, dict)
+        and isinstance(described.get("traced"), bool)
+        and isinstance(state, dict)
+    ):
         raise ValueError(f"path: expected a file of mfac.sparse.save, got {path} without its description")
     if not all(isinstance(settings, dict) for settings in modules.values()):
         raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mfac._build import BuildError
 from mfac.checks import check_choice, check_int
 from mfac.sparse import compiled, reference
 from mfac.sparse.backend import backend_name, select_backend
@@ -22,23 +23,28 @@ class _Layer(nn.Module):
     def __init__(self, activation: str, backend: str = "auto") -> None:
         super().__init__()
         self.activation = check_choice("activation", activation, ACTIVATIONS)
+        self._requested = backend
         self.backend = backend_name(select_backend(backend))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # of a module that was pickled, perhaps elsewhere
-        self.backend = backend_name(select_backend())
+        super().__setstate__(state)
+        try:
+            self.backend = backend_name(select_backend(self._requested))
+        except BuildError:  # the module was pickled elsewhere
+            self.backend = backend_name(select_backend())
 
-    def _kernels(self) -> Any:
-        return compiled if self.backend == "compiled" else reference
-
-    def _input(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return x; in the type of the weight under autocast, where other layers change that of their results."""
+    def _call(self, op: str, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        """Call an inference op; under autocast in the type of the weight, whatever the layer before returns."""
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError(
                 f"input: expected no gradient, got a tensor that requires one: {type(self).__name__} is for inference; "
                 "call it under torch.no_grad()"
             )
-        return x.to(weight.dtype) if torch.is_autocast_enabled(x.device.type) else x
+        function = getattr(compiled if self.backend == "compiled" else reference, op)
+        if not torch.is_autocast_enabled(x.device.type):
+            return function(x, weight, *rest)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x.to(weight.dtype), weight, *rest)
 
 
 class _SparseLayer(_Layer):
@@ -124,16 +130,10 @@ class SparseLinear(_SparseLayer):
 
     def forward(self, input: Tensor) -> Tensor:  # the name that torch gives it; some models pass it by name
         """Return activation(x Wᵀ + bias), [..., N], for an input x [..., K]."""
-        return self._kernels().linear(
-            self._input(input, self.values),
-            self.values,
-            self.columns,
-            self.pointers,
-            self.order,
-            self.bias,
-            self.shape,
+        return self._call(
+            "linear", input, self.values, self.columns, self.pointers, self.order, self.bias, self.shape,
             self.activation,
-        )
+        )  # fmt: skip
 
 
 class SparseConv2d(_SparseLayer):
@@ -174,9 +174,9 @@ class SparseConv2d(_SparseLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution [n, N, ...], contiguous, of [n, channels, height, width] or of one image."""
-        images = self._input(input if input.dim() == 4 else input.unsqueeze(0), self.values)
-        out = self._kernels().conv2d(
-            images, self.values, self.columns, self.pointers, self.order, self.bias, self.shape,
+        images = input if input.dim() == 4 else input.unsqueeze(0)
+        out = self._call(
+            "conv2d", images, self.values, self.columns, self.pointers, self.order, self.bias, self.shape,
             self.kernel, self.stride, self.padding, self.activation,
         )  # fmt: skip
         return out if input.dim() == 4 else out.squeeze(0)
@@ -214,8 +214,8 @@ class DepthwiseConv2d(_Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of [n, channels, height, width], or of one image; contiguous."""
-        images = self._input(input if input.dim() == 4 else input.unsqueeze(0), self.weight)
-        out = self._kernels().depthwise_conv2d(images, self.weight, self.bias, self.stride, self.activation)
+        images = input if input.dim() == 4 else input.unsqueeze(0)
+        out = self._call("depthwise_conv2d", images, self.weight, self.bias, self.stride, self.activation)
         return out if input.dim() == 4 else out.squeeze(0)
 
     def extra_repr(self) -> str:

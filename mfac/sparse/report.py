@@ -32,7 +32,7 @@ class LayerReport:
     bytes: int = 0
 
     @property
-    def taken(self) -> bool:
+    def replaced(self) -> bool:
         """Whether the layer is replaced."""
         return self.format != "dense"
 
@@ -72,9 +72,9 @@ class ConversionReport:
     error: float = 0.0
 
     @property
-    def taken(self) -> list[str]:
+    def replaced(self) -> list[str]:
         """Names of the layers that are replaced."""
-        return [layer.name for layer in self.layers if layer.taken]
+        return [layer.name for layer in self.layers if layer.replaced]
 
     def __str__(self) -> str:
         """Return a table: a line per layer, and the whole model."""
@@ -82,7 +82,7 @@ class ConversionReport:
         lines = [head, *map(str, self.layers)]
         before, after = (sum(getattr(x, name) for x in self.layers) / 2**20 for name in ("dense_bytes", "bytes"))
         lines.append(
-            f"{len(self.taken)} of {len(self.layers)} layers replaced, {len(self.folded)} BatchNorm folded; weights "
+            f"{len(self.replaced)} of {len(self.layers)} layers replaced, {len(self.folded)} BatchNorm folded; weights "
             f"{before:.2f} -> {after:.2f} MiB; outputs differ by {self.error:.0e}"
         )
         if self.dense_ms is not None and self.fast_ms is not None:

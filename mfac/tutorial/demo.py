@@ -99,7 +99,7 @@ def size_and_time(model: nn.Module, image: torch.Tensor) -> str:
     report = convert(model, image).sparse_report
     before, after = (sum(getattr(layer, name) for layer in report.layers) / 1e6 for name in ("dense_bytes", "bytes"))
     line = f"the last network, sparse against dense: weights {before:.2f} -> {after:.2f} MB"
-    if report.dense_ms is None or not report.taken:
+    if report.dense_ms is None or not report.replaced:
         return f"{line}; no layer is faster sparse on this machine"
     return (
         f"{line}, one image {report.dense_ms:.2f} -> {report.fast_ms:.2f} ms on {report.machine} (threads: "
