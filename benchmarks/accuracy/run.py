@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,13 +26,15 @@ from torch import nn
 import mfac
 from mfac.pruning.patterns import parse_pattern
 
-M, BATCH = 256, 32  # gradients; images of each
+M, MANY, BATCH = 256, 1024, 32  # gradients; images of each
 PUBLISHED = {"update": "independent", "substeps": 1, "damping": 1e-5, "block_size": 2000}
 SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 LABELS = {
     "magnitude": "magnitude",
     "published": "M-FAC as published, one step",
+    "published_many": f"the same, {MANY:,} gradients",
     "step": "`prune_step`",
+    "step_many": f"the same, {MANY:,} gradients",
     "corrected": "`prune_step(batches=...)`: and a correction",
     "auto": '`prune_step(batches=..., damping="auto", block_size="auto")`',
     "plain": "`prune(corrections=0)`",
@@ -71,7 +73,7 @@ class Bench:
     checkpoint: Path
     device: str
     cached_seed: int | None = None
-    cached: mfac.GradientBuffer | None = None
+    cached: dict[int, mfac.GradientBuffer] = field(default_factory=dict)  # by their number
 
     @classmethod
     def load(cls, data: Path, checkpoint: Path, device: str) -> Bench:
@@ -85,12 +87,14 @@ class Bench:
             record(model, False, BATCH)
         return model
 
-    def gradients(self, seed: int) -> mfac.GradientBuffer:
-        """Return the M gradients that a run of this seed collects first."""
+    def gradients(self, seed: int, count: int = M) -> mfac.GradientBuffer:
+        """Return the gradients that a run of this seed collects first."""
         if self.cached_seed != seed:
-            self.cached = mfac.collect_gradients(self.model(), self.batches(seed), F.cross_entropy, M, progress=False)
-            self.cached_seed = seed
-        return self.cached
+            self.cached_seed, self.cached = seed, {}
+        if count not in self.cached:
+            options = {"num_grads": count, "progress": False}
+            self.cached[count] = mfac.collect_gradients(self.model(), self.batches(seed), F.cross_entropy, **options)
+        return self.cached[count]
 
     def batches(self, seed: int, augment: bool = False):
         """Return endless batches of 32 training images."""
@@ -104,7 +108,9 @@ class Bench:
     def run(self, method: str, sparsity: float, seed: int) -> dict:
         """Prune and measure."""
         model = self.model()
-        grads = self.gradients(seed) if method in ("published", "step", "corrected", "auto") else None
+        name, _, many = method.partition("_")
+        single_step = name in ("published", "step", "corrected", "auto")
+        grads = self.gradients(seed, MANY if many else M) if single_step else None
         began = time.perf_counter()
         if method == "magnitude":
             mfac.prune_step(model, None, sparsity, criterion="magnitude")
@@ -112,7 +118,7 @@ class Bench:
             options = {"num_grads": M, "progress": False, **PRUNE[method]}
             mfac.prune(model, self.batches(seed), F.cross_entropy, sparsity, **options)
         else:
-            options = PUBLISHED if method == "published" else {}
+            options = PUBLISHED if name == "published" else {}
             if method in ("corrected", "auto"):
                 options = {"batches": self.batches(2000 + seed), "loss_fn": F.cross_entropy, "progress": False}
             if method == "auto":
