@@ -41,7 +41,7 @@ LABELS = {
     "prune": "`prune`",
     "fresh": "`prune(refresh=256)`: all gradients new",
 }
-DRAWN = {"magnitude": "#d95f02", "published": "#7570b3", "step": "#66a61e", "prune": "#1b9e77"}  # and their colours
+DRAWN = {"magnitude": "#d95f02", "published": "#7570b3", "step": "#66a61e", "prune": "#1b9e77", "fresh": "#333399"}
 PRUNE = {  # options of mfac.prune; those not named are its defaults
     "plain": {"corrections": 0},
     "prune": {},
@@ -218,7 +218,7 @@ def plot(rows: list[dict], dense: float, path: Path) -> None:
     for method, colour in DRAWN.items():
         found = [row for row in rows if row.get("method") == method]
         xs = sorted({row["sparsity"] for row in found})
-        for key, style in (("top1", "o-"), ("top1_batchnorm", "o--"))[: 1 if method == "prune" else 2]:
+        for key, style in (("top1", "o-"), ("top1_batchnorm", "o--"))[: 1 if method in PRUNE else 2]:
             if not found:
                 continue
             values = [[row[key] for row in found if row["sparsity"] == x] for x in xs]
