@@ -151,6 +151,17 @@ def test_a_layer_that_is_not_called():
         assert [layer.name for layer in fast.sparse_report.layers] == ["0"]
 
 
+def test_layers_inside_of_a_module_that_is_called_as_a_whole():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = prune(nn.Sequential(nn.TransformerEncoder(layer, 1), nn.Linear(16, 4))).eval()
+    report = mfac.sparse.convert(model, torch.randn(2, 3, 16), policy="sparse").sparse_report
+    assert report.replaced == ["1"] and [layer.name.rpartition(".")[2] for layer in report.layers] == [
+        "out_proj", "linear1", "linear2", "1",
+    ]  # fmt: skip
+    assert report.layers[1].reason == "it is inside of TransformerEncoder, called as a whole"
+    assert sum(layer.dense_bytes for layer in report.layers) > 4 * 2 * 16 * 32
+
+
 class Branching(nn.Module):
     def __init__(self):
         super().__init__()

@@ -40,12 +40,14 @@ LABELS = {
     "plain": "`prune(corrections=0)`",
     "prune": "`prune`",
     "fresh": "`prune(refresh=256)`: all gradients new",
+    "prune_many": f"`prune(num_grads={MANY})`",
 }
-DRAWN = {"magnitude": "#d95f02", "published": "#7570b3", "step": "#66a61e", "prune": "#1b9e77", "fresh": "#333399"}
+DRAWN = {"magnitude": "#d95f02", "published": "#7570b3", "step": "#66a61e", "prune": "#1b9e77", "prune_many": "#333399"}
 PRUNE = {  # options of mfac.prune; those not named are its defaults
     "plain": {"corrections": 0},
     "prune": {},
     "fresh": {"refresh": M},
+    "prune_many": {"num_grads": MANY},
 }
 SEEDS = {"plain": 1}  # methods that are there for comparison
 PATTERNS = {  # pattern: (sparsity, name of the rule: how)

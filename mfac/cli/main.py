@@ -62,6 +62,8 @@ def demo(*, output: str = "mfac-demo", seeds: _Positive = 3, num_grads: _Positiv
 def train(settings: Annotated[TrainSettings, _Flat]) -> None:
     """Train and prune a model as a recipe says.
 
+    The optimizer is Adam, for which the learning rates of a recipe that was written for SGD are too high.
+
     Writes model.pt (the best epoch), model.txt (its loss and accuracy) and checkpoint.pt (the last epoch, for
     `--resume`) into SAVE_DIR/MODEL_TAG.
 

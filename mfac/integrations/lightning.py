@@ -37,7 +37,7 @@ except ImportError:
         from pytorch_lightning import Callback, LightningModule, Trainer
         from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
     except ImportError as error:
-        raise ImportError(install_hint("lightning", "lightning")) from error
+        raise ImportError(f"{install_hint('lightning', 'lightning')} ({error})") from error
 
 
 class PrunerCallback(Callback):

@@ -34,7 +34,7 @@ from mfac.recipe.manager import Session
 try:
     from transformers import TrainerCallback
 except ImportError as error:
-    raise ImportError(install_hint("transformers", "transformers")) from error
+    raise ImportError(f"{install_hint('transformers', 'transformers')} ({error})") from error
 
 _MAX_KEPT_ZEROS = 0.01  # share of a layer's kept weights that may be zero by chance
 FILE = "pruner.pt"  # in each checkpoint's folder

@@ -37,7 +37,8 @@ class FrontierPoint:
         pattern: As given.
         target: Sparsity as given.
         sparsity: Reached, over all chosen parameters.
-        predicted_loss_increase: ½ δᵀFδ of the step that leads there.
+        predicted_loss_increase: ½ δᵀFδ of the step that leads there, to compare points by: gradients of batches give
+            about the loss divided by the samples of a batch, and far from the dense model the loss rises faster.
         milliseconds: Time of the model with these zeros, converted by :func:`mfac.sparse.convert`; None if there were
             no ``example_inputs``.
     """

@@ -142,6 +142,9 @@ class PruneResult:
     def apply(self, model: nn.Module) -> None:
         """Set the pruned weights of another model to zero: an average of weights (EMA, SWA), a copy.
 
+        Its other weights stay. Where the step has moved those of the model far (a joint update), an average of old
+        ones no longer fits them: start it anew from the model.
+
         Args:
             model: Has parameters of the same names and shapes; see :func:`mfac.apply_masks`.
         """

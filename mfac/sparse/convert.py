@@ -126,13 +126,20 @@ def find_candidates(traced: Traced, read: Collection[str] = ()) -> list[Candidat
         read: Layers whose weights or sizes other code reads (:func:`mfac.sparse.example.layers_read`).
 
     Returns:
-        What is known about each, in the order of the model; a layer that the graph does not call is not among them.
+        What is known about each, in the order of the model; a layer that is not used is not among them.
     """
-    candidates = [
-        examine(name, layer, traced.activations.get(name, "none"), None if traced.reason else traced.calls[name])
-        for name, layer in traced.model.named_modules()
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and (traced.reason or traced.calls[name])
-    ]
+    candidates = []
+    for name, layer in traced.model.named_modules():
+        if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+            continue
+        if traced.reason or traced.calls[name]:
+            calls = None if traced.reason else traced.calls[name]
+            candidates.append(examine(name, layer, traced.activations.get(name, "none"), calls))
+            continue
+        for whole in traced.calls:
+            if name.startswith(f"{whole}."):
+                obstacle = f"it is inside of {type(traced.model.get_submodule(whole)).__name__}, called as a whole"
+                candidates.append(Candidate(name, layer, obstacle=obstacle))
     for candidate in candidates:
         if candidate.name in read and not candidate.obstacle:
             candidate.obstacle = "other code reads its weights or sizes"

@@ -143,16 +143,15 @@ def demo(
     tqdm.write("loading the kernels; at their first use they are compiled, which takes half a minute")
     select_backend()  # here, so that no method's time contains it
     budget = {"num_grads": num_grads, "recomputations": recomputations, "refresh": max(1, num_grads // 4)}
-    runs, model = [], dense
+    title = "MobileNet on digits: three pruning methods, the same images and steps"
+    runs, model, text = [], dense, ""
     for seed in range(seeds):
         for method in METHODS:
             tqdm.write(f"{method.label}, seed {seed}")
             arguments = {**budget, **method.variables} if method.recipe == "mfac.md" else {}
             run, model = run_method(method, dense, seed, arguments, max_train_steps)
             runs.append(run)
-    text = write_comparison(
-        dense_top1, runs, folder, "MobileNet on digits: three pruning methods, the same images and steps"
-    )
+        text = write_comparison(dense_top1, runs, folder, title)  # after each seed: Ctrl-C loses no other
     tqdm.write(f"\n{text}\n\ntable, comparison.png and a CSV file per run are in {folder}")
     tqdm.write(size_and_time(model.cpu(), next(iter(load_data().validation))[0][:1].cpu()))
     return runs

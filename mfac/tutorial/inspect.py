@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -187,6 +188,7 @@ def plan(recipe: str, settings: TrainSettings) -> None:
     check_options(settings)
     manager = Manager.from_recipe(recipe, settings.recipe_args)
     manager.check_epochs()
+    settings = replace(settings, pretrained=settings.pretrained or "False")  # costs are those of any weights
     settings, data, built = prepare(settings)
     model = built.model
     optimizer = torch.optim.Adam(model.parameters())

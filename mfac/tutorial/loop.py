@@ -177,10 +177,8 @@ def fit(
                 sparsity = stepper.sparsity
                 pruning = time.perf_counter() - start
                 after = measure(done, now, True, pruning)
-                increase = sum(result.predicted_loss_increase or 0.0 for result in results)
-                predicted = f", predicted loss increase {increase:.3g}" if increase else ""
                 report(
-                    f"epoch {now:.2f}: pruned to {100 * sparsity:.2f} % in {pruning:.1f} s{predicted}; "
+                    f"epoch {now:.2f}: pruned to {100 * sparsity:.2f} % in {pruning:.1f} s; loss {after.loss:.4f}, "
                     f"top-1 {after.top1:.1f} %"
                 )
             elif measure_every and (done % measure_every == 0 or (index == steps - 2 and now + 1 < epochs)):
