@@ -199,6 +199,30 @@ def test_a_model_whose_trace_does_something_else():
     assert "the traced model differs" in traced.reason and isinstance(traced.model, Suspicious)
 
 
+class Unfused(nn.Module):
+    """A convolution with a use beside its BatchNorm, and clamps that are no ReLU6."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.one, self.two = (
+            nn.Conv2d(3, 4, 1),
+            nn.BatchNorm2d(4),
+            nn.Linear(4, 4),
+            nn.Linear(4, 4),
+        )
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = (self.norm(x) + x).mean((2, 3))
+        return nn.functional.hardtanh(self.two(nn.functional.hardtanh(self.one(x), -0.5, 6.0)), 0.0, 0.5)
+
+
+def test_what_is_not_folded_or_fused():
+    model, x = Unfused().eval(), torch.randn(2, 3, 5, 5)
+    traced = trace(model, x, run_example(model, x))
+    assert (traced.reason, traced.folded, traced.activations) == ("", [], {})
+
+
 def test_layers_that_stay_and_why():
     class Own(nn.Linear):
         pass
