@@ -162,6 +162,20 @@ def test_layers_inside_of_a_module_that_is_called_as_a_whole():
     assert sum(layer.dense_bytes for layer in report.layers) > 4 * 2 * 16 * 32
 
 
+def test_layers_below_what_is_replaced():
+    class Adapted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.norm = prune(nn.Linear(64, 64)), nn.BatchNorm1d(64)
+            self.f.extra, self.norm.extra = nn.Linear(64, 4), nn.Linear(64, 4)
+
+        def forward(self, x):
+            return self.norm(self.f(x))
+
+    report = mfac.sparse.convert(Adapted().eval(), torch.randn(2, 64), policy="sparse").sparse_report
+    assert report.replaced == ["f"]
+
+
 class Branching(nn.Module):
     def __init__(self):
         super().__init__()
@@ -271,15 +285,24 @@ def test_bfloat16(network, times):
 def test_autocast(backend, times):
     model = prune(nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 32), nn.Unflatten(1, (8, 2, 2)), nn.Conv2d(8, 8, 1)))
     x = torch.randn(4, 8)
-    fast = mfac.sparse.convert(model, x, policy="sparse", backend=backend)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert largest_difference(fast(x), model.eval().requires_grad_(False).double()(x.double()).float()) < 1e-5
-    setattr(fast, "0", model.float()[0])  # a layer that torch computes in bfloat16 before those that are sparse
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert model[0](x).dtype == torch.bfloat16 and isinstance(fast.get_submodule("1"), SparseLinear)
-        out = fast(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = mfac.sparse.convert(model, x, policy="sparse", backend=backend)
+    assert fast.sparse_report.replaced == ["0", "1", "3"] and fast.sparse_report.error < 1e-5
     with torch.no_grad():
-        assert out.dtype == torch.float32 and largest_difference(out, model(x)) < 2e-2
+        right, layer = model(x), fast.get_submodule("0")
+        exact = layer(x).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(layer(x), exact)  # the products are in float32
+            out = fast(x)
+        assert out.dtype == torch.bfloat16 and largest_difference(out.float(), right) < 2e-2
+
+
+def test_shapes_alone(times):
+    fast = mfac.sparse.convert(nn.Sequential(prune(nn.Linear(64, 64))), torch.randn(1, 64), policy="sparse")
+    with torch.no_grad():
+        assert copy.deepcopy(fast).to("meta")(torch.empty(5, 64, device="meta")).shape == (5, 64)
+        again = mfac.sparse.convert(nn.Sequential(fast, nn.ReLU()), torch.randn(1, 64), policy="sparse")
+    assert again.sparse_report.notes == []
 
 
 def test_one_image_without_a_batch(times):
@@ -322,6 +345,10 @@ def test_copies_keep_the_backend(monkeypatch):
         for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
             assert [m.backend for m in copied.modules() if isinstance(m, SparseLinear)] == [backend]
         monkeypatch.delenv("MFAC_BACKEND")
+    monkeypatch.setenv("MFAC_BACKEND", "reference")
+    saved = pickle.dumps(mfac.sparse.convert(model, torch.randn(1, 64), policy="sparse"))
+    monkeypatch.delenv("MFAC_BACKEND")  # as on another machine, which has a compiler
+    assert [m.backend for m in pickle.loads(saved).modules() if isinstance(m, SparseLinear)] == ["compiled"]
 
 
 @pytest.mark.parametrize("policy", ["faster", "sparse"])

@@ -1,5 +1,6 @@
 """Files of converted models: compressed, complete, and read without dense weights."""
 
+import copy
 import pickle
 
 import pytest
@@ -141,18 +142,23 @@ def test_a_description_that_is_no_json(tmp_path):
         mfac.sparse.load(nn.Linear(2, 2), path)
 
 
-def test_rows_that_are_left_out(tmp_path):
+@pytest.mark.parametrize("backend", ["compiled", "reference"])
+def test_rows_that_are_left_out(tmp_path, backend):
     """What no row of the file writes must not be read from memory."""
     path = tmp_path / "model.pt"
     mfac.sparse.save(
         mfac.sparse.convert(nn.Sequential(prune(nn.Linear(64, 64))), torch.randn(1, 64), policy="sparse"), path
     )
     content = torch.load(path)
-    content["state_dict"]["0.order"].fill_(-1)
-    torch.save(content, path)
-    again = mfac.sparse.load(nn.Sequential(nn.Linear(64, 64)), path)
-    with torch.no_grad(), pytest.raises(ValueError, match="order: expected each of the rows 0 to 63 once, got others"):
-        again(torch.randn(1, 64))
+    for change in (lambda order: order.fill_(-1), lambda order: order[:1].fill_(int(order[1]))):
+        damaged = {**content, "state_dict": copy.deepcopy(content["state_dict"])}
+        change(damaged["state_dict"]["0.order"])
+        torch.save(damaged, path)
+        with pytest.raises(ValueError, match=r"0\.order: expected each of 64 rows once, got others"):
+            mfac.sparse.load(nn.Sequential(nn.Linear(64, 64)), path, backend=backend)
+    torch.save({**content, "state_dict": {1: "rows"}}, path)
+    with pytest.raises(ValueError, match=r"path: expected a file of mfac.sparse.save, got .* without its description"):
+        mfac.sparse.load(nn.Sequential(nn.Linear(64, 64)), path)
 
 
 class Attention(nn.Module):

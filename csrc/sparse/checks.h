@@ -5,8 +5,6 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
-#include <algorithm>
-#include <cstdint>
 #include <optional>
 
 #include "kernels.h"
@@ -73,22 +71,6 @@ inline void check_weights(const at::Tensor& values, const at::Tensor& columns, c
   for (int32_t i = 0; misplaced && i < places; ++i)
     TORCH_CHECK_VALUE(!wrong(i), "order: expected -1 or rows below ", outputs, " in their windows of ", kWindowRows,
                       ", got ", row[i], " at position ", i);
-  for (int32_t first = 0; first < places; first += kWindowRows) {  // each row once: one that is left out is not written
-    static_assert(kWindowRows == 128, "two words of bits");
-    const int32_t expected = std::min<int32_t>(kWindowRows, count - first),
-                  last = std::min(first + kWindowRows, places);
-    uint64_t low = 0, high = 0;  // a bit per row of the window; without branches, for vector instructions
-    int32_t found = 0;
-    for (int32_t i = first; i < last; ++i) {
-      const uint64_t bit = uint64_t{row[i] >= 0} << (row[i] & 63), is_high = -uint64_t{(row[i] & 64) != 0};
-      low ^= bit & ~is_high;
-      high ^= bit & is_high;
-      found += row[i] >= 0;
-    }
-    const auto all = [](int32_t n) { return n >= 64 ? ~uint64_t{0} : n <= 0 ? 0 : (uint64_t{1} << n) - 1; };
-    TORCH_CHECK_VALUE(found == expected && low == all(expected) && high == all(expected - 64),
-                      "order: expected each of the rows ", first, " to ", first + expected - 1, " once, got others");
-  }
 }
 
 // Columns [..] in [0, inputs]: one pass over 2 bytes per entry.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfac.sparse.formats import MAX_INPUTS, PARTS, SLICE_ROWS, dense_matrix
+from mfac.sparse.formats import MAX_INPUTS, PARTS, SLICE_ROWS, dense_matrix, has_all_rows
 
 
 def converted_layers(names: Collection[str]) -> list[str]:
@@ -59,7 +59,7 @@ def dense_weight(parts: Mapping[str, Tensor], shape: Any) -> Tensor:
     if list(values.shape) != [steps, SLICE_ROWS] or bool((lengths < 0).any()):
         raise ValueError(f"values of shape {list(values.shape)} do not fit the pointers")
     places = columns.long().view(len(values), -1).expand(-1, SLICE_ROWS)
-    if not torch.equal(order[order >= 0].long().sort().values, torch.arange(rows)):
+    if not has_all_rows(order, rows):
         raise ValueError("the order of its rows has gaps")
     if len(places) and not 0 <= int(places.min()) <= int(places.max()) <= inputs:
         raise ValueError(f"it has columns beyond {inputs}")

@@ -81,7 +81,15 @@ def of_onnx(path: Path, name: str) -> WeightsFile:
     producers = {output: node for node in model.graph.node for output in node.output}
 
     def reader(key: str) -> Callable[[], Tensor]:
-        return lambda: _tensor(numpy_helper.to_array(constants[key]))
+        def read() -> Tensor:
+            try:
+                return _tensor(numpy_helper.to_array(constants[key]))
+            except Exception as error:  # of another type of elements than the format has
+                raise ValueError(
+                    f"{name}: expected an ONNX file, got {path}: {type(error).__name__}: {error}"
+                ) from error
+
+        return read
 
     tensors = {}
     operands = [(node, operand) for node in model.graph.node for operand in _OPERATORS.get(node.op_type, ())]

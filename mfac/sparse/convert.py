@@ -25,7 +25,6 @@ MIN_SPARSITY_UNTIMED = 0.5  # zeros from which on policy "sparse" replaces a lay
 _MODEL_SECONDS = 1.0  # for timing the whole model in all its forms
 
 
-@seeded(0)  # a model that draws numbers does not advance those of the program
 def convert(model: nn.Module, example_inputs: Any, *, policy: str = "faster", backend: str = "auto") -> nn.Module:
     """Return a copy of a model for inference on this CPU, in which layers with many zeros run on sparse kernels.
 
@@ -34,6 +33,10 @@ def convert(model: nn.Module, example_inputs: Any, *, policy: str = "faster", ba
     and on the kernels of this package, with torch's present number of threads; it is replaced where these are faster.
     Depthwise 3 x 3 convolutions, and small dense convolutions, may run on them too, so that a network stays in one
     layout (NCHW). Finally the whole model is timed: if it has not become faster, it stays dense.
+
+    Under autocast its layers compute in the type of their weights, and return what torch's would; conversion itself
+    goes by the model without autocast. The global random generators are seeded meanwhile, and put back at the end: let
+    no other thread draw from them.
 
     Weights that are zero are not multiplied at all: where dense layers give NaN for an input of NaN or infinity, sparse
     ones may not.
@@ -74,12 +77,20 @@ def convert(model: nn.Module, example_inputs: Any, *, policy: str = "faster", ba
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.device.type != "cpu":
             raise ValueError(f"model: expected on the CPU, got {name} on {tensor.device}")
-    backend = backend_name(select_backend(backend))
+    select_backend(backend)  # refused here
+    with seeded(0), torch.autocast("cpu", enabled=False):
+        return _convert(model, example_inputs, policy, backend)
+
+
+def _convert(model: nn.Module, example_inputs: Any, policy: str, backend: str) -> nn.Module:
     right = run_example(model, example_inputs)
     traced = trace(model, example_inputs, right)
     candidates = find_candidates(traced, layers_read(model, example_inputs))
     report = ConversionReport(
-        folded=traced.folded, backend=backend, machine=_build.cpu()[0], threads=torch.get_num_threads()
+        folded=traced.folded,
+        backend=backend_name(select_backend(backend)),
+        machine=_build.cpu()[0],
+        threads=torch.get_num_threads(),
     )
     if traced.reason:
         report.notes.append(f"layers are replaced one by one, without folding and fusing: {traced.reason}")
@@ -140,6 +151,7 @@ def find_candidates(traced: Traced, read: Collection[str] = ()) -> list[Candidat
             if name.startswith(f"{whole}."):
                 obstacle = f"it is inside of {type(traced.model.get_submodule(whole)).__name__}, called as a whole"
                 candidates.append(Candidate(name, layer, obstacle=obstacle))
+                break
     for candidate in candidates:
         if candidate.name in read and not candidate.obstacle:
             candidate.obstacle = "other code reads its weights or sizes"
@@ -256,5 +268,5 @@ def _layer_report(c: Candidate, form: str | None, reason: str, fast: nn.Module) 
         dense_ms=c.dense_ms,
         fast_ms=c.best[1] if c.times else None,
         dense_bytes=_bytes(c.layer),
-        bytes=_bytes(fast.get_submodule(c.name)),
+        bytes=_bytes(fast.get_submodule(c.name) if form else c.layer),
     )

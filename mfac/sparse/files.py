@@ -200,6 +200,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         and isinstance(modules, dict)
         and isinstance(described.get("traced"), bool)
         and isinstance(state, dict)
+        and all(isinstance(name, str) for name in state)
     ):
         raise ValueError(f"path: expected a file of mfac.sparse.save, got {path} without its description")
     if not all(isinstance(settings, dict) for settings in modules.values()):

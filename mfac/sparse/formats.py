@@ -121,6 +121,11 @@ def slice_matrix(weight: Tensor, layout: str) -> SlicedMatrix:
     return SlicedMatrix(values.contiguous(), columns.to(torch.int16), pointers.int(), order.int())
 
 
+def has_all_rows(order: Tensor, rows: int) -> bool:
+    """Return whether the order of a :class:`SlicedMatrix` names each of so many rows once."""
+    return torch.equal(order[order >= 0].long().sort().values, torch.arange(rows, device=order.device))
+
+
 def count_blocks(weight: Tensor) -> int:
     """Return the number of blocks of four rows by one column of a matrix [N, K] that are not all zero."""
     return int((_by_slice(weight) != 0).any(1).sum())

@@ -12,7 +12,7 @@ from mfac._build import BuildError
 from mfac.checks import check_choice, check_int
 from mfac.sparse import compiled, reference
 from mfac.sparse.backend import backend_name, select_backend
-from mfac.sparse.formats import PARTS, SlicedMatrix, slice_matrix
+from mfac.sparse.formats import PARTS, SlicedMatrix, has_all_rows, slice_matrix
 
 ACTIVATIONS = ("none", "relu", "relu6")
 
@@ -34,17 +34,18 @@ class _Layer(nn.Module):
             self.backend = backend_name(select_backend())
 
     def _call(self, op: str, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-        """Call an inference op; under autocast in the type of the weight, whatever the layer before returns."""
+        """Call an inference op; under autocast in the type of the weight, with the result that torch's layers have."""
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError(
                 f"input: expected no gradient, got a tensor that requires one: {type(self).__name__} is for inference; "
                 "call it under torch.no_grad()"
             )
         function = getattr(compiled if self.backend == "compiled" else reference, op)
-        if not torch.is_autocast_enabled(x.device.type):
+        device = weight.device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
             return function(x, weight, *rest)
-        with torch.autocast(x.device.type, enabled=False):
-            return function(x.to(weight.dtype), weight, *rest)
+        with torch.autocast(device, enabled=False):
+            return function(x.to(weight.dtype), weight, *rest).to(torch.get_autocast_dtype(device))
 
 
 class _SparseLayer(_Layer):
@@ -92,6 +93,8 @@ class _SparseLayer(_Layer):
                     continue
                 setattr(self, name, own.new_empty(given.shape))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if not has_all_rows(self.order, self.shape[0]):  # the kernels write no other
+            args[-1].append(f"{prefix}order: expected each of {self.shape[0]} rows once, got others")  # error messages
 
     def extra_repr(self) -> str:
         """Return what stands in the brackets of the module's text."""
