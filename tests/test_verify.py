@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -378,3 +379,15 @@ def test_files_of_mfac_sparse(tmp_path, suffix):
     assert {layer.name: (list(layer.shape), layer.zeros) for layer in found.layers} == {
         name: (list(weight.shape), int((weight == 0).sum())) for name, weight in weights.items()
     }
+
+
+def test_types_that_onnx_does_not_know(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    tensors = {name: onnx.numpy_helper.from_array(np.ones((2, 2), np.float32), name) for name in ("w", "other")}
+    tensors["other"].data_type = 67
+    info = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2, 2]) for name in ("x", "y")]
+    node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
+    graph = onnx.helper.make_graph([node], "graph", info[:1], info[1:], list(tensors.values()))
+    (tmp_path / "m.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    with pytest.raises(ValueError, match=r"path: expected an ONNX file, got .*m\.onnx"):
+        verify(tmp_path / "m.onnx")
