@@ -265,7 +265,8 @@ def main() -> None:
         f"    python benchmarks/accuracy/run.py --data {options.data.name} --checkpoint {options.checkpoint.name}",
         "",
         f"top-1 in per cent on {len(images[1]):,} test images (dense: {dense:.2f}), mean ± standard "
-        f"deviation of the seeds (without ±: one seed; empty: not run). {M} gradients of {BATCH} training images if no other number is named; "
+        f"deviation of the seeds (without ±: one seed; empty: not run). {M} gradients of {BATCH} training images "
+        "if no other number is named; "
         "seconds: wall time of pruning and measuring, beside other work (cuda: several runs at a time on one H200); "
         "single steps share their gradients, which are not counted.",
         "",
