@@ -166,10 +166,10 @@ def test_recomputations(monkeypatch, final):
     """Equal ratios of the remaining weights, with new gradients of the model as it is at each; the target is exact."""
     calls, seen, step = [], [], Engine.step
 
-    def spy(engine, grads, targets, progress=False):
+    def spy(engine, grads, targets):
         calls.append(targets[None])
         seen.append(grads.tensor.clone())
-        return step(engine, grads, targets, progress)
+        return step(engine, grads, targets)
 
     monkeypatch.setattr(Engine, "step", spy)
     model = make_model()

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from mfac import _build
 from mfac.checks import check_choice, check_module
-from mfac.gradients.seeds import seeded
 from mfac.sparse.backend import backend_name, select_backend
 from mfac.sparse.candidates import Candidate, build, examine, fastest, measure
 from mfac.sparse.example import call_model, clone_tensors, largest_difference, layers_read, run_example
@@ -35,8 +34,7 @@ def convert(model: nn.Module, example_inputs: Any, *, policy: str = "faster", ba
     layout (NCHW). Finally the whole model is timed: if it has not become faster, it stays dense.
 
     Under autocast its layers compute in the type of their weights, and return what torch's would; conversion itself
-    goes by the model without autocast. The global random generators are seeded meanwhile, and put back at the end: let
-    no other thread draw from them.
+    goes by the model without autocast. The state of torch's random generator is as before at the end.
 
     Weights that are zero are not multiplied at all: where dense layers give NaN for an input of NaN or infinity, sparse
     ones may not.
@@ -78,7 +76,7 @@ def convert(model: nn.Module, example_inputs: Any, *, policy: str = "faster", ba
         if tensor.device.type != "cpu":
             raise ValueError(f"model: expected on the CPU, got {name} on {tensor.device}")
     select_backend(backend)  # refused here
-    with seeded(0), torch.autocast("cpu", enabled=False):
+    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         return _convert(model, example_inputs, policy, backend)
 
 

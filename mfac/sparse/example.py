@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mfac.gradients.seeds import seeded
-
 _RUNS = 2  # state that a forward keeps outside of tensors shows from the second call on
 _LEAST_SCALE = 1e-30
 
@@ -49,7 +47,8 @@ def run_example(model: nn.Module, inputs: Any) -> list[Any]:
         The output of each call.
     """
     model = copy.deepcopy(model).eval()
-    with torch.no_grad(), seeded(0):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
         return [clone_tensors(call_model(model, clone_tensors(inputs))) for _ in range(_RUNS)]
 
 
