@@ -43,6 +43,9 @@ LABELS = {
     "prune_many": f"`prune(num_grads={MANY})`",
 }
 DRAWN = {"magnitude": "#d95f02", "published": "#7570b3", "step": "#66a61e", "prune": "#1b9e77", "prune_many": "#333399"}
+SINGLE_STEPS = {  # method: gradients
+    "published": M, "published_many": MANY, "step": M, "step_many": MANY, "corrected": M, "auto": M,
+}  # fmt: skip
 PRUNE = {  # options of mfac.prune; those not named are its defaults
     "plain": {"corrections": 0},
     "prune": {},
@@ -110,9 +113,7 @@ class Bench:
     def run(self, method: str, sparsity: float, seed: int) -> dict:
         """Prune and measure."""
         model = self.model()
-        name, _, many = method.partition("_")
-        single_step = name in ("published", "step", "corrected", "auto")
-        grads = self.gradients(seed, MANY if many else M) if single_step else None
+        grads = self.gradients(seed, SINGLE_STEPS[method]) if method in SINGLE_STEPS else None
         began = time.perf_counter()
         if method == "magnitude":
             mfac.prune_step(model, None, sparsity, criterion="magnitude")
@@ -120,7 +121,7 @@ class Bench:
             options = {"num_grads": M, "progress": False, **PRUNE[method]}
             mfac.prune(model, self.batches(seed), F.cross_entropy, sparsity, **options)
         else:
-            options = PUBLISHED if name == "published" else {}
+            options = PUBLISHED if method.startswith("published") else {}
             if method in ("corrected", "auto"):
                 options = {"batches": self.batches(2000 + seed), "loss_fn": F.cross_entropy, "progress": False}
             if method == "auto":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from mfac.files.container import is_safetensors
 from mfac.files.states import read_state
 from mfac.model.layers import Axes
 from mfac.model.names import shorten
-from mfac.sparse.formats import CONVERTED, PARTS
+from mfac.sparse.formats import CONVERTED, PARTS, read_description
 
 _AXES = Axes(outputs=0, inputs=1)  # of linear layers and convolutions, which is all that a state_dict says
 _STATES = ("model", "state_dict")  # where a checkpoint has its state dict
@@ -61,10 +60,7 @@ def _of_safetensors(path: Path, name: str) -> WeightsFile:
     def stored(key: str) -> StoredTensor:
         return StoredTensor(key, _AXES if len(file.shape(key)) > 1 else None, lambda: file.read(key))
 
-    try:
-        described = json.loads(file.metadata.get(CONVERTED, "null"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: expected JSON as {CONVERTED} in {path}, got {error}") from error
+    described = read_description(file.metadata, name, path)
     return _with_converted(path, name, kind, {key: stored(key) for key in file.codes}, described)
 
 

@@ -141,15 +141,13 @@ def find_candidates(traced: Traced, read: Collection[str] = ()) -> list[Candidat
     for name, layer in traced.model.named_modules():
         if not isinstance(layer, (nn.Linear, nn.Conv2d)):
             continue
-        if traced.reason or traced.calls[name]:
-            calls = None if traced.reason else traced.calls[name]
+        calls = None if traced.reason else traced.calls[name]
+        whole = next((called for called in traced.calls if name.startswith(f"{called}.")), None)
+        if calls != 0:
             candidates.append(examine(name, layer, traced.activations.get(name, "none"), calls))
-            continue
-        for whole in traced.calls:
-            if name.startswith(f"{whole}."):
-                obstacle = f"it is inside of {type(traced.model.get_submodule(whole)).__name__}, called as a whole"
-                candidates.append(Candidate(name, layer, obstacle=obstacle))
-                break
+        elif whole is not None:
+            obstacle = f"it is inside of {type(traced.model.get_submodule(whole)).__name__}, called as a whole"
+            candidates.append(Candidate(name, layer, obstacle=obstacle))
     for candidate in candidates:
         if candidate.name in read and not candidate.obstacle:
             candidate.obstacle = "other code reads its weights or sizes"

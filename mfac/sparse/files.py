@@ -16,7 +16,7 @@ from mfac.files.states import read_state, write_state
 from mfac.sparse.candidates import find_obstacle
 from mfac.sparse.convert import apply_forms
 from mfac.sparse.example import check_given
-from mfac.sparse.formats import CONVERTED, FORMATS
+from mfac.sparse.formats import CONVERTED, FORMATS, read_description
 from mfac.sparse.graph import trace
 from mfac.sparse.modules import DepthwiseConv2d, SparseConv2d, SparseLinear
 
@@ -183,10 +183,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the description and the state dict of a file."""
     if is_safetensors(path):
         file = SafetensorsFile(path)
-        try:
-            described = json.loads(file.metadata.get(CONVERTED, "null"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"path: expected JSON as {CONVERTED} in {path}, got {error}") from error
+        described = read_description(file.metadata, "path", path)
         state = {name: file.read(name) for name in file.entries} if described else {}
     else:
         content = read_state("path", path, "a file of mfac.sparse.save")

@@ -9,7 +9,11 @@ them) the rows keep their order, and the four entries of a step share one column
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,6 +123,26 @@ def slice_matrix(weight: Tensor, layout: str) -> SlicedMatrix:
     pointers = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     order = torch.where(order < n, order, -1)
     return SlicedMatrix(values.contiguous(), columns.to(torch.int16), pointers.int(), order.int())
+
+
+def read_description(metadata: Mapping[str, str], name: str, path: Path) -> Any:
+    """Return what a safetensors file says of the layers of a converted model.
+
+    Args:
+        metadata: The strings that the file holds beside its tensors.
+        name: Of the argument that names the file, for the error.
+        path: The file, for the error.
+
+    Returns:
+        The value; None if the file says nothing.
+
+    Raises:
+        ValueError: If it is no JSON.
+    """
+    try:
+        return json.loads(metadata.get(CONVERTED, "null"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: expected JSON as {CONVERTED} in {path}, got {error}") from error
 
 
 def has_all_rows(order: Tensor, rows: int) -> bool:
